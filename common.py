@@ -15,8 +15,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -45,7 +47,9 @@ def run(main, parse) -> None:
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("interrupted: what is written is whole; the same command goes on from here", file=sys.stderr) or 130)
+        sys.exit(
+            print("interrupted: what is written is whole; the same command goes on from here", file=sys.stderr) or 130
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ class Encoder(nn.Module):
                     conv.stride = (1, 1)
         if settings.stride == 4:
             stages.remove("maxpool")
-        self.net = nn.Sequential({stage: getattr(resnet, stage) for stage in stages})
+        self.net = nn.Sequential(OrderedDict((stage, getattr(resnet, stage)) for stage in stages))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
@@ -252,7 +256,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise UserError(f"{path}: refused, it holds pickled code beside tensors; save its state_dict alone") from error
+            raise UserError(
+                f"{path}: refused, it holds pickled code beside tensors; save its state_dict alone"
+            ) from error
         raise UserError(f"{path}: is not a PyTorch checkpoint, or is damaged; download it again") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -294,48 +300,47 @@ def propagate_labels(
     overall = s.aggregation == "overall"
     norm = s.softmax if s.softmax != "auto" else ("topk" if overall else "frame")
     query = target.permute(1, 2, 0)  # h w C
-    keys = features.permute(2, 3, 0, 1)  # h w n C: the n frames of a cell side by side
+    keys = features.permute(2, 3, 0, 1).contiguous()  # h w n C: the n frames of a cell side by side
     values = labels.permute(2, 3, 0, 1).reshape(h * w * n, -1).float()  # an entry is (cell, frame), cell-major
 
-    exempt = min(annotated, n) if s.exempt_first and s.localization == "fixed" else 0
-    parts = [(0, exempt, False), (exempt, n, s.localization == "fixed")]  # frames from, to, localised?
-    parts = [(keys[:, :, a:b].contiguous(), a, local) for a, b, local in parts if b > a]
+    # The parts of the context that are searched together: all frames (overall) or each frame (per-frame).
+    fixed = s.localization == "fixed"
+    exempt = min(annotated, n) if s.exempt_first and fixed else 0
+    edges = [0, exempt, n] if overall else range(n + 1)
+    parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in pairwise(edges) if a < b]
+    parts = [(a, part.contiguous() if part.shape[2] > 1 else part, local) for a, part, local in parts]
 
+    ty, tx = (12, 16) if target.device.type == "cpu" else (24, 32)  # caches like it small, a GPU few launches
+    while (norm == "frame" or not all(local for *_, local in parts)) and h * w * n * ty * tx > 2**26:
+        ty, tx = math.ceil(ty / 2), math.ceil(tx / 2)  # a window of the whole frame: keep the tile under 256 MiB
     z = torch.empty(h, w, values.shape[1], device=target.device)
     scratch = query.new_empty(0)
-    tile = (12, 16) if target.device.type == "cpu" else (24, 32)  # a CPU's caches like it small, a GPU few launches
-    for y0, y1 in cuts(h, tile[0]):
-        for x0, x1 in cuts(w, tile[1]):
+    for y0, y1 in cuts(h, ty):
+        for x0, x1 in cuts(w, tx):
             q = query[y0:y1, x0:x1].reshape(-1, C)  # q C
             found = []
-            for part, first, local in parts:
-                reach = s.radius - (s.shape == "circle") if local else h + w
-                window = (0, h, 0, w) if norm == "frame" else clip(y0 - reach, y1 + reach, x0 - reach, x1 + reach, h, w)
-                ya, yb, xa, xb = window
+            for first, part, local in parts:
+                reach = s.radius - (s.shape == "circle") if local and norm != "frame" else max(h, w)
+                ya, yb, xa, xb = max(y0 - reach, 0), min(y1 + reach, h), max(x0 - reach, 0), min(x1 + reach, w)
                 rows, cols, m = yb - ya, xb - xa, part.shape[2]
-                if scratch.numel() < (size := rows * cols * m * len(q)):
-                    scratch = query.new_empty(size)
-                A = scratch[:size].view(rows, cols * m, len(q))
+                if scratch.numel() < rows * cols * m * len(q):
+                    scratch = query.new_empty(rows * cols * m * len(q))
+                A = scratch[: rows * cols * m * len(q)].view(rows, cols * m, len(q))
                 torch.bmm(part[ya:yb, xa:xb].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)  # Eq. 1
-                A = A.view(rows * cols, m, len(q))  # cell, frame, query
-                outside = beyond(s, (y0, y1, x0, x1), window, A.device) if local else None
-                best, cell, frame, total = nearest(A, outside, s, overall, norm)
-                entry = ((ya + cell // cols) * w + xa + cell % cols) * n + first + frame
-                found.append((best, entry, total))
+                outside = beyond(s, (y0, y1, x0, x1), (ya, yb, xa, xb), A.device) if local else None
+                best, cell, frame, total = nearest(A.view(rows * cols, m, len(q)), outside, s, norm)
+                found.append((best, ((ya + cell // cols) * w + xa + cell % cols) * n + first + frame, total))
             if overall and len(found) > 1:  # the k best of the parts' k best
                 best, entry, total = (torch.cat(each) for each in zip(*found, strict=True))
                 best, order = best.topk(min(s.topk, len(best)), dim=0)
                 found = [(best, entry.gather(0, order), total.logsumexp(0, keepdim=True))]
-            copied = 0
-            for best, entry, total in found:  # best, entry: k g q; total: 1 g q
-                weight = best.softmax(0) if norm == "topk" else (best - total).exp()
-                copied = copied + F.embedding_bag(  # the soft copy, line 33
-                    entry.flatten(0, 1).T.contiguous(),
-                    values,
-                    per_sample_weights=weight.flatten(0, 1).T.contiguous(),
-                    mode="sum",
-                )
-            z[y0:y1, x0:x1] = (copied if overall else copied / n).view(y1 - y0, x1 - x0, -1)
+            weight = [best.softmax(0) if norm == "topk" else (best - total).exp() for best, _, total in found]
+            weight = torch.cat(weight) / len(found)  # line 36: the mean over the frames searched by themselves
+            entry = torch.cat([entry for _, entry, _ in found])
+            copied = F.embedding_bag(  # the soft copy, line 33
+                entry.T.contiguous(), values, per_sample_weights=weight.T.contiguous(), mode="sum"
+            )
+            z[y0:y1, x0:x1] = copied.view(y1 - y0, x1 - x0, -1)
     return z.permute(2, 0, 1)
 
 
@@ -345,14 +350,9 @@ def cuts(length: int, step: int) -> list[tuple[int, int]]:
     return [(i * length // pieces, (i + 1) * length // pieces) for i in range(pieces)]
 
 
-def clip(ya: int, yb: int, xa: int, xb: int, h: int, w: int) -> tuple[int, int, int, int]:
-    return max(ya, 0), min(yb, h), max(xa, 0), min(xb, w)
-
-
 def beyond(s: Propagation, tile: tuple, window: tuple, device) -> Tensor:
     """Which window cells lie outside the fixed region of each tile cell: window cells x tile cells, bool."""
-    y0, y1, x0, x1 = tile
-    ya, yb, xa, xb = window
+    (y0, y1, x0, x1), (ya, yb, xa, xb) = tile, window
     dy = (torch.arange(ya, yb, device=device)[:, None] - torch.arange(y0, y1, device=device)).square()
     dx = (torch.arange(xa, xb, device=device)[:, None] - torch.arange(x0, x1, device=device)).square()
     dy, dx = dy[:, None, :, None], dx[None, :, None, :]
@@ -360,31 +360,384 @@ def beyond(s: Propagation, tile: tuple, window: tuple, device) -> Tensor:
     return outside.flatten(0, 1).flatten(1, 2)
 
 
-def nearest(A: Tensor, outside: Tensor | None, s: Propagation, overall: bool, norm: str) -> tuple[Tensor, ...]:
-    """The k largest affinities of each query, divided by the temperature.
+def nearest(A: Tensor, outside: Tensor | None, s: Propagation, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k largest affinities of each query. A: cells x frames x q, overwritten; outside: cells x q or None.
 
-    A: cells x frames x q. Returns (best, cell, frame, total): k x g x q for the first three with g = 1 (overall) or
-    the number of frames (per-frame), and 1 x g x q the log-sum-exp over what the softmax is normalised over.
+    Returns best (affinity / T), cell, frame, each k x q, and total, 1 x q: the log-sum-exp of affinity / T over
+    the cells that the softmax is normalised over (unused where these are the k kept).
+
+    The region does not depend on the frame, so the k best entries lie in the k best cells by their best frame: mask
+    and search the cells' maxima, then only the k x frames entries behind the k best.
     """
-    cells, frames, q = A.shape
-    dims = (0, 1) if overall else 0
-    total = (A.float() / s.temperature).logsumexp(dims, keepdim=True) if norm == "frame" else A.new_zeros(1, 1, 1)
-    if not (overall and norm == "topk") and outside is not None:
+    if norm != "topk":
+        A = A.float()
+    if norm == "region" and outside is not None:
         A.masked_fill_(outside[:, None], -math.inf)
-    if norm == "region":
-        total = (A.float() / s.temperature).logsumexp(dims, keepdim=True)
-    k = min(s.topk, cells)
-    if not overall:
-        best, cell = A.topk(k, dim=0)
-        return best.float() / s.temperature, cell, torch.arange(frames, device=A.device)[:, None], total
-    # The region does not depend on the frame, so the k best entries lie in the k best cells by their best frame:
-    # mask and search `cells` maxima, then only the k x frames entries behind the k best.
-    peak = A.amax(1)
+    peak = A.amax(1)  # cells q
+    top = peak.amax(0)
     if outside is not None:
         peak.masked_fill_(outside, -math.inf)
-    peak, cell = peak.topk(k, dim=0, sorted=False)
-    A = A.gather(0, cell[:, None].expand(-1, frames, -1))  # k frames q
-    A = A.masked_fill_((peak == -math.inf)[:, None], -math.inf).flatten(0, 1)
-    best, entry = A.topk(min(s.topk, len(A)), dim=0)
-    cell, frame = cell.gather(0, entry // frames), entry % frames
-    return best[:, None].float() / s.temperature, cell[:, None], frame[:, None], total
+    k = min(s.topk, len(peak))
+    peak, cell = peak.topk(k, dim=0)
+    frames = A.shape[1]
+    kept = A.gather(0, cell[:, None].expand(-1, frames, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)
+    best, entry = kept.flatten(0, 1).topk(min(s.topk, k * frames), dim=0)
+    total = best[:1].float()
+    if norm != "topk":
+        total = A.sub_(top).div_(s.temperature).exp_().sum((0, 1)).log_().add_(top / s.temperature)[None]
+    return best.float() / s.temperature, cell.gather(0, entry // frames), entry % frames, total
+
+
+def propagate_video(
+    features: Iterable[Tensor],
+    annotated: Sequence[tuple[Tensor, Tensor]],
+    settings: Propagation,
+    recent: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Iterator[Tensor]:
+    """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
+
+    annotated: (features, labels) of the annotated frames, which stay in the context for good; the targets come
+    after them. recent: the last targets and their labels, oldest first, to go on with an earlier run. The context
+    lives in one ring buffer, so memory does not grow with the video. Each target is pulled only when it is due, so
+    that several settings can share one pass over the frames (itertools.tee).
+    """
+    (C, h, w), L, device = annotated[0][0].shape, len(annotated[0][1]), annotated[0][0].device
+    fixed, size = len(annotated), len(annotated) + settings.context
+    keys = torch.zeros(h, w, size, C, device=device, dtype=annotated[0][0].dtype)  # the layout propagate_labels reads
+    values = torch.zeros(h, w, size, L, device=device)
+
+    def remember(slot: int, f: Tensor, z: Tensor) -> None:
+        keys[:, :, slot], values[:, :, slot] = f.permute(1, 2, 0), z.permute(1, 2, 0)
+
+    for slot, (f, z) in enumerate(annotated):
+        remember(slot, f, z)
+    recent = list(recent)[-settings.context :] if settings.context else []
+    for t, (f, z) in enumerate(recent):
+        remember(fixed + t, f, z)
+    for t, f in enumerate(features, len(recent)):
+        filled = min(fixed + t, size)
+        context = keys[:, :, :filled].permute(2, 3, 0, 1), values[:, :, :filled].permute(2, 3, 0, 1)
+        z = propagate_labels(f, *context, settings, annotated=fixed)
+        yield z
+        if settings.context:
+            remember(fixed + t % settings.context, f, z)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels on the grid, masks and points at full size
+
+
+def labels_from_mask(mask: Tensor, ids: Sequence[int], grid: tuple[int, int]) -> Tensor:
+    """Mask H x W -> soft labels L x h x w: one-hot (background, then each id of `ids`), bilinear to the grid."""
+    one_hot = [mask == number for number in ids]
+    one_hot = [~torch.stack(one_hot).any(0), *one_hot]
+    small = [F.interpolate(m[None, None].float(), size=grid, mode="bilinear")[0, 0] for m in one_hot]
+    return torch.stack(small)
+
+
+def mask_from_labels(
+    labels: Tensor, ids: Sequence[int], size: tuple[int, int], minmax: bool = False, chunk: int = 8
+) -> Tensor:
+    """Soft labels L x h x w -> mask H x W uint8: up-sampled bilinearly to full size, then the arg-max (section 4.2).
+
+    minmax stretches each label that occurs to 0..1 over the frame first. Labels are up-sampled `chunk` at a time.
+    """
+    best = winner = None
+    for start in range(0, len(labels), chunk):
+        full = F.interpolate(labels[None, start : start + chunk].float(), size=size, mode="bilinear")[0]
+        if minmax:
+            low, high = full.amin((1, 2), keepdim=True), full.amax((1, 2), keepdim=True)
+            full = torch.where(high > 0, (full - low) / (high - low).clamp_min(1e-12), full)
+        value, index = full.max(0)
+        if best is None:
+            best, winner = value, index
+        else:
+            winner = torch.where(value > best, index + start, winner)
+            best = torch.maximum(value, best)
+    return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
+
+
+def labels_from_points(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Points J x 2 (x, y in pixels of an H x W frame) -> soft labels (1 + J) x h x w.
+
+    Each point is a Gaussian of sigma 0.5 cells on the 4 x 4 cells about its own, the background is 1 where all are
+    0 (CRW's JHMDB protocol). A point outside the frame, or not a number, has no label anywhere.
+    """
+    (H, W), (h, w) = size, grid
+    labels = torch.zeros(1 + len(points), h, w)
+    for label, (x, y) in zip(labels[1:], points, strict=True):
+        if not (0 <= x < W and 0 <= y < H):  # false for nan as well
+            continue
+        cx, cy = min(int(x / W * w + 0.5), w - 1), min(int(y / H * h + 0.5), h - 1)
+        ys, xs = torch.arange(max(cy - 2, 0), min(cy + 2, h)), torch.arange(max(cx - 2, 0), min(cx + 2, w))
+        bell = torch.exp(-2.0 * ((ys[:, None] - cy) ** 2 + (xs - cx) ** 2))
+        label[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1] = bell
+    labels[0] = (labels[1:] == 0).all(0)
+    return labels
+
+
+def points_from_labels(labels: Tensor, size: tuple[int, int], best: int = 3) -> np.ndarray:
+    """Soft labels (1 + J) x h x w -> points J x 2 in pixels of an H x W frame: the mean position of the `best`
+    highest cells of each label, weighted by their values; -1, -1 where a label is lost (CRW's JHMDB protocol)."""
+    (H, W), (h, w) = size, labels.shape[1:]
+    value, cell = labels[1:].flatten(1).topk(min(best, h * w), dim=1)  # J best
+    total = value.sum(1)
+    weight = value / total.clamp_min(1e-30)[:, None]
+    x = (weight * (cell % w)).sum(1) / w * W
+    y = (weight * (cell // w)).sum(1) / h * H
+    return torch.where((total > 0)[:, None], torch.stack([x, y], 1), -1.0).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames and masks on disk
+
+PALETTE = np.zeros((256, 3), np.uint8)  # PASCAL VOC: the bits of the id, dealt to r, g, b from the highest down
+for _bit in range(8):
+    for _channel in range(3):
+        PALETTE[:, _channel] |= (((np.arange(256) >> (3 * _bit + _channel)) & 1) << (7 - _bit)).astype(np.uint8)
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
+class Video:
+    """Frames of a film, or of a folder or glob of pictures, by index and in either direction.
+
+    names: one for each frame (file stems of pictures, else 00000, 00001, ...); fps; size (H, W). Nothing is kept:
+    memory does not depend on the length. A film that breaks off gives the frames before the break; `broken` then
+    says where and why. Raises UserError where there is nothing to read or the frame size changes.
+    """
+
+    def __init__(self, source: str | Path):
+        self.source, self.fps, self.broken = str(source), 25.0, None
+        path, self.pictures = Path(source), []
+        if path.is_dir():
+            self.pictures = [p for p in path.iterdir() if p.suffix.lower() in PICTURES]
+        elif glob.has_magic(self.source) and not path.exists():
+            self.pictures = [Path(p) for p in glob.glob(self.source)]
+        elif not path.is_file():
+            raise UserError(f"{source}: no such video; give a film, a folder or a glob of pictures")
+        elif path.suffix.lower() in PICTURES:
+            self.pictures = [path]
+        if self.pictures:  # natural order: 2.jpg before 10.jpg
+            self.pictures.sort(key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])
+            self.names = [p.stem for p in self.pictures]
+            if len(set(self.names)) < len(self.names):
+                raise UserError(f"{source}: two pictures share a name before the dot; masks could not be told apart")
+        elif path.is_file():
+            self._index(path)
+        if not len(self):
+            raise UserError(f"{source}: holds no pictures; give a film, or a folder of {', '.join(PICTURES[:3])}, ...")
+        self.size = next(self.frames([0]))[1].shape[:2]
+
+    def __len__(self) -> int:
+        return len(self.pictures or self._pts)
+
+    def _index(self, path: Path) -> None:
+        """Read the time stamps of all frames (no decoding), to seek by and to know how many there are."""
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: is empty (0 bytes); copy or download it again")
+        try:
+            with av.open(str(path)) as film:
+                if not film.streams.video:
+                    raise UserError(f"{path}: holds no video stream; give a film with pictures")
+                stream = film.streams.video[0]
+                self.fps = float(stream.average_rate or stream.guessed_rate or 25)
+                promised = stream.frames
+                stamps = [p.pts if p.pts is not None else p.dts for p in film.demux(stream) if p.size]
+        except av.error.FFmpegError as error:
+            raise UserError(
+                f"{path}: cannot be read as a film ({error.strerror}); is it whole? Try to play it"
+            ) from error
+        # Without usable stamps frames are counted from the start, and seeking means decoding from there.
+        self._seekable = None not in stamps and len(set(stamps)) == len(stamps)
+        self._pts = sorted(stamps) if self._seekable else list(range(len(stamps)))
+        self.names = [f"{i:05d}" for i in range(len(stamps))]
+        if promised > len(stamps):
+            self.broken = f"{path}: breaks off after {len(stamps)} of {promised} frames; the frames before are kept"
+
+    def frames(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, frame) for each of `indices`, which must all rise or all fall."""
+        size = getattr(self, "size", None)
+        for index, frame in self._read(indices):
+            size = size or frame.shape[:2]
+            if frame.shape[:2] != size:
+                raise UserError(
+                    f"{self.source}: frame {self.names[index]} is {frame.shape[1]}x{frame.shape[0]}, the first is "
+                    f"{size[1]}x{size[0]}; cut the video there (--end {index}) or bring it to one size"
+                )
+            yield index, frame
+
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        if self.pictures:
+            for index in indices:
+                picture = cv2.imread(str(self.pictures[index]), cv2.IMREAD_COLOR_RGB)
+                if picture is None:
+                    raise UserError(f"{self.pictures[index]}: cannot be read as a picture; replace or remove it")
+                yield index, picture
+        elif len(indices) < 2 or indices[0] < indices[-1]:
+            wanted = set(indices)
+            yield from ((i, frame) for i, frame in self._decode(indices[0], indices[-1]) if i in wanted)
+        else:  # backwards: blocks of frames, each decoded forwards
+            for block in (indices[i : i + 32] for i in range(0, len(indices), 32)):
+                wanted = set(block)
+                yield from reversed([(i, f) for i, f in self._decode(block[-1], block[0]) if i in wanted])
+
+    def _decode(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
+        number = {stamp: i for i, stamp in enumerate(self._pts[: last + 1])} if self._seekable else None
+        done = -1
+        try:
+            with av.open(self.source) as film:
+                stream = film.streams.video[0]
+                stream.thread_type = "AUTO"
+                if first and number:
+                    film.seek(self._pts[first], stream=stream)
+                for count, picture in enumerate(film.decode(stream)):
+                    index = number.get(picture.pts) if number else count
+                    if index is None:  # past `last`, or a stamp that the index does not know
+                        if picture.pts is not None and picture.pts > self._pts[last]:
+                            return
+                        continue
+                    if index > last:
+                        return
+                    if index >= first:
+                        frame = picture.to_ndarray(format="rgb24")
+                        yield index, np.ascontiguousarray(np.rot90(frame, round(picture.rotation / 90)))
+                        done = index
+        except av.error.FFmpegError as error:
+            self.broken = (
+                f"{self.source}: cannot be decoded after frame {done} ({error.strerror}); the frames before are kept"
+            )
+        else:
+            if done < last and not self.broken:
+                self.broken = f"{self.source}: breaks off after frame {done}; the frames before are kept"
+        if done < 0 and first == 0:
+            raise UserError(f"{self.source}: no frame can be decoded; is it whole? Try to play it")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it at the end: a file that exists is whole."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another --out"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def film_writer(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write an H.264 film that plays in a browser: yields a function that appends a frame; atomic."""
+    height, width = (side - side % 2 for side in size)  # 4:2:0 colour wants even sides
+    with atomic(path) as temporary, av.open(str(temporary), "w", options={"movflags": "faststart"}) as film:
+        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "20", "preset": "veryfast"}
+
+        def append(frame: np.ndarray) -> None:
+            frame = np.ascontiguousarray(frame[:height, :width])
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+        yield append
+        film.mux(stream.encode())
+
+
+def write_mask(path: Path, mask: np.ndarray, palette: np.ndarray = PALETTE) -> None:
+    """Write a mask (H x W uint8 ids) as an indexed PNG, the field's interchange format; atomic."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(palette.tobytes())
+    with atomic(Path(path)) as temporary:
+        picture.save(temporary, format="PNG", compress_level=1)
+
+
+def read_ids(path: str | Path) -> np.ndarray:
+    """Read the ids (H x W uint8) of an indexed or grey PNG as they are stored."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("P", "L"):
+                raise UserError(f"{path}: is a {picture.mode} picture; masks are indexed (or grey) PNGs of ids")
+            return np.array(picture)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such mask") from error
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error}); is it whole?") from error
+
+
+def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a mask: (ids H x W uint8, palette 256 x 3 uint8).
+
+    An indexed PNG gives its ids; a grey picture its values; black and white is one object, id 1; in a colour
+    picture black (or transparent) is background and each other colour an object: the id of that colour in PASCAL
+    VOC's palette if all have one, else 1, 2, ... by how much they cover. 255 beside other ids is void, background.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such mask; give the picture of the first frame's objects") from error
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as a picture; give a PNG mask") from error
+    palette = PALETTE.copy()
+    indexed = picture.mode == "P"
+    if indexed:
+        ids = np.asarray(picture)
+        own = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        palette[: len(own)] = own
+    elif picture.mode in ("1", "L", "I", "I;16", "F"):
+        ids = np.asarray(picture).astype(np.int64)
+    else:
+        rgba = np.asarray(picture.convert("RGBA")).astype(np.int64)
+        colour = (rgba[..., 0] << 16 | rgba[..., 1] << 8 | rgba[..., 2]) * (rgba[..., 3] > 0)
+        ids = colour
+    numbers, counts = np.unique(ids, return_counts=True)
+    numbers, counts = numbers[numbers != 0], counts[numbers != 0]
+    if not indexed:
+        solid = sum(cv2.erode((ids == n).astype(np.uint8), np.ones((3, 3))).any() for n in numbers[:300])
+        if len(numbers) > 255 or (len(numbers) >= 8 and solid < len(numbers) / 2):
+            raise UserError(
+                f"{path}: has {len(numbers)} colours beside black, most of them thin: its edges are smoothed "
+                "(anti-aliased or JPEG); save it as PNG without smoothing, one flat colour an object"
+            )
+    if len(numbers) == 0:
+        raise UserError(f"{path}: is empty, all of it is background; paint each object in a value of its own")
+    if picture.mode not in ("P", "1", "L", "I", "I;16", "F"):
+        voc = {int(r) << 16 | int(g) << 8 | int(b): i for i, (r, g, b) in enumerate(PALETTE)}
+        new = [voc.get(int(n)) for n in numbers]
+        if None in new:
+            new = np.argsort(np.argsort(-counts, kind="stable")) + 1
+            palette[new] = np.stack([numbers >> 16, numbers >> 8 & 255, numbers & 255], 1)
+    elif len(numbers) == 1 and numbers[0] in (1, 255):
+        new = [1]
+        palette[1] = palette[numbers[0]]
+    elif numbers[-1] > 255:
+        new = np.arange(1, len(numbers) + 1)
+    else:
+        new = np.where(numbers == 255, 0, numbers)
+    return np.asarray([0, *new], np.uint8)[np.searchsorted(np.array([0, *numbers]), ids)], palette
+
+
+def overlay(frame: np.ndarray, mask: np.ndarray, palette: np.ndarray = PALETTE, opacity: float = 0.5) -> np.ndarray:
+    """The frame with its objects tinted in their palette colours and outlined."""
+    tint = cv2.addWeighted(frame, 1 - opacity, palette[mask], opacity, 0)
+    out = np.where(mask[..., None] > 0, tint, frame)
+    width = max(1, round(min(mask.shape) / 240))
+    edge = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((1 + width, 1 + width), np.uint8)) > 0
+    out[edge & (mask > 0)] = 255
+    return out
+
+
+def parse_args(args_type, argv: Sequence[str] | None = None):
+    """Parse a script's Args (a dataclass with `model` and `propagation`); the defaults are those of its --model."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--model", default=args_type().model)
+    name = peek.parse_known_args(argv)[0].model
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    default = replace(args_type(), propagation=MODELS[name].settings)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
+    return tyro.cli(args_type, args=argv, default=default, config=config)

@@ -1,0 +1,28 @@
+# make demo   the main job on a clip made here          make test   the whole test suite
+# make bench  speed and memory, with the tables in benchmarks/
+# Each sets up .venv first. REQUIREMENTS=... or PYTHON=... choose another build of torch or another Python.
+PYTHON ?= python3
+REQUIREMENTS ?= requirements.txt
+PY = .venv/bin/python
+
+.PHONY: demo test bench clean
+
+demo: .venv/ready
+	$(PY) tests/clip.py results/demo-clip
+	$(PY) propagate.py --model $$($(PY) tests/clip.py --model) --video results/demo-clip/clip.mp4 \
+		--mask results/demo-clip/f0.png --out results/demo --overwrite
+
+test: .venv/ready
+	$(PY) -m pytest
+
+bench: .venv/ready
+	$(PY) benchmarks/propagation.py
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r $(REQUIREMENTS)
+	touch $@
+
+clean:
+	rm -rf .venv results

@@ -1,0 +1,633 @@
+"""A video and the mask of one frame in, a mask for every frame out, and a film to look at.
+
+    python propagate.py --model imagenet --video clip.mp4 --mask f0.png
+    python propagate.py --model imagenet --video frames/ --points points.csv --context 7
+    python propagate.py --model imagenet --video clip.mp4 --mask a.png --mask-frame 0 --mask b.png --mask-frame 40
+    python propagate.py --model imagenet --video 0 --pick --show
+
+Writes --out (results/<video name>/): masks/*.png (indexed PNG) or points.csv, overlay.mp4, contact_sheet.jpg and
+run.json. Stopped and started again, it goes on after the last whole frame.
+"""
+
+import csv
+import hashlib
+import json
+import platform
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import av
+import cv2
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import common
+from common import MODELS, PALETTE, Propagation, UserError, Video
+
+
+@dataclass
+class Args:
+    model: str = "imagenet"
+    """Whose features: a name from --list-models."""
+    weights: Path | None = None
+    """Weights file; without it weights/ and torch hub's cache are searched, then it is fetched."""
+    video: str = ""
+    """A film, a folder or a quoted glob of pictures, or the number of a camera."""
+    mask: Annotated[list[Path], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Picture of an annotated frame's objects: indexed PNG, grey ids, black and white, or one colour an object."""
+    mask_frame: Annotated[list[int], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """The frame of the video that each --mask (or --points) belongs to; default: the first one used."""
+    points: Path | None = None
+    """Track key points instead: a CSV file with the columns id,x,y (pixels)."""
+    pick: bool = False
+    """Draw the objects in a window on the annotated frame."""
+    out: Path | None = None
+    """Output folder; default results/<video name>."""
+    overwrite: bool = False
+    """Replace results in --out that were made with other settings."""
+    start: int = 0
+    """First frame used, counted from 0."""
+    end: int | None = None
+    """Stop before this frame."""
+    every: int = 1
+    """Use every n-th frame."""
+    reverse: bool = False
+    """Run from the last frame to the first."""
+    show: bool = False
+    """Show the result in a window as it is made; q stops."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the features and affinities."""
+    list_models: bool = False
+    """Print the models and where their weights are, and stop."""
+    propagation: Propagation = field(default_factory=Propagation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to do: the frames, the annotations, and what is already there
+
+
+class Camera:
+    """A camera as a video: each frame is kept in `folder`, so that the film can be made afterwards."""
+
+    def __init__(self, number: int, folder: Path):
+        self.source, self.fps, self.broken, self.folder = f"camera {number}", 25.0, None, folder
+        self.capture = cv2.VideoCapture(number)
+        ok, self.first = self.capture.read()
+        if not ok:
+            raise UserError(f"--video {number}: no camera of this number gives pictures; try another, or a file")
+        self.size = self.first.shape[:2]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def frames(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        for index in indices:
+            frame = self.first if index == 0 else self.capture.read()[1]
+            if frame is None:
+                return
+            cv2.imwrite(str(self.folder / f"{index:05d}.jpg"), frame, [cv2.IMWRITE_JPEG_QUALITY, 95])
+            yield index, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+
+def choose_frames(args: Args, length: int) -> list[int]:
+    """Indices of the frames to use, in the order in which they are run."""
+    if args.every < 1:
+        raise UserError(f"--every {args.every}: give 1 or more")
+    chosen = list(range(length))[args.start : args.end : args.every] if args.start >= 0 else []
+    if not chosen:
+        span = f"--start {args.start}" + (f" --end {args.end}" if args.end is not None else "")
+        raise UserError(f"{span}: no frame is left of the {length} in {args.video}")
+    return chosen[::-1] if args.reverse else chosen
+
+
+def fit_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a mask and its palette; bring it to the frame's size where the aspect is the same."""
+    mask, palette = common.read_mask(path)
+    (H, W), (h, w) = size, mask.shape
+    if (h, w) != (H, W):
+        if abs(w / h * H / W - 1) > 0.02:
+            raise UserError(f"{path}: is {w}x{h}, the frames are {W}x{H}; draw it on a frame of this video")
+        print(f"note: {path} is {w}x{h}, the frames are {W}x{H}: resized, nearest neighbour", file=sys.stderr)
+        mask = cv2.resize(mask, (W, H), interpolation=cv2.INTER_NEAREST_EXACT)
+    return mask, palette
+
+
+def read_points(path: Path, size: tuple[int, int]) -> tuple[list[str], np.ndarray]:
+    """A CSV file with the columns id,x,y -> ids and J x 2 positions in pixels."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        points = {row["id"]: (float(row["x"]), float(row["y"])) for row in rows}
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give a CSV file with the columns id,x,y"
+        ) from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: is not a table id,x,y with a header line and numbers ({error})") from error
+    if not points or len(points) < len(rows):
+        raise UserError(f"{path}: " + ("holds no points" if not points else "names an id twice") + "; one line a point")
+    for name, (x, y) in points.items():
+        if not (0 <= x < size[1] and 0 <= y < size[0]):
+            raise UserError(f"{path}: point {name} at {x:g},{y:g} lies outside the frame ({size[1]}x{size[0]} pixels)")
+    return list(points), np.array(list(points.values()))
+
+
+def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> None:
+    """Refuse a k beyond the context cells that there are to choose from."""
+    h, w = settings.grid(*size)
+    reach = np.arange(-settings.radius, settings.radius + 1)
+    inside = (
+        reach[:, None] ** 2 + reach**2 < settings.radius**2 if settings.shape == "circle" else reach == reach[:, None]
+    )
+    region = (
+        h * w if settings.localization == "none" else int(inside.sum() if settings.shape == "circle" else inside.size)
+    )
+    frames = annotated + settings.context if settings.aggregation == "overall" else 1
+    if settings.topk > min(region, h * w) * frames:
+        raise UserError(
+            f"--topk {settings.topk}: only {min(region, h * w)} cells of {frames} context frame(s) are searched; "
+            f"give {min(region, h * w) * frames} or less"
+        )
+
+
+def open_job(out: Path, job: dict, overwrite: bool) -> None:
+    """Write run.json; refuse to mix with results of another job, so that nothing computed is lost or mislabelled."""
+    record = out / "run.json"
+    try:
+        before = json.loads(record.read_text())["job"]
+    except (OSError, ValueError, KeyError):
+        before = None
+    mixed = before is None and (out / "masks").is_dir()
+    if mixed or (before is not None and before != job):
+        changed = "it holds masks of another origin"
+        if before:
+            flat = [{**j, **j.get("settings", {})} for j in (before, job)]
+            changed = ", ".join(
+                f"{key} {flat[0].get(key)} -> {flat[1].get(key)}"
+                for key in sorted(set(flat[0]) | set(flat[1]))
+                if key != "settings" and flat[0].get(key) != flat[1].get(key)
+            )
+        if not overwrite:
+            raise UserError(f"{out}: has results of another run ({changed}); add --overwrite or choose another --out")
+        for name in ("masks", ".state"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("points.csv", "overlay.mp4", "contact_sheet.jpg"):
+            (out / name).unlink(missing_ok=True)
+    if before != job:
+        write_json(record, {"job": job})
+
+
+def write_json(path: Path, content: dict) -> None:
+    with common.atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def digest(path: Path | None) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path and path.is_file() else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing the mask by hand
+
+
+def need_window(flag: str) -> None:
+    """Refuse where no window can be opened; tried in a process of its own, since a missing display aborts."""
+    probe = "import cv2; cv2.namedWindow('softcopy'); cv2.waitKey(1)"
+    if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
+        raise UserError(f"{flag}: no window can be opened here; run it on a desktop, or give --mask")
+
+
+def pick_mask(frame: np.ndarray) -> np.ndarray:
+    """Draw the objects on a frame: drag a box (refined with GrabCut) or click a polygon's corners. -> H x W ids."""
+    help_line = "drag: box   click: corner, right click: close   n: next object   u: undo   Enter: done   Esc: give up"
+    mask, corners, history, box = np.zeros(frame.shape[:2], np.uint8), [], [], []
+    current = 1
+
+    def claim(region: np.ndarray) -> None:
+        history.append(mask.copy())
+        mask[region > 0] = current
+
+    def on_mouse(event, x, y, flags, _) -> None:
+        if event == cv2.EVENT_LBUTTONDOWN:
+            box[:] = [x, y, x, y]
+        elif event == cv2.EVENT_MOUSEMOVE and box:
+            box[2:] = [x, y]
+        elif event == cv2.EVENT_LBUTTONUP and box:
+            (left, right), (top, bottom) = sorted((box[0], x)), sorted((box[1], y))
+            box.clear()
+            if right - left > 4 and bottom - top > 4:
+                claim(refine_box(frame, left, top, right, bottom))
+            else:
+                corners.append((x, y))
+        elif event == cv2.EVENT_RBUTTONDOWN and len(corners) > 2:
+            claim(cv2.fillPoly(np.zeros_like(mask), [np.array(corners, np.int32)], 1))
+            corners.clear()
+
+    cv2.namedWindow("softcopy", cv2.WINDOW_NORMAL)
+    cv2.setMouseCallback("softcopy", on_mouse)
+    while True:
+        view = common.overlay(frame, mask)
+        if corners:
+            cv2.polylines(view, [np.array(corners, np.int32)], False, (255, 255, 0), 2)
+        if box:
+            cv2.rectangle(view, tuple(box[:2]), tuple(box[2:]), (255, 255, 0), 2)
+        cv2.putText(
+            view, f"object {current}   {help_line}", (8, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1
+        )
+        cv2.imshow("softcopy", cv2.cvtColor(view, cv2.COLOR_RGB2BGR))
+        key = cv2.waitKey(20) & 0xFF
+        if key == ord("n") and (mask == current).any() and current < 255:
+            current += 1
+        elif key == ord("u"):
+            if corners:
+                corners.pop()
+            elif history:
+                mask[:] = history.pop()
+        elif key in (13, 10, 27):
+            cv2.destroyWindow("softcopy")
+            if key == 27 or not mask.any():
+                raise UserError("--pick: nothing was drawn; drag a box over an object, then press Enter")
+            return mask
+
+
+def refine_box(frame: np.ndarray, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+    """The object inside a box, by GrabCut: H x W uint8, 1 inside. The whole box where GrabCut finds nothing."""
+    state = np.zeros(frame.shape[:2], np.uint8)
+    rectangle = (left, top, right - left, bottom - top)
+    cv2.setRNGSeed(0)
+    cv2.grabCut(frame, state, rectangle, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_RECT)
+    found = np.isin(state, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
+    if not found.any():
+        found[top:bottom, left:right] = 1
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: reading, extracting, propagating and writing overlap
+
+
+def prefetch(items: Iterable, depth: int = 4) -> Iterator:
+    """The same items, made by a thread that runs ahead by up to `depth`."""
+    ahead, done, stop = queue.Queue(depth), object(), threading.Event()
+
+    def put(item) -> None:
+        while not stop.is_set():
+            try:
+                return ahead.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((done, None))
+        except BaseException as error:
+            put((done, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (pair := ahead.get())[0] is not done:
+            yield pair[0]
+        if pair[1]:
+            raise pair[1]
+    finally:
+        stop.set()
+
+
+class Stopwatch(Counter):
+    """Seconds by stage."""
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self[stage] += time.perf_counter() - start
+
+
+class Results:
+    """What whole frames got, written by a thread: a mask or points, and the soft labels of the latest frames (in
+    .state/), from which a stopped run goes on exactly as if it had not stopped."""
+
+    def __init__(self, out: Path, names: list[str], keep: int, ids: list, palette: np.ndarray, points: bool):
+        self.out, self.names, self.keep, self.ids, self.palette, self.points = out, names, keep, ids, palette, points
+        self.table: dict[int, np.ndarray] = {}  # frame -> J x 2 positions, -1 where lost
+        self.pool, self.pending = ThreadPoolExecutor(1), deque()
+        self.journal = out / ".state" / "points.csv"
+        self.states = deque(sorted((out / ".state").glob("*.npy"), key=lambda path: path.stat().st_mtime_ns))
+        if points and (out / "points.csv").is_file():
+            with (out / "points.csv").open(newline="") as file:
+                for row in csv.DictReader(file):
+                    place = self.table.setdefault(int(row["frame"]), np.full((len(ids), 2), -1.0))
+                    if row["x"]:
+                        place[ids.index(row["id"])] = float(row["x"]), float(row["y"])
+        elif points and self.journal.is_file():
+            for line in self.journal.read_text().splitlines():
+                index, *xy, last = line.split(",")
+                if last == "end" and len(xy) == 2 * len(ids):  # the last line may be torn
+                    self.table[int(index)] = np.array(xy, float).reshape(-1, 2)
+
+    def mask_path(self, index: int) -> Path:
+        return self.out / "masks" / f"{self.names[index] if self.names else f'{index:05d}'}.png"
+
+    def state_path(self, index: int) -> Path:
+        return self.out / ".state" / f"{index:05d}.npy"
+
+    def has(self, index: int) -> bool:
+        return index in self.table if self.points else self.mask_path(index).is_file()
+
+    def read(self, index: int) -> np.ndarray:
+        return self.table[index] if self.points else common.read_ids(self.mask_path(index))
+
+    def add(self, index: int, answer: np.ndarray, labels: torch.Tensor | None = None) -> None:
+        """Write what a frame got: its mask (H x W) or points (J x 2), and its soft labels."""
+        labels = None if labels is None else labels.float().cpu().numpy()
+        self.pending.append(self.pool.submit(self._write, index, answer, labels))
+        while len(self.pending) > 4:
+            self.pending.popleft().result()
+
+    def _write(self, index: int, answer: np.ndarray, labels: np.ndarray | None) -> None:
+        if labels is not None and self.keep:
+            with common.atomic(self.state_path(index)) as temporary, temporary.open("wb") as file:
+                np.save(file, labels)
+            self.states.append(self.state_path(index))
+            while len(self.states) > self.keep:
+                self.states.popleft().unlink(missing_ok=True)
+        if self.points:
+            self.table[index] = answer
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            with self.journal.open("a") as file:
+                file.write(f"{index}," + ",".join(f"{value:.3f}" for value in answer.flat) + ",end\n")
+        else:
+            common.write_mask(self.mask_path(index), answer, self.palette)
+
+    def flush(self) -> None:
+        while self.pending:
+            self.pending.popleft().result()
+
+    def finish(self, order: list[int]) -> None:
+        """Every frame is whole: write the table of points, drop the state."""
+        if self.points:
+            with common.atomic(self.out / "points.csv") as temporary, temporary.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["frame", "id", "x", "y"])
+                for index in order:
+                    for name, (x, y) in zip(self.ids, self.table[index], strict=True):
+                        writer.writerow([index, name, *(("", "") if x < 0 else (f"{x:.2f}", f"{y:.2f}"))])
+        shutil.rmtree(self.out / ".state", ignore_errors=True)
+
+
+def segments(order: list[int], annotated: Iterable[int]) -> list[list[int]]:
+    """The stretches that are run one by one: backwards from the first annotated frame, then onwards from each one.
+
+    A stretch starts afresh with its annotated frame, so that what went wrong before a correction ends there.
+    """
+    places = sorted(order.index(index) for index in annotated)
+    onwards = [order[a:b] for a, b in zip(places, [*places[1:], len(order)], strict=True)]
+    return ([order[places[0] :: -1]] if places[0] else []) + onwards
+
+
+def track(args: Args, video, order, annotations: dict[int, torch.Tensor], results: Results, encoder, clock) -> None:
+    """Label every frame of `order` that has no result yet. annotations: frame -> soft labels L x h x w."""
+    s, device, live = args.propagation, next(encoder.parameters()).device, isinstance(video, Camera)
+
+    def encode(frame: np.ndarray) -> torch.Tensor:
+        with clock.time("extract"):
+            features = encoder(torch.from_numpy(frame).to(device)[None])[0]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return features
+
+    total = None if live else len(order)
+    bar = tqdm(total=total, initial=0 if live else sum(map(results.has, order)), unit="frame", desc=video.source)
+    annotated = {}
+    for stretch in [order] if live else segments(order, annotations):
+        rest = stretch[1:]
+        done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
+        if done == len(rest):
+            continue
+        if not annotated:  # every annotated frame stays in the context of all stretches for good
+            for index, labels in annotations.items():
+                frame = next(video.frames([index]))[1]
+                annotated[index] = encode(frame), labels.to(device)
+        back = rest[max(0, done - s.context) : done]
+        if not all(results.state_path(index).is_file() for index in back):
+            back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
+        recent = [
+            (encode(frame), torch.from_numpy(np.load(results.state_path(index))).to(device))
+            for index, frame in (video.frames(back) if back else ())
+        ]
+        current = deque()
+
+        def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
+            frames = prefetch(video.frames(todo))
+            while True:
+                with clock.time("read"):
+                    item = next(frames, None)
+                if item is None:
+                    return
+                current.append(item)
+                yield encode(item[1])
+
+        labelled = common.propagate_video(features(), list(annotated.values()), s, recent)
+        while True:
+            start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
+            if (z := next(labelled, None)) is None:
+                break
+            index, frame = current.popleft()
+            if results.points:
+                answer = common.points_from_labels(z, video.size)
+            else:
+                answer = common.mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
+            clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
+            bar.update(not results.has(index))
+            with clock.time("write"):
+                results.add(index, answer, z)
+            if args.show and not show(draw(frame, answer, results)):
+                break
+    results.flush()
+    bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What people look at
+
+
+def draw(frame: np.ndarray, answer: np.ndarray, results: Results) -> np.ndarray:
+    """The frame with its objects tinted, or its key points as dots."""
+    if not results.points:
+        return common.overlay(frame, answer, results.palette)
+    picture, radius = frame.copy(), max(3, min(frame.shape[:2]) // 90)
+    for number, (x, y) in enumerate(answer, 1):
+        if x >= 0:
+            centre, colour = (round(float(x)), round(float(y))), PALETTE[number % 255 + (number % 255 == 0)].tolist()
+            cv2.circle(picture, centre, radius + 1, (255, 255, 255), -1, cv2.LINE_AA)
+            cv2.circle(picture, centre, radius, colour, -1, cv2.LINE_AA)
+    return picture
+
+
+def show(picture: np.ndarray) -> bool:
+    """Show a picture in the window; False when q or Esc is pressed."""
+    cv2.imshow("softcopy", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    return cv2.waitKey(1) & 0xFF not in (ord("q"), 27)
+
+
+def make_film(out: Path, video: Video, order: list[int], results: Results, every: int) -> None:
+    """overlay.mp4 of all frames in the order of `order`, and contact_sheet.jpg of twelve of them."""
+    chosen = {order[round(i)] for i in np.linspace(0, len(order) - 1, min(12, len(order)))}
+    H, W = video.size
+    thumbs, width = [], min(480, W)
+    with common.film_writer(out / "overlay.mp4", video.fps / every, video.size) as append:
+        for index, frame in tqdm(prefetch(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
+            picture = draw(frame, results.read(index), results)
+            append(picture)
+            if index in chosen:
+                thumb = cv2.resize(picture, (width, max(1, round(width * H / W))), interpolation=cv2.INTER_AREA)
+                for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+                    cv2.putText(
+                        thumb,
+                        video.names[index],
+                        (8, 20),
+                        cv2.FONT_HERSHEY_SIMPLEX,
+                        0.55,
+                        colour,
+                        thickness,
+                        cv2.LINE_AA,
+                    )
+                thumbs.append(thumb)
+    columns = 4 if W >= H else 6
+    thumbs += [np.full_like(thumbs[0], 255)] * (-len(thumbs) % columns if len(thumbs) > columns else 0)
+    rows = [np.concatenate(thumbs[i : i + columns], 1) for i in range(0, len(thumbs), columns)]
+    sheet = cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR)
+    with common.atomic(out / "contact_sheet.jpg") as temporary:
+        temporary.write_bytes(cv2.imencode(".jpg", sheet, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes())
+
+
+def list_models() -> None:
+    """Print the table of models."""
+    print(f"{'name':14} {'features':34} {'stride':>6}  {'paper J&F':>9}  weights")
+    for name, model in MODELS.items():
+        s = model.settings
+        where = "needs none" if name == "random" else common.find_weights(name, fetch=False) or f"not here; {model.url}"
+        features = f"{model.arch} {s.layer}" + (", L2" if s.l2 else "")
+        print(f"{name:14} {features:34} {s.stride:6}  {model.paper or '-':>9}  {where}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list, np.ndarray]:
+    """Read or draw what is annotated: frame -> mask H x W or points J x 2; the ids; the palette."""
+    if bool(args.mask) + bool(args.points) + args.pick != 1:
+        raise UserError("--mask, --points or --pick: give one of them, to say what to track")
+    frames = args.mask_frame or [first]
+    if len(frames) != max(len(args.mask), 1) or len(set(frames)) < len(frames):
+        raise UserError(f"--mask-frame: {len(frames)} frame(s) for {max(len(args.mask), 1)} mask(s); give one for each")
+    if args.points:
+        ids, points = read_points(args.points, video.size)
+        return {frames[0]: points}, ids, PALETTE
+    if args.pick:
+        need_window("--pick")
+        masks = {frames[0]: pick_mask(next(video.frames(frames))[1])}
+        palette = PALETTE
+    else:
+        read = [fit_mask(path, video.size) for path in args.mask]
+        masks, palette = dict(zip(frames, (mask for mask, _ in read), strict=True)), read[0][1]
+    ids = [int(number) for number in np.unique(np.concatenate([np.unique(mask) for mask in masks.values()])) if number]
+    return masks, ids, palette
+
+
+def main(args: Args) -> None:
+    if args.list_models:
+        return list_models()
+    if not args.video:
+        raise UserError("--video: missing; give a film, a folder of pictures or the number of a camera (see --help)")
+    live = args.video.isdigit() and not Path(args.video).exists()
+    name = f"camera{args.video}" if live else Path(args.video.rstrip("/*?.")).stem or "video"
+    out = args.out or Path("results") / name
+    if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
+        raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
+    if args.show:
+        need_window("--show")
+
+    # What is asked for, checked before any long work.
+    video = Camera(int(args.video), out / "frames") if live else Video(args.video)
+    order = range(args.end or 10**9) if live else choose_frames(args, len(video))
+    annotations, ids, palette = annotate(args, video, order[0])
+    for index in annotations:
+        if index not in order:
+            raise UserError(f"--mask-frame {index}: is not among the frames used ({min(order)} to {max(order)})")
+    check_topk(args.propagation, video.size, len(annotations))
+    encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
+    job = {
+        "video": video.source,
+        "frames": [args.start, args.end, args.every, args.reverse],
+        "annotations": {str(k): hashlib.sha256(v.tobytes()).hexdigest()[:16] for k, v in annotations.items()},
+        "ids": ids,
+        "model": args.model,
+        "weights": digest(args.weights),
+        "dtype": args.dtype,
+        "settings": asdict(args.propagation),
+    }
+    open_job(out, job, args.overwrite or live)
+
+    keep = args.propagation.context
+    results = Results(out, [] if live else video.names, keep, ids, palette, points=args.points is not None)
+    clock, start, before = Stopwatch(), time.perf_counter(), 0 if live else sum(map(results.has, order))
+    grid, labels = args.propagation.grid(*video.size), {}
+    for index, known in annotations.items():
+        if args.points:
+            labels[index] = common.labels_from_points(known, video.size, grid)
+        else:
+            labels[index] = common.labels_from_mask(torch.from_numpy(known), ids, grid)
+        if not results.has(index):
+            results.add(index, known)
+    try:
+        with torch.inference_mode():
+            track(args, video, order, labels, results, encoder, clock)
+    except KeyboardInterrupt:
+        results.flush()
+        if not live:
+            raise
+    if live:
+        video = Video(out / "frames")
+        order = range(len(video))
+    if video.broken:
+        print(f"note: {video.broken}", file=sys.stderr)
+    order = [index for index in order if results.has(index)]
+    results.finish(order)
+    seconds = time.perf_counter() - start
+    if len(order) > before or not (out / "overlay.mp4").is_file():
+        with clock.time("film"):
+            make_film(out, video, order, results, args.every)
+    made = len(order) - before
+    rates = {stage: round(made / spent, 2) for stage, spent in clock.items() if spent > 0}
+    versions = {"softcopy": common.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"opencv": cv2.__version__, "av": av.__version__}
+    if made:
+        rates = {"whole run": round(made / seconds, 2), **rates}
+        write_json(out / "run.json", {"job": job, "versions": versions, "frames": made, "frames_per_second": rates})
+    what = f"{len(order)} frames of points.csv" if results.points else f"{len(order)} masks"
+    print(
+        f"{out}: {what}, overlay.mp4, contact_sheet.jpg"
+        + (f"; {made / seconds:.2f} frames/s" if made else "; all was there")
+    )
+
+
+if __name__ == "__main__":
+    common.run(main, lambda: common.parse_args(Args))
