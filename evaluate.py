@@ -98,10 +98,8 @@ class Args:
     """factor=value,value,... Give it several times: one factor at a time, or all combinations with --grid."""
     grid: bool = False
     """Sweep all combinations of the factors."""
-    paper: (
-        Literal["table1", "table2", "table3", "table4", "table6", "table7", "table8", "figure4", "figure5"] | None
-    ) = None
-    """Run the rows of this table or figure of the paper, and print them side by side with the paper's."""
+    paper: Literal["", "table1", "table2", "table3", "table4", "table6", "table7", "table8", "figure4", "figure5"] = ""
+    """Run the rows of this table or figure of the paper, at the paper's settings, side by side with its figures."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -117,46 +115,13 @@ PAGES = {
     "vip": "https://sysu-hcp.net/lip/overview.php",
     "jhmdb": "http://jhmdb.is.tue.mpg.de/dataset",
 }
-SIZES = {"vip": "560x560", "jhmdb": "240x240"}  # section 7; else the model's own
-PARTS = [
-    "background",
-    "hat",
-    "hair",
-    "sun-glasses",
-    "upper-clothes",
-    "dress",
-    "coat",
-    "socks",
-    "pants",
-    "gloves",
-    "scarf",
-    "skirt",
-    "torso-skin",
-    "face",
-    "right-arm",
-    "left-arm",
-    "right-leg",
-    "left-leg",
-    "right-shoe",
-    "left-shoe",
-]
-JOINTS = [
-    "neck",
-    "belly",
-    "face",
-    "right-shoulder",
-    "left-shoulder",
-    "right-hip",
-    "left-hip",
-    "right-elbow",
-    "left-elbow",
-    "right-knee",
-    "left-knee",
-    "right-wrist",
-    "left-wrist",
-    "right-ankle",
-    "left-ankle",
-]
+SIZES = {"vip": "560x560", "jhmdb": "240x240"}  # section 7; elsewhere the model's own
+# fmt: off
+PARTS = ("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants", "gloves",
+         "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe", "left-shoe")
+JOINTS = ("neck", "belly", "face", "right-shoulder", "left-shoulder", "right-hip", "left-hip", "right-elbow",
+          "left-elbow", "right-knee", "left-knee", "right-wrist", "left-wrist", "right-ankle", "left-ankle")
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -180,9 +145,9 @@ def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]
         listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
         folders = [(name, pictures / name, truth / name, None) for name in wanted or read_list(listing, page)]
     elif args.dataset == "vip":
-        root = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
+        lists, root = root / "lists", root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
         truth = root / "Annotations" if (root / "Annotations").is_dir() else root
-        listing = root / f"lists/{args.subset}_videos.txt"
+        listing = (lists if lists.is_dir() else root / "lists") / f"{args.subset}_videos.txt"
         folders = [
             (name, root / "Images" / name, truth / "Category_ids" / name, truth / "Instance_ids" / name)
             for name in wanted or read_list(listing, page)
@@ -226,15 +191,11 @@ def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]
 
 
 def read_list(path: Path, page: str) -> list[str]:
+    """One name a line; DAVIS 2016's own lists have the paths of all frames instead."""
     if not path.is_file():
         raise UserError(f"{path}: not found, it lists the sequences; {page}")
-    lines = [
-        line.split()[0] if line.startswith("/") else line.strip() for line in path.read_text().splitlines() if line
-    ]
-    names = [
-        Path(line).parent.name if line.startswith("/") else line for line in lines if line
-    ]  # DAVIS 2016's own lists
-    return list(dict.fromkeys(names))
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return list(dict.fromkeys(Path(line.split()[0]).parent.name if line[0] == "/" else line for line in lines))
 
 
 def check_names(folder: Path, names: Iterable[str], like: str) -> None:
@@ -482,12 +443,9 @@ def score_jhmdb(seq: Sequence, folder: Path, pool) -> dict:
 
 SCORE = {"davis": score_davis, "davis2016": score_davis, "vip": score_vip, "jhmdb": score_jhmdb}
 MAIN = {"davis": "J&F_M", "davis2016": "J&F_M", "vip": "mIoU", "jhmdb": "PCK@0.1"}  # the figure to rank by
-COLUMNS = {
-    "davis": ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"],
-    "davis2016": ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"],
-    "vip": ["mIoU", "AP^r_vol"],
-    "jhmdb": [f"PCK@{a / 10}" for a in range(1, 6)],
-}
+DAVIS_COLUMNS = ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"]
+PCK_COLUMNS = [f"PCK@{a / 10}" for a in range(1, 6)]
+COLUMNS = {"davis": DAVIS_COLUMNS, "davis2016": DAVIS_COLUMNS, "vip": ["mIoU", "AP^r_vol"], "jhmdb": PCK_COLUMNS}
 
 
 def summarize(dataset: str, results: dict[str, dict]) -> dict:
@@ -559,35 +517,37 @@ class Row:
     """A line of the table: predictions in a folder, and what they are made with (model None: someone else's)."""
 
     name: str
-    folder: Path
+    folder: Path = Path()
     model: str | None = None
     weights: Path | None = None
     settings: Propagation | None = None
-    paper: tuple[str, dict] | None = None  # (table, {score: the paper's figure in per cent})
+    paper: dict[str, float] = field(default_factory=dict)  # the paper's figures, per cent
+    lacks: str = ""  # why it cannot run
 
 
-def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str = "", paper=None, model="") -> Row:
+def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str = "", model: str = "", **more) -> Row:
     """The row of a model at some settings; its folder's name ends in a digest of all that the predictions depend on."""
     model = model or args.model
     weights = args.weights if args.weights and model == args.model else find_weights(model)
+    fits(model, weights, settings.layer, settings.stride)
     own = asdict(MODELS[model].settings)
-    changed = [f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value]
-    record = {
-        "model": model,
-        "weights": file_digest(weights) if weights and weights.is_file() else str(weights),
-        "dataset": [args.dataset, str(root.resolve())],
-        "dtype": args.dtype,
-        "settings": asdict(settings),
-    }
+    changed = [f"{key}={show(value)}" for key, value in asdict(settings).items() if own[key] != value]
+    record = {"model": model, "weights": weights and file_digest(weights), "dtype": args.dtype}
+    record |= {"dataset": [args.dataset, str(root.resolve())], "settings": asdict(settings)}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     folder = out / "predictions" / f"{model}-{digest}"
-    return Row(name or " ".join([model, *changed]), folder, model, weights, settings, paper)
+    return Row(name or " ".join([model, *changed]), folder, model, weights, settings, **more)
+
+
+@lru_cache
+def fits(model: str, weights: Path | None, layer: str, stride: int) -> None:
+    """UserError, before any long work, if the weights do not hold what these settings need."""
+    load_encoder(model, weights, replace(MODELS[model].settings, layer=layer, stride=stride), "cpu")
 
 
 @lru_cache
 def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def sweep_settings(args: Args, base: Propagation) -> list[Propagation]:
@@ -655,7 +615,6 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     for name in seq.names:
         if name not in at:
             raise UserError(f"{seq.frames / name}.jpg: not found, yet it is annotated; download the sequence again")
-    check_names(seq.frames, seq.names, seq.names[0])
 
     frames = ahead(frame for _, frame in video.frames([at[name] for name in seq.names]))
     features = (encoder(torch.from_numpy(frame)[None].to(device))[0] for frame in frames)  # C h w each
@@ -678,51 +637,42 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
             part_labels = labels_from_mask(torch.from_numpy(given_parts.copy()).to(device), parts, grid)
             labels = torch.cat([labels, part_labels])
 
-    folders = [row.folder / ".partial" / seq.name for row in rows]
+    folders, tracks = [row.folder / ".partial" / seq.name for row in rows], [[] for _ in rows]
     for row, folder in zip(rows, folders, strict=True):
-        shutil.rmtree(row.folder / ".partial" / seq.name, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         (folder / "parts").mkdir(parents=True)
         record = {"model": row.model, "weights": str(row.weights), **asdict(row.settings)}
         with atomic(row.folder / "settings.json") as path:
             path.write_text(json.dumps(record, indent=1))
-    points = [[given[:, :2]] for _ in rows] if seq.dataset == "jhmdb" else []
     streams = [
         propagate_video(targets, [(first, labels)], row.settings)
         for row, targets in zip(rows, itertools.tee(features, len(rows)), strict=True)
     ]
     with ThreadPoolExecutor(2) as writers:
-        pending = deque()
-        for name, maps in zip(
-            seq.names, itertools.chain([[labels] * len(rows)], zip(*streams, strict=True)), strict=True
-        ):
-            for i, (row, soft) in enumerate(zip(rows, maps, strict=True)):
+        pending, soft_maps = deque(), itertools.chain([[labels] * len(rows)], zip(*streams, strict=True))
+        for name, maps in zip(seq.names, soft_maps, strict=True):
+            for row, folder, track, soft in zip(rows, folders, tracks, maps, strict=True):
                 if seq.dataset == "jhmdb":
-                    if name != seq.names[0]:
-                        points[i].append(points_from_labels(soft, size))
+                    track.append(points_from_labels(soft, size) if name != seq.names[0] else given)
                     continue
                 # VIP's masks are made at the network's input size and brought to full size by nearest neighbour
                 full = row.settings.input_size(*size) if seq.dataset == "vip" else size
                 soft, soft_parts = soft[: 1 + len(ids)], soft[1 + len(ids) :]
-                mask = (
-                    given
-                    if name == seq.names[0]
-                    else mask_from_labels(soft, ids, full, row.settings.minmax).cpu().numpy()
-                )
-                pending.append(writers.submit(write_mask, folders[i] / f"{name}.png", nearest(mask, size)))
+                mask = given
+                if name != seq.names[0]:
+                    mask = nearest(mask_from_labels(soft, ids, full, row.settings.minmax).cpu().numpy(), size)
+                pending.append(writers.submit(write_mask, folder / f"{name}.png", mask))
                 if parts:
-                    pending.append(
-                        writers.submit(
-                            write_parts, folders[i] / f"parts/{name}.png", soft_parts, parts, kinds, full, size
-                        )
-                    )
+                    job = write_parts, folder / f"parts/{name}.png", soft_parts, [kinds[i] for i in parts], full, size
+                    pending.append(writers.submit(*job))
             while len(pending) > 16 * len(rows):
                 pending.popleft().result()
             bar.update(len(rows))
         for job in pending:
             job.result()
-    for i, (row, folder) in enumerate(zip(rows, folders, strict=True)):
-        if seq.dataset == "jhmdb":
-            savemat(folder / "joint_positions.mat", {"pos_img": np.stack(points[i]).transpose(2, 1, 0) + 1})
+    for row, folder, track in zip(rows, folders, tracks, strict=True):
+        if track:
+            savemat(folder / "joint_positions.mat", {"pos_img": np.stack(track).transpose(2, 1, 0) + 1})
         if parts:
             move(folder / "parts", row.folder / "Instance_ids" / seq.name)
         shutil.rmtree(folder / "parts", ignore_errors=True)
@@ -739,15 +689,17 @@ def ahead(items: Iterable) -> Iterator:
             yield item
 
 
-def write_parts(path: Path, labels: torch.Tensor, parts: list[int], kinds: dict[int, int], full, size) -> None:
-    """VIP instances as the public script reads them: ids 1..n, and a line `class score` for each id."""
-    soft = F.interpolate(labels[None], size=full, mode="bilinear")[0]  # 1 + n, H, W
+def write_parts(
+    path: Path, labels: torch.Tensor, kinds: list[int], full: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """VIP instances as the public script reads them: ids 1..n, and a line `part class, score` for each id."""
+    soft = F.interpolate(labels[None].float(), size=full, mode="bilinear")[0]  # 1 + n, H, W
     probability, winner = (each.cpu().numpy() for each in soft.max(0))
     winner = winner.astype(np.uint8)
-    sums = np.bincount(winner.ravel(), probability.ravel(), minlength=1 + len(parts))
-    areas = np.bincount(winner.ravel(), minlength=1 + len(parts))
-    scores = sums / np.maximum(areas, 1)
-    path.with_suffix(".txt").write_text("".join(f"{kinds[n]} {scores[i]:.6f}\n" for i, n in enumerate(parts, 1)))
+    sums, areas = (np.bincount(winner.ravel(), w, 1 + len(kinds)) for w in (probability.ravel(), None))
+    scores = sums / np.maximum(areas, 1)  # the mean probability over the mask
+    text = "".join(f"{kind} {scores[i]:.6f}\n" for i, kind in enumerate(kinds, 1))
+    path.with_suffix(".txt").write_text(text)
     write_mask(path, nearest(winner, size))
 
 
@@ -764,43 +716,43 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
     for row in rows:  # rows that share features share one pass over each video
         key = row.settings and (row.model, row.weights, *(getattr(row.settings, f) for f in FEATURE_FACTORS))
         groups.setdefault(key or row.folder, []).append(row)
-    scored = args.subset != "test-dev"
-    total = len(rows) * sum(len(seq.names) for seq in sequences)
-    with tqdm(total=total, unit="frame", smoothing=0.05, dynamic_ncols=True) as bar:
-        for group in groups.values():
-            encoder = None
-            for seq in sequences:
-                bar.set_description(seq.name)
-                todo = [row for row in group if row.settings and not complete(seq, row.folder)]
-                done = bar.n
+    total, quiet = len(rows) * sum(len(seq.names) for seq in sequences), os.environ.get("RANK", "0") != "0"
+    device = args.device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    with tqdm(total=total, unit="frame", smoothing=0.05, dynamic_ncols=True, disable=quiet) as bar:
+
+        def fail(row: Row, seq: Sequence, error: UserError) -> None:
+            failed[row.name][seq.name] = str(error)
+            bar.write(f"error: {error}", file=sys.stderr)
+
+        for group, seq in itertools.product(groups.values(), sequences):
+            if seq is sequences[0]:
+                encoder = None
+            bar.set_description(seq.name)
+            todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
+            if todo and encoder is None:
+                encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
+            try:
+                check_names(seq.frames, seq.names, seq.names[0] if seq.names else "")
+                if todo:
+                    propagate(seq, encoder, todo, bar)
+            except UserError as error:
+                fail((todo or group)[0], seq, error)
+                for row in todo or group:
+                    failed[row.name][seq.name] = str(error)
+            for row in group:
+                if args.subset == "test-dev" or seq.name in failed[row.name]:
+                    continue
                 try:
-                    if todo and encoder is None:
-                        device = args.device
-                        if device == "auto" and torch.cuda.is_available():
-                            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-                        encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
-                except UserError:
-                    raise
-                try:
-                    if todo:
-                        propagate(seq, encoder, todo, bar)
+                    check_prediction(seq, row.folder)
+                    results[row.name][seq.name] = SCORE[args.dataset](seq, row.folder, pool)
                 except UserError as error:
-                    for row in todo:
-                        failed[row.name][seq.name] = str(error)
-                    bar.write(f"error: {error}", file=sys.stderr)
-                for row in group:
-                    if not scored or seq.name in failed[row.name]:
-                        continue
-                    try:
-                        check_prediction(seq, row.folder)
-                        results[row.name][seq.name] = SCORE[args.dataset](seq, row.folder, pool)
-                    except UserError as error:
-                        failed[row.name][seq.name] = str(error)
-                        bar.write(f"error: {error}", file=sys.stderr)
-                    else:
-                        so_far = summarize(args.dataset, results[row.name])["overall"].get(MAIN[args.dataset], math.nan)
-                        bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): f"{100 * so_far:.1f}"})
-                bar.update(done + len(group) * len(seq.names) - bar.n)
+                    fail(row, seq, error)
+                    continue
+                so_far = summarize(args.dataset, results[row.name])["overall"].get(MAIN[args.dataset])
+                bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): percent(so_far)})
+            bar.update(done + len(group) * len(seq.names) - bar.n)
 
 
 def check_prediction(seq: Sequence, folder: Path) -> None:
@@ -813,8 +765,8 @@ def check_prediction(seq: Sequence, folder: Path) -> None:
     extra = sorted({p.stem for p in path.glob("*.png")} - set(seq.names))
     check_names(path, extra, seq.names[0])
     if extra:
-        note = f"note: {path}: {len(extra)} masks for frames that {seq.name} does not have are left out, such as {extra[0]}"
-        tqdm.write(note, file=sys.stderr)
+        what = f"{len(extra)} masks for frames that {seq.name} does not have are left out, such as {extra[0]}"
+        tqdm.write(f"note: {path}: {what}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -841,112 +793,107 @@ FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the capt
     },
     "figure5": {"context": [1, 2, 4, 7, 10, 20], "topk": [1, 3, 5, 10, 20, 50]},
 }
-NOTES = "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change."
+NOTE = "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change."
 
 
-def paper_rows(args: Args, root: Path, out: Path, given: dict) -> tuple[list[Row], list[tuple[str, str, dict]]]:
-    """Rows of a table or figure that can run, and (row, what is missing, the paper's figures) of the others."""
+def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
+    """The rows of a table or figure, in the paper's order; what cannot run says what it lacks."""
     wanted = []  # name, models, settings, figures
     for model, way in itertools.product(FIGURE_MODELS, ("overall", "per-frame")) if args.paper in FIGURE_AXES else ():
         models = [f"{model}-finetuned", model] if model in ("imagenet", "moco", "rotation") else [model]
         fixed = [way, "none", *(["topk=10", "context=1"] if args.dataset == "vip" else [])]
         for factor, values in FIGURE_AXES[args.paper].items():
-            for value in values:
-                words = [*fixed, f"{factor}={value}"]
-                wanted.append((f"{model}, {way}, {factor} {value:.4g}", models, words, {}))
+            wanted += [(f"{model}, {way}, {factor} {show(v)}", models, [*fixed, f"{factor}={v}"], {}) for v in values]
     with PAPER.open(newline="") as file:
         for line in csv.DictReader(file):
             if line["table"] == args.paper:
                 figures = {c: float(line[c]) for c in COLUMNS[args.dataset] if line.get(c)}
                 wanted.append((line["row"], line["models"].split(), line["settings"].split(), figures))
-    rows, missing = {}, []
+    rows = {}
     for name, models, words, figures in wanted:
-        settings, why = paper_settings(args, models, words)
-        if why:
-            missing.append((name, why, figures))
-            continue
-        model, settings = settings
-        row = make_row(args, root, out, replace(settings, **given), name, (args.paper, figures), model)
-        rows.setdefault(row.folder if args.paper in FIGURE_AXES else name, row)  # curves share points
-    return list(rows.values()), missing
+        try:
+            model, settings = paper_settings(args, models, words)
+            row = make_row(args, root, out, replace(settings, **given), name, model, paper=figures)
+        except UserError as error:
+            row = Row(name, paper=figures, lacks=str(error))
+        rows.setdefault(row.folder if args.paper in FIGURE_AXES and not row.lacks else name, row)  # curves share points
+    if all(row.lacks for row in rows.values()):
+        why = "; ".join(dict.fromkeys(row.lacks for row in rows.values()))
+        raise UserError(f"--paper {args.paper}: no row can run: {why}")
+    return list(rows.values())
 
 
-def paper_settings(args: Args, models: list[str], words: list[str]):
-    """((model, settings), "") of a row of the paper, or (None, what is missing)."""
-    at_hand = [m for m in models if m in MODELS]
-    if not at_hand:
-        return None, "another paper's figure, not run here" if models == [
-            "-"
-        ] else f"model {models[0]}: not in common.MODELS yet"
-    ready = [m for m in at_hand if (args.weights and m == args.model) or m == "random" or find_weights(m, fetch=False)]
-    if not ready:
-        url = MODELS[at_hand[0]].url
-        return None, f"weights of {at_hand[0]}: {f'download {url} to weights/' if url else 'put them in weights/'}"
-    model = ready[0]
+def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str, Propagation]:
+    """The model and settings of a row of the paper; UserError with what is missing."""
+    if not models:
+        raise UserError("printed in the paper from another one")
+    if not (known := [m for m in models if m in MODELS]):
+        raise UserError(f"model {models[-1]} is not in --model's list")
+    chosen = [m for m in known if m == "random" or (args.weights and m == args.model) or find_weights(m, fetch=False)]
+    if not chosen:
+        raise UserError(f"weights of {known[0]}: download {MODELS[known[0]].url} to weights/, or give --weights")
     factors = {"size": SIZES.get(args.dataset, "480"), "upsample": 1, "softmax": "auto", "topk": 5, "context": 7}
     factors |= {"shape": "circle", "radius": 12, "exempt_first": False}
     for word in words:
-        factor, _, value = word.partition("=")
-        if not value:
-            factor, value = "aggregation" if word in ("overall", "per-frame") else "localization", word
+        factor, _, text = word.partition("=")
+        if not text:
+            factor, text = "aggregation" if word in ("overall", "per-frame") else "localization", word
         try:
-            factors[factor] = parse_value(factor, value)
-        except ValueError:
-            return None, f"{factor} {value}: not in common.Propagation yet"
+            factors[factor] = parse_value(factor, text)
+        except ValueError as error:
+            raise UserError(f"{factor} {text} is not among the factors of Propagation") from error
     per_frame = factors["aggregation"] == "per-frame"
-    family = model.removesuffix("-finetuned")
-    factors = {"temperature": TEMPERATURES.get(family, (1.0, 1.0))[not per_frame], "minmax": per_frame, **factors}
-    return (model, replace(MODELS[model].settings, **factors)), ""
+    temperature = TEMPERATURES.get(chosen[0].removesuffix("-finetuned"), (1.0, 1.0))[not per_frame]
+    return chosen[0], replace(
+        MODELS[chosen[0]].settings, **{"temperature": temperature, "minmax": per_frame, **factors}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What people look at
 
 
-def print_table(args: Args, rows: list[Row], scores: dict, missing: list, failed: dict, total: int) -> None:
-    """The terminal table; for --paper: paper, ours and the difference."""
-    columns = COLUMNS[args.dataset]
-    if args.paper and args.paper not in FIGURE_AXES:
-        listed = [
-            c
-            for c in columns
-            if any(c in (row.paper or ("", {}))[1] for row in rows) or any(c in m[2] for m in missing)
-        ]
-        body = []
+def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: int) -> None:
+    """The terminal table; for a table of the paper: the paper's figure, ours, and the difference."""
+    columns = [c for c in COLUMNS[args.dataset] if any(c in row.paper for row in rows)]
+    if columns:
+        body = [["%", *(cell for c in columns for cell in (c, "ours", "diff"))]]
         for row in rows:
-            cells = [row.name + (f" [{row.model}]" if row.model not in row.name.lower() else "")]
-            for c in listed:
-                paper, ours = row.paper[1].get(c), 100 * scores[row.name]["overall"].get(c, math.nan)
-                cells += [percent(paper, 1), percent(ours, 1), percent(None if paper is None else ours - paper, 1, "+")]
+            cells = [row.name]
+            for c in columns:
+                ours = 100 * scores[row.name]["overall"].get(c, math.nan) if row.name in scores else math.nan
+                difference = ours - row.paper[c] if c in row.paper else math.nan
+                cells += [percent(row.paper.get(c), 1), percent(ours, 1), percent(difference, 1, "+")]
             body.append(cells)
-        body += [
-            [name, *(cell for c in listed for cell in (percent(figures.get(c), 1), "", ""))]
-            for name, _, figures in missing
-        ]
-        head = ["% (paper, ours, difference)", *(cell for c in listed for cell in (c, "ours", "diff"))]
     else:
-        head = ["%", *columns]
-        body = [[row.name, *(percent(scores[row.name]["overall"].get(c)) for c in columns)] for row in rows]
-    if args.dataset == "vip" and len(rows) == 1:
-        body += [[f"  {part}", percent(s["IoU"]), ""] for part, s in scores[rows[0].name]["per_object"].items()]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    for line in [head, ["-" * w for w in widths], *body]:
-        print(
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        )
-    if missing:
-        print("\nnot run, with what is missing:")
-        for why, names in itertools.groupby(missing, key=lambda m: m[1]):
-            print(f"  {why}: {', '.join(name for name, *_ in names)}"[:400])
-    if args.paper:
-        print(f"\n{NOTES}")
+        columns = COLUMNS[args.dataset]
+        body = [["%", *columns]]
+        body += [[r.name, *(percent(scores[r.name]["overall"].get(c)) for c in columns)] for r in rows if not r.lacks]
+        if args.dataset == "vip" and len(rows) == 1:
+            body += [[f"  {part}", percent(s["IoU"]), ""] for part, s in scores[rows[0].name]["per_object"].items()]
+    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+    for line in [body[0], ["-" * width for width in widths], *body[1:]]:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+    lacking = {}
     for row in rows:
+        lacking.setdefault(row.lacks, []).append(row.name)
         if failed[row.name]:
-            print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed, the figures are over the others")
+            print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
+    for why, names in lacking.items():
+        if why:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            print(f"not run: {'; '.join(names[:3])}{more}: {why}")
+    if args.paper:
+        print(NOTE)
 
 
 def percent(value: float | None, scale: float = 100, sign: str = "") -> str:
     return "-" if value is None or value != value else f"{scale * value:{sign}.1f}"
+
+
+def show(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def clean(value):
@@ -958,305 +905,268 @@ def clean(value):
     return None if isinstance(value, float) and value != value else value
 
 
-def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: dict, missing: list) -> None:
+def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: dict) -> None:
     """scores.json and scores.csv. `overall` and `per_object` at the top of scores.json are those of the first row."""
     table = []
     for row in rows:
-        entry = {"name": row.name, "predictions": str(row.folder), "model": row.model}
-        entry |= {"weights": row.weights and str(row.weights), "settings": row.settings and asdict(row.settings)}
-        entry |= {"paper": row.paper and {"table": row.paper[0], "per_cent": row.paper[1]}}
-        table.append({**entry, **scores[row.name], "failed": failed[row.name]})
-    record = {
-        "dataset": args.dataset,
-        "subset": args.subset,
-        **({"split": args.split} if args.dataset == "jhmdb" else {}),
-    }
-    record |= {"overall": table[0]["overall"], "per_object": table[0]["per_object"], "rows": table}
-    record |= {"not_run": {name: why for name, why, _ in missing}}
+        entry = {"name": row.name, "model": row.model, "weights": row.weights and str(row.weights), "lacks": row.lacks}
+        entry |= {"predictions": str(row.folder), "settings": row.settings and asdict(row.settings), "paper": row.paper}
+        table.append({**entry, **scores.get(row.name, {}), "failed": failed[row.name]})
+    first = next(entry for entry in table if "overall" in entry)
+    record = {"dataset": args.dataset, "subset": args.subset, "split": args.split if args.dataset == "jhmdb" else None}
+    record |= {"overall": first["overall"], "per_object": first["per_object"], "rows": table}
     with atomic(out / "scores.json") as path:
         path.write_text(json.dumps(clean(record), indent=1))
     columns = COLUMNS[args.dataset] + (["IoU"] if args.dataset == "vip" else [])
     with atomic(out / "scores.csv") as path, path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "level", "name", *columns])
-        for row in rows:
-            levels = {
-                "overall": {"all": scores[row.name]["overall"]},
-                **{k: scores[row.name][k] for k in ("per_sequence", "per_object")},
-            }
-            for level, entries in levels.items():
-                for name, entry in entries.items():
+        for name, score in scores.items():
+            for level, entries in {**score, "overall": {"all": score["overall"]}}.items():
+                for what, entry in entries.items():
                     values = [entry.get(c, math.nan) for c in columns]
-                    writer.writerow([row.name, level, name, *("" if v != v else f"{v:.6f}" for v in values)])
+                    writer.writerow([name, level, what, *("" if v != v else f"{v:.6f}" for v in values)])
 
 
-def sweep_curves(args: Args, rows: list[Row], scores: dict) -> dict[str, list]:
-    """factor -> [(model, settings that tell the line apart, [(value, score)])]: rows that differ in one number alone."""
-    figure, rows = {}, [row for row in rows if row.settings]
-    values = {f.name: {getattr(row.settings, f.name) for row in rows} for f in fields(Propagation)}
+def sweep_curves(rows: list[Row], scores: dict, figure: str) -> dict[str, dict]:
+    """factor -> {(model, the other varied settings): [(value, score)]}: rows that differ in one number alone."""
+    curves, values = {}, {f.name: {getattr(row.settings, f.name) for row in rows} for f in fields(Propagation)}
     varied = [f for f, seen in values.items() if len(seen) > 1]
     for factor in varied:
-        lines = {}
-        if any(isinstance(v, str | bool) for v in values[factor]):
+        if any(isinstance(value, str | bool) for value in values[factor]):
             continue
+        lines = {}
         for row in rows:
-            others = {f: getattr(row.settings, f) for f in varied if f != factor}
-            lines.setdefault((row.model, *others.items()), {})[getattr(row.settings, factor)] = row
-        long = [(key, line) for key, line in lines.items() if len(line) > 1]
-        told = [
-            f for i, f in enumerate(f for f in varied if f != factor) if len({key[1 + i][1] for key, _ in long}) > 1
-        ]
-        figure[factor] = [
-            (key[0], {f: v for f, v in key[1:] if f in told or f == "aggregation"},
-             sorted((x, 100 * scores[row.name]["overall"].get(MAIN[args.dataset], math.nan)) for x, row in line.items()))
-            for key, line in long
-        ]  # fmt: skip
-    return {factor: lines for factor, lines in figure.items() if lines}
+            others = tuple((f, getattr(row.settings, f)) for f in varied if f != factor)
+            point = getattr(row.settings, factor), 100 * scores[row.name]["overall"].get(figure, math.nan)
+            lines.setdefault((row.model, others), []).append(point)
+        if lines := {key: sorted(set(points)) for key, points in lines.items() if len(set(points)) > 1}:
+            curves[factor] = lines
+    return curves
 
 
-def draw_curves(args: Args, figure: dict[str, list], models: list[str]) -> str:
-    """Figures 4 and 5 of the paper: overall solid, per-frame dashed, one colour a model."""
+def draw_curves(curves: dict[str, dict], ylabel: str) -> str:
+    """Figures 4 and 5 of the paper: overall solid, per-frame dashed, one colour a model (or a setting)."""
     names = {"temperature": "1 / temperature", "context": "context frames n", "topk": "neighbours k"}
-    fig, axes = plt.subplots(1, len(figure), figsize=(4.2 * len(figure) + 0.6, 3.6), squeeze=False, sharey=True)
-    for ax, (factor, lines) in zip(axes[0], figure.items(), strict=True):
-        for i, (model, told, points) in enumerate(lines):
+    figure, axes = plt.subplots(1, len(curves), figsize=(max(4.4 * len(curves), 6), 3.8), squeeze=False, sharey=True)
+    for ax, (factor, lines) in zip(axes[0], curves.items(), strict=True):
+        told = {f for f, _ in next(iter(lines))[1] if len({dict(others)[f] for _, others in lines}) > 1}
+        hues = {}
+        for (model, others), points in lines.items():
+            label = [model, *(v if isinstance(v, str) else f"{f}={show(v)}" for f, v in others if f in told)]
+            hue = (model, *(v for f, v in others if f in told and f != "aggregation"))
+            style = "--" if dict(others).get("aggregation") == "per-frame" else "-"
             x, y = zip(*points, strict=True)
             x = [1 / v for v in x] if factor == "temperature" else x
-            several = len({m for m, *_ in lines}) > 1
-            label = " ".join([model, *(str(v) if f == "aggregation" else f"{f}={v}" for f, v in told.items())])
-            style = "--" if told.get("aggregation") == "per-frame" else "-"
-            ax.plot(x, y, style, marker="o", ms=4, color=f"C{models.index(model) if several else i}", label=label)
-        if factor == "temperature" and len({v for *_, p in lines for v, _ in p}) > 2:
+            colour = f"C{hues.setdefault(hue, len(hues))}"
+            ax.plot(x, y, style, marker="o", ms=4, color=colour, label=" ".join(map(str, label)))
+        ticks = sorted({1 / v if factor == "temperature" else v for points in lines.values() for v, _ in points})
+        if len(ticks) > 2 and ticks[-1] > 8 * ticks[0]:
             ax.set_xscale("log")
-            ax.set_xticks(ticks := sorted({1 / v for *_, p in lines for v, _ in p}), [f"{t:.3g}" for t in ticks])
             ax.minorticks_off()
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         ax.set_xlabel(names.get(factor, factor))
         ax.legend(fontsize=8, frameon=False)
-    axes[0, 0].set_ylabel(f"{MAIN[args.dataset].removesuffix('_M')} (%)")
-    return embed_figure(fig)
+    axes[0, 0].set_ylabel(ylabel)
+    return embed_figure(figure)
 
 
 def draw_time(results: dict[str, dict]) -> str:
-    """J and F over time, a small plot a sequence, a colour an object."""
-    shown = {name: r for name, r in results.items() if r["frames"]}
-    columns = min(3, max(1, len(shown)))
-    lines = math.ceil(len(shown) / columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(4.1 * columns, 1.9 * lines + 0.3), squeeze=False, sharey=True)
-    for ax, (name, result) in itertools.zip_longest(axes.flat, shown.items(), fillvalue=("", None)):
-        if result is None:
-            ax.axis("off")
-            continue
-        for k, (j, f) in enumerate(zip(result["J"], result["F"], strict=True)):
-            ax.plot(range(1, len(j) + 1), j, "-", color=f"C{k}", lw=1.5, label=f"J {k + 1}")
-            ax.plot(range(1, len(f) + 1), f, ":", color=f"C{k}", lw=1.5, label=f"F {k + 1}")
-        ax.set_title(name, fontsize=10, loc="left")
+    """J and F over time: a small plot a sequence, a colour an object (as in its masks)."""
+    shown = {name: result for name, result in results.items() if len(result["frames"])}
+    lines = math.ceil(len(shown) / 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(12.6, 2 * lines), squeeze=False, sharey=True)
+    for ax in axes.flat[len(shown) :]:
+        ax.axis("off")
+    for ax, (name, result) in zip(axes.flat, shown.items(), strict=False):
+        for k, (j, f) in enumerate(zip(result["J"], result["F"], strict=True), 1):
+            colour = PALETTE[k] / 255
+            ax.plot(result["frames"], j, "-", color=colour, lw=1.6)
+            ax.plot(result["frames"], f, ":", color=colour, lw=1.6)
+        ax.set_xticks(range(0, len(result["frames"]), max(1, len(result["frames"]) // 4)))
+        ax.set_title(f"{name}: {len(result['J'])} object{'s' * (len(result['J']) > 1)}", fontsize=10, loc="left")
         ax.set_ylim(-0.03, 1.03)
-        if len(result["J"]) <= 4:
-            ax.legend(fontsize=7, frameon=False, ncols=2, loc="lower left")
-    return embed_figure(fig)
+    return embed_figure(figure)
 
 
-def embed_figure(fig) -> str:
-    for ax in fig.axes:
+def embed_figure(figure) -> str:
+    for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-    fig.tight_layout()
+    figure.tight_layout()
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="svg")
-    plt.close(fig)
-    return f'<img class="plot" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def embed_picture(frame: np.ndarray) -> str:
-    jpeg = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    return f'<img class=plot src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> str:
-    """Ground truth (or the frame, where it is not annotated) above the prediction, at evenly spaced frames."""
-    picks = [seq.names[i] for i in np.linspace(0, len(seq.names) - 1, min(count + 1, len(seq.names))).astype(int)][
-        -count:
+    """Ground truth above the prediction, at evenly spaced frames (not the first, which is given)."""
+    scored = dict(zip(result.get("frames", ()), range(10**6), strict=False))
+    among = [name for name in seq.names if name in scored] or seq.names
+    picks = [
+        among[i] for i in np.linspace(0, len(among), count, endpoint=False).astype(int) + len(among) // (2 * count)
     ]
     video = Video(seq.frames) if seq.frames.is_dir() else None
-    cells = {"ground truth": [], "prediction": []}
-    for name in picks:
+    cells = {"": [], "ground truth": [], "prediction": []}
+    for name in dict.fromkeys(picks):
         frame = next(video.frames([video.names.index(name)]))[1] if video and name in video.names else None
-        for kind, column in cells.items():
+        caption = name
+        if name in scored:
+            j, f = (percent(result[what][:, scored[name]].mean()) for what in "JF")
+            caption += f" &middot; J {j} F {f}"
+        cells[""].append(f"<span class=cap>{caption}</span>")
+        for kind in ("ground truth", "prediction"):
             if seq.dataset == "jhmdb":
-                t = seq.names.index(name)
-                source = next(iter(seq.truth.values())) if kind == "ground truth" else prediction(folder, seq)
-                picture = draw_joints(frame, read_joints(source)[t])
+                path = next(iter(seq.truth.values())) if kind == "ground truth" else prediction(folder, seq)
+                picture = draw_joints(frame, read_joints(path)[seq.names.index(name)])
             else:
-                path = seq.truth.get(name) if kind == "ground truth" else prediction(folder, seq, name)
-                mask = read_ids(path) if path and path.is_file() else None
-                if mask is not None:
-                    mask = (
-                        one_object(mask)
-                        if seq.dataset == "davis2016"
-                        else np.where(mask == 255, 0, mask).astype(np.uint8)
-                    )
-                backdrop = np.full((*mask.shape, 3), 40, np.uint8) if frame is None else frame
-                picture = backdrop if mask is None else overlay(backdrop, nearest(mask, backdrop.shape[:2]), PALETTE)
-            height = round(picture.shape[0] * 300 / picture.shape[1])
-            column.append(embed_picture(cv2.resize(picture, (300, height), interpolation=cv2.INTER_AREA)))
-    label = {name: name for name in picks}
-    if "J" in result:
-        for i, name in enumerate(result["frames"]):
-            label[name] = f"{name} &middot; J {percent(result['J'][:, i].mean())} F {percent(result['F'][:, i].mean())}"
-    out = [
-        '<div class="sheet">',
-        f'<div style="grid-template-columns:5.5em repeat({len(picks)},1fr)">',
-        "<span></span>",
-    ]
-    out += [f"<span class=cap>{label[name]}</span>" for name in picks]
-    for kind, column in cells.items():
-        out += [f"<span class=side>{kind}</span>", *column]
-    return "".join([*out, "</div></div>"])
+                ids = read_ids(seq.truth[name] if kind == "ground truth" else prediction(folder, seq, name))
+                ids = one_object(ids) if seq.dataset == "davis2016" else np.where(ids == 255, 0, ids).astype(np.uint8)
+                backdrop = np.full((*ids.shape, 3), 40, np.uint8) if frame is None else frame
+                picture = overlay(backdrop, nearest(ids, backdrop.shape[:2]), PALETTE)
+            small = cv2.resize(
+                picture, (320, round(picture.shape[0] * 320 / picture.shape[1])), interpolation=cv2.INTER_AREA
+            )
+            jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+            cells[kind].append(f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">')
+    lines = "".join(f"<span class=side>{kind}</span>{''.join(line)}" for kind, line in cells.items())
+    return f'<div class=sheet style="grid-template-columns:5.5em repeat({len(cells[""])},1fr)">{lines}</div>'
 
 
-def draw_joints(frame: np.ndarray | None, joints: np.ndarray) -> np.ndarray:
-    """The frame with a coloured dot on each joint."""
-    scale = 3  # JHMDB is 320 x 240: dots need finer pixels than that
-    frame = np.full((240, 320, 3), 40, np.uint8) if frame is None else frame
-    out = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
-    for k, (x, y) in enumerate(joints):
+def draw_joints(frame: np.ndarray | None, joints: np.ndarray, scale: int = 3) -> np.ndarray:
+    """The frame, enlarged, with a coloured dot on each joint."""
+    out = np.full((240, 320, 3), 40, np.uint8) if frame is None else frame
+    out = cv2.resize(out, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+    for k, (x, y) in enumerate(joints, 1):
         if x >= 0:
-            at = (round(scale * x), round(scale * y))
+            at = round(scale * x), round(scale * y)
             cv2.circle(out, at, 4 * scale, (255, 255, 255), -1, cv2.LINE_AA)
-            cv2.circle(out, at, 3 * scale, PALETTE[k + 1].tolist(), -1, cv2.LINE_AA)
+            cv2.circle(out, at, 3 * scale, PALETTE[k].tolist(), -1, cv2.LINE_AA)
     return out
 
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1d2733;background:#f5f6f8;margin:0}
 main{max-width:1180px;margin:auto;padding:28px 24px 60px}
-h1{font-size:26px;margin:0}h2{font-size:18px;margin:36px 0 10px}h3{font-size:15px;margin:18px 0 6px}
-.sub{color:#637083}.card,.kpi{background:#fff;border:1px solid #e2e6eb;border-radius:10px;padding:14px 18px}
-.kpis{display:flex;gap:12px;flex-wrap:wrap;margin:18px 0}.kpi{min-width:92px}.kpi b{display:block;font-size:28px;line-height:1.2}
-.kpi span{color:#637083;font-size:13px}table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
-th{font-weight:600;text-align:right;color:#637083;font-size:13px}td,th{padding:4px 10px;border-bottom:1px solid #edf0f3}
-td{text-align:right}td:first-child,th:first-child{text-align:left}tr.best td{font-weight:650}.scroll{overflow-x:auto}
-.bar{display:grid;grid-template-columns:13em 1fr 3.5em;gap:10px;align-items:center;margin:3px 0}
-.bar i{display:block;height:8px;border-radius:4px;margin:2px 0}.bar em{font-style:normal;text-align:right}
-.track{background:#eef1f4;border-radius:4px}.plot{max-width:100%;height:auto}.fail{color:#a12622}
-.sheet>div{display:grid;gap:4px;align-items:center}.sheet img{width:100%;border-radius:4px;display:block}
-.cap{font-size:12px;color:#637083;text-align:center}.side{font-size:13px;color:#637083}
-.key i{display:inline-block;width:12px;height:8px;border-radius:4px;margin:0 5px 0 14px}
-@media print{body{background:#fff}.card{break-inside:avoid}}
+h1{font-size:26px;margin:0}h2{font-size:18px;margin:34px 0 10px}
+.sub,.cap,.side{color:#637083}.cap,.side{font-size:12px;text-align:center}.fail{color:#a12622}
+.card,.kpi{background:#fff;border:1px solid #e2e6eb;border-radius:10px;padding:14px 18px;overflow-x:auto}
+.kpis{display:flex;gap:12px;flex-wrap:wrap;margin:18px 0}.kpi{min-width:88px}
+.kpi b{display:block;font-size:28px;line-height:1.2}.kpi span{color:#637083;font-size:13px}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}tr.best td{font-weight:650}
+td,th{padding:4px 10px;border-bottom:1px solid #edf0f3;text-align:right}th{color:#637083;font-size:13px}
+td:first-child,th:first-child{text-align:left}tr.off td{color:#8b97a5}
+.bar{display:grid;grid-template-columns:15em 1fr 3.5em;gap:10px;align-items:center;margin:4px 0}
+.bar i,.key i{display:block;height:8px;border-radius:4px;margin:2px 0}.bar em{font-style:normal;text-align:right}
+.bar div{background:#eef1f4;border-radius:4px}.key i{display:inline-block;width:12px;margin:0 5px 0 14px}
+.sheet{display:grid;gap:4px;align-items:center}.sheet img{width:100%;border-radius:4px;display:block}
+.plot{max-width:100%;height:auto}dl{display:grid;grid-template-columns:repeat(4,auto 1fr);gap:4px 14px;margin:0}
+dt{color:#637083}dd{margin:0}ul{margin:0;padding-left:18px}@media print{.card{break-inside:avoid}}
 """
 
 
-def write_report(
-    args: Args, out: Path, rows: list[Row], sequences: list[Sequence], results, scores, failed, missing
-) -> None:
+def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequence], results, scores, failed) -> None:
     """report.html: one self-contained file, for a browser or a talk."""
-    columns, main_score, colours = COLUMNS[args.dataset], MAIN[args.dataset], ("#2f6db5", "#e08a2e")
-    figure = lambda row: scores[row.name]["overall"].get(main_score, math.nan)  # noqa: E731
-    best = max(rows, key=lambda row: -1 if figure(row) != figure(row) else figure(row))
-    esc, text = html.escape, []
-    title = {"davis": "DAVIS 2017", "davis2016": "DAVIS 2016", "vip": "VIP", "jhmdb": "JHMDB"}[args.dataset]
-    count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
-    where = f"split {args.split} " * (args.dataset == "jhmdb") + args.subset
-    text.append(f"<h1>{title} {where}: {esc(best.name)}</h1><div class=sub>{count}, mean over "
-                f"{'objects' if 'J_M' in columns else 'part classes' if args.dataset == 'vip' else 'joints'}; per cent"
-                f"{', best of ' + str(len(rows)) + ' rows' if len(rows) > 1 else ''}</div>")  # fmt: skip
-    kpis = [
-        f"<div class=kpi><b>{percent(scores[best.name]['overall'].get(c))}</b><span>{esc(c)}</span></div>"
-        for c in columns
-    ]
-    if best.paper and main_score in best.paper[1]:
-        kpis.append(f"<div class=kpi><b>{best.paper[1][main_score]:.1f}</b><span>{main_score}, paper</span></div>")
-    text.append(f"<div class=kpis>{''.join(kpis)}</div>")
+    columns, figure, esc, text = COLUMNS[args.dataset], MAIN[args.dataset], html.escape, []
+    ran = [row for row in rows if row.name in scores]
+    best = max(ran, key=lambda row: np.nan_to_num(scores[row.name]["overall"].get(figure, math.nan), nan=-1))
+    overall, by_name = scores[best.name]["overall"], {seq.name: seq for seq in sequences}
+    colours = ("#2f6db5", "#e08a2e", "#4a9a57", "#b5485d", "#7a5fb0", "#7f8b97")
 
-    if curves := sweep_curves(args, rows, scores):
-        models = list(dict.fromkeys(row.model for row in rows if row.model))
-        text.append(f"<h2>Sweep</h2><div class=card>{draw_curves(args, curves, models)}</div>")
-    if len(rows) > 1 or best.paper:
-        paper = [c for c in columns if any(c in (row.paper or ("", {}))[1] for row in rows)]
-        heads = [f"<th>{esc(c)}</th>" for c in columns] + [f"<th>{esc(c)}<br>paper</th><th>diff</th>" for c in paper]
-        text.append(f"<h2>Rows</h2><div class='card scroll'><table><tr><th></th>{''.join(heads)}</tr>")
+    def card(title: str, *inside: str) -> None:
+        text.append(f"<h2>{title}</h2><div class=card>{''.join(inside)}</div>")
+
+    def bars(table: dict[str, list[float]], keys: list[str]) -> str:  # name: the number beside it, then a bar a key
+        key = "".join(f"<i style='background:{colours[i]}'></i>{esc(k)}" for i, k in enumerate(keys))
+        out = [f"<div class='sub key'>{key}</div>"]
+        for name, (number, *values) in table.items():
+            widths = [100 * float(np.nan_to_num(value)) for value in values]
+            lines = "".join(f"<i style='width:{w:.1f}%;background:{colours[i]}'></i>" for i, w in enumerate(widths))
+            out.append(f"<div class=bar><span>{esc(name)}</span><div>{lines}</div><em>{percent(number)}</em></div>")
+        return "".join(out)
+
+    title = {"davis": "DAVIS 2017", "davis2016": "DAVIS 2016", "vip": "VIP", "jhmdb": f"JHMDB split {args.split}"}
+    title = f"{title[args.dataset]} {args.subset}: {esc(best.name)}"
+    over = {"vip": "part classes", "jhmdb": "joints"}.get(args.dataset, "objects")
+    note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
+    text.append(
+        f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {len(results[best.name])} sequences{note}</div>"
+    )
+    numbers = [(percent(overall.get(c)), c) for c in columns] + [
+        (f"{v:.1f}", f"{c}, paper") for c, v in best.paper.items()
+    ]
+    text += [
+        "<div class=kpis>",
+        *(f"<div class=kpi><b>{v}</b><span>{esc(c)}</span></div>" for v, c in numbers),
+        "</div>",
+    ]
+
+    if curves := sweep_curves([row for row in ran if row.settings], scores, figure):
+        card("Sweep", draw_curves(curves, f"{figure.removesuffix('_M')} (%)"))
+    if len(rows) > 1:
+        paper = [c for c in columns if any(c in row.paper for row in rows)]
+        heads = [esc(c) for c in columns] + [f"{esc(c)}<br>{what}" for c in paper for what in ("paper", "difference")]
+        lines = [f"<table><tr><th></th>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
         for row in rows:
-            ours = scores[row.name]["overall"]
+            ours = scores.get(row.name, {"overall": {}})["overall"]
             cells = [percent(ours.get(c)) for c in columns]
             for c in paper:
-                theirs = (row.paper or ("", {}))[1].get(c)
-                cells += [percent(theirs, 1), percent(theirs and 100 * ours.get(c, math.nan) - theirs, 1, "+")]
-            text.append(
-                f"<tr{' class=best' * (row is best)}><td>{esc(row.name)}</td><td>{'</td><td>'.join(cells)}</td></tr>"
-            )
-        text.append("</table></div>")
-        if best.paper:
-            text.append(f"<div class=sub>{NOTES}</div>")
+                theirs = row.paper.get(c, math.nan)
+                cells += [percent(theirs, 1), percent(100 * ours.get(c, math.nan) - theirs, 1, "+")]
+            kind = " class=best" if row is best else " class=off" if row.lacks else ""
+            lines.append(f"<tr{kind}><td>{esc(row.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        card("Rows", *lines, "</table>", f"<div class=sub>{NOTE}</div>" if args.paper else "")
 
-    text.append("<h2>Sequences</h2><div class=card>")
-    pairs = ("J_M", "F_M") if "J_M" in columns else (main_score, columns[1])
-    key = "".join(f"<i style='background:{c}'></i>{esc(p)}" for p, c in zip(pairs, colours, strict=True))
-    text.append(f"<div class='sub key'>{esc(best.name)}, best first; the number is {main_score}{key}</div>")
-    ranked = sorted(
-        (item for item in scores[best.name]["per_sequence"].items() if item[1].get(main_score, math.nan) >= 0),
-        key=lambda item: -item[1][main_score],
-    )
-    for name, score in ranked:
-        bars = [
-            f"<i style='width:{100 * (score.get(p, 0) or 0):.1f}%;background:{c}'></i>"
-            for p, c in zip(pairs, colours, strict=True)
-        ]
-        text.append(f"<div class=bar><span>{esc(name)}</span><div class=track>{''.join(bars)}</div>"
-                    f"<em>{percent(score[main_score])}</em></div>")  # fmt: skip
-    text.append("</div>")
+    of_best = scores[best.name]["per_sequence"]
+    ranked = sorted((n for n in of_best if of_best[n].get(figure, -1) >= 0), key=lambda n: -of_best[n][figure])
+    if 1 < len(ran) <= len(colours):
+        keys = [row.name for row in ran]
+        table = {
+            n: [of_best[n][figure], *(scores[k]["per_sequence"].get(n, {}).get(figure, 0) for k in keys)]
+            for n in ranked
+        }
+    else:
+        keys = ["J_M", "F_M"] if "J_M" in columns else columns[:2]
+        table = {n: [of_best[n][figure], *(of_best[n].get(k, 0) for k in keys)] for n in ranked}
+    card(f"Sequences, by {figure} of {esc(best.name)}", bars(table, keys))
 
-    by_name = {seq.name: seq for seq in sequences}
-    half = 2 if len(ranked) >= 4 else 1
-    shown = [("best", name) for name, _ in ranked[:half]]
-    shown += [("worst", name) for name, _ in ranked[half:][-half:][::-1]]
-    for kind, name in shown:
-        sheet = contact_sheet(by_name[name], best.folder, results[best.name][name])
-        score = percent(scores[best.name]["per_sequence"][name][main_score])
-        text.append(f"<h2>{kind.capitalize()}: {esc(name)}, {main_score} {score}</h2><div class=card>{sheet}</div>")
+    half = min(2, max(1, len(ranked) // 2))
+    for kind, names in (("Best", ranked[:half]), ("Worst", ranked[half:][-half:][::-1])):
+        for name in names:
+            sheet = contact_sheet(by_name[name], best.folder, results[best.name][name])
+            card(f"{kind}: {esc(name)}, {figure} {percent(of_best[name][figure])}", sheet)
     if "J_M" in columns and ranked:
-        text.append(f"<h2>Over time, each object</h2><div class=card><div class=sub>solid J, dotted F, by frame; {esc(best.name)}"
-                    f"</div>{draw_time(results[best.name])}</div>")  # fmt: skip
-    elif scores[best.name]["per_object"]:
-        label = "Part classes" if args.dataset == "vip" else "Joints"
-        first = "IoU" if args.dataset == "vip" else "PCK@0.1"
-        text.append(f"<h2>{label}</h2><div class=card>")
-        for name, score in scores[best.name]["per_object"].items():
-            text.append(f"<div class=bar><span>{name}</span><div class=track><i style='width:{100 * score[first]:.1f}%;"
-                        f"background:{colours[0]}'></i></div><em>{percent(score[first])}</em></div>")  # fmt: skip
-        text.append("</div>")
+        legend = "<div class=sub>solid J, dotted F; a colour an object, as in the masks</div>"
+        card(f"J and F over time, {esc(best.name)}", legend, draw_time(results[best.name]))
+    elif ranked:
+        keys = ["IoU"] if args.dataset == "vip" else columns[:2]
+        table = {n: [score[keys[0]], *(score[k] for k in keys)] for n, score in scores[best.name]["per_object"].items()}
+        card(over.capitalize(), bars(table, keys))
 
-    models = [row for row in rows if row.settings]
-    if models:
-        text.append("<h2>Settings</h2><div class='card scroll'><table>")
+    if models := [row for row in ran if row.settings]:
         table = [
             {"model": r.model, "weights": r.weights.name if r.weights else "-", **asdict(r.settings)} for r in models
         ]
         same = {f: v for f, v in table[0].items() if all(entry[f] == v for entry in table)}
-        if len(models) > 1:
-            differ = [f for f in table[0] if f not in same]
-            text.append(f"<tr><th>row</th>{''.join(f'<th>{f}</th>' for f in differ)}</tr>")
+        lines = ["<dl>", *(f"<dt>{f}</dt><dd>{esc(show(v))}</dd>" for f, v in same.items()), "</dl>"]
+        if differ := [f for f in table[0] if f not in same]:
+            lines.append(f"<br><table><tr><th></th>{''.join(f'<th>{f}</th>' for f in differ)}</tr>")
             for row, entry in zip(models, table, strict=True):
-                cells = "".join(f"<td>{value(entry[f])}</td>" for f in differ)
-                text.append(f"<tr><td>{esc(row.name)}</td>{cells}</tr>")
-            text.append("</table><h3>the same in all rows</h3><table>")
-        text += [f"<tr><td>{f}</td><td>{esc(value(v))}</td></tr>" for f, v in same.items()]
-        text.append("</table></div>")
-    for heading, lines in (
-        ("Failed", [f"{esc(row.name)}: {esc(why)}" for row in rows for why in failed[row.name].values()]),
-        ("Not run", [f"{esc(name)}: {esc(why)}" for name, why, _ in missing]),
-    ):
-        if lines:
-            items = "".join(f"<li>{line}</li>" for line in lines)
-            text.append(
-                f"<h2{' class=fail' * (heading == 'Failed')}>{heading}</h2><div class=card><ul>{items}</ul></div>"
-            )
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}: {esc(best.name)}</title><style>{STYLE}</style>"
+                cells = "".join(f"<td>{esc(show(entry[f]))}</td>" for f in differ)
+                lines.append(f"<tr><td>{esc(row.name)}</td>{cells}</tr>")
+            lines.append("</table>")
+        card("Settings", *lines)
+    if lacking := [f"<li>{esc(row.name)}: {esc(row.lacks)}</li>" for row in rows if row.lacks]:
+        card("Not run", "<ul>", *lacking, "</ul>")
+    if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
+        card("<span class=fail>Failed</span>", "<ul>", *(f"<li>{esc(why)}</li>" for why in wrong), "</ul>")
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     with atomic(out / "report.html") as path:
-        path.write_text(f"{page}<main>{''.join(text)}</main></html>", encoding="utf-8")
+        path.write_text(f"{head}<main>{''.join(text)}</main></html>", encoding="utf-8")
 
 
-def value(setting) -> str:
-    return f"{setting:.4g}" if isinstance(setting, float) else str(setting)
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def quiet_worker() -> None:
@@ -1266,12 +1176,11 @@ def quiet_worker() -> None:
 
 def main(args: Args) -> None:
     typed = {arg.split("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for arg in sys.argv if arg[:2] == "--"}
-    given = {f: v for f, v in asdict(args.propagation).items() if f in typed}
+    given = {factor: value for factor, value in asdict(args.propagation).items() if factor in typed}
     if args.paper:
         args = replace(args, dataset={"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis"))
     root, out = args.data or Path("data") / args.dataset, args.out or Path("results") / args.dataset
     sequences, absent = read_dataset(args, root)
-    missing = []
     if args.predictions:
         for folder in args.predictions:
             if not folder.is_dir():
@@ -1279,43 +1188,48 @@ def main(args: Args) -> None:
         short = len({folder.resolve().name for folder in args.predictions}) == len(args.predictions)
         rows = [Row(folder.resolve().name if short else str(folder), folder) for folder in args.predictions]
     elif args.paper:
-        rows, missing = paper_rows(args, root, out, given)
+        rows = paper_rows(args, root, out, given)
     else:
         size = {"size": SIZES[args.dataset]} if args.dataset in SIZES and "size" not in given else {}
         base = replace(args.propagation, **size)
-        rows = [make_row(args, root, out, s) for s in (sweep_settings(args, base) if args.sweep else [base])]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    results, failed = {row.name: {} for row in rows}, {row.name: dict(absent) for row in rows}
-    for why in absent.values() if rank == 0 else ():
-        print(f"error: {why}", file=sys.stderr)
+        rows = [
+            make_row(args, root, out, settings) for settings in (sweep_settings(args, base) if args.sweep else [base])
+        ]
+    can_run = [row for row in rows if not row.lacks]
 
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    results, failed = {row.name: {} for row in rows}, {row.name: {} if row.lacks else dict(absent) for row in rows}
+    if absent and rank == 0:
+        of = len(sequences) + len(absent)
+        print(f"error: {next(iter(absent.values()))} ({len(absent)} of {of} sequences are missing)", file=sys.stderr)
     cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with multiprocessing.get_context("fork").Pool(cores, quiet_worker) as pool:  # before torch starts its threads
+    with multiprocessing.get_context("fork").Pool(cores, quiet_worker) as pool:
         if world > 1:
             distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        evaluate(args, rows, sequences[rank::world], pool, results, failed)
+        evaluate(args, can_run, sequences[rank::world], pool, results, failed)
     if world > 1:
         parts = [None] * world
         distributed.all_gather_object(parts, (results, failed))
-        for other_results, other_failed in parts:
-            for row in rows:
-                results[row.name] |= other_results[row.name]
-                failed[row.name] |= other_failed[row.name]
         distributed.destroy_process_group()
+        for name, (part_results, part_failed) in itertools.product(results, parts):
+            results[name] |= part_results[name]
+            failed[name] |= part_failed[name]
     code = 1 if any(failed.values()) else 0
     if rank:
         sys.exit(code)
-    order = [seq.name for seq in sequences]
-    results = {name: {seq: result[seq] for seq in order if seq in result} for name, result in results.items()}
-    scores = {name: summarize(args.dataset, result) for name, result in results.items()}
+    for row in can_run if not args.predictions else ():
+        shutil.rmtree(row.folder / ".partial", ignore_errors=True)
     if args.subset == "test-dev":
-        print("predictions, not scored (the annotations are not public):", *(row.folder for row in rows), sep="\n  ")
+        print("predicted, not scored (the annotations are not public):", *(row.folder for row in can_run), sep="\n  ")
         sys.exit(code)
-    print_table(args, rows, scores, missing, failed, len(sequences) + len(absent))
+    order = {row.name: [seq.name for seq in sequences if seq.name in results[row.name]] for row in can_run}
+    results = {name: {seq: results[name][seq] for seq in names} for name, names in order.items()}
+    scores = {name: summarize(args.dataset, result) for name, result in results.items()}
+    print_table(args, rows, scores, failed, len(sequences) + len(absent))
     if any(results.values()):
-        write_scores(args, out, rows, scores, failed, missing)
-        write_report(args, out, rows, sequences, results, scores, failed, missing)
-        print(f"\n{out}/scores.json  {out}/scores.csv  {out}/report.html")
+        write_scores(args, out, rows, scores, failed)
+        write_report(args, out, rows, sequences, results, scores, failed)
+        print(f"{out}/scores.json  {out}/scores.csv  {out}/report.html")
     sys.exit(code)
 
 
