@@ -461,7 +461,6 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
                     results.add(index, answer, z)
                 if args.show and not show(draw(frame, answer, results)):
                     break
-    results.flush()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -603,9 +602,10 @@ def main(args: Args) -> None:
         with torch.inference_mode():
             track(args, video, order, labels, results, encoder, clock)
     except KeyboardInterrupt:
-        results.flush()
-        if not live:
+        if not live:  # a camera is stopped this way
             raise
+    finally:
+        results.flush()
     if live:
         video = Video(out / "frames")
         order = range(len(video))

@@ -59,7 +59,7 @@ def test_a_mask_for_every_frame(done, small_clip):
         assert mask.dtype == np.uint8 and mask.shape == (96, 160)
         truth = read_ids(small_clip / "truth" / name)
         for number in (1, 2, 3):
-            assert jaccard(mask == number, truth == number) > 0.5
+            assert jaccard(mask == number, truth == number) > 0.4
     with Image.open(done / "masks/00003.png") as picture:
         assert picture.mode == "P"
         assert (np.array(picture.getpalette()).reshape(-1, 3) == PALETTE).all()
