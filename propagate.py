@@ -497,17 +497,8 @@ def make_film(out: Path, video: Video, order: list[int], results: Results, every
             append(picture)
             if index in chosen:
                 thumb = cv2.resize(picture, (width, max(1, round(width * H / W))), interpolation=cv2.INTER_AREA)
-                for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-                    cv2.putText(
-                        thumb,
-                        video.names[index],
-                        (8, 20),
-                        cv2.FONT_HERSHEY_SIMPLEX,
-                        0.55,
-                        colour,
-                        thickness,
-                        cv2.LINE_AA,
-                    )
+                cv2.rectangle(thumb, (0, 0), (11 * len(video.names[index]) + 10, 24), (0, 0, 0), -1)
+                cv2.putText(thumb, video.names[index], (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255))
                 thumbs.append(thumb)
     columns = 4 if W >= H else 6
     thumbs += [np.full_like(thumbs[0], 255)] * (-len(thumbs) % columns if len(thumbs) > columns else 0)

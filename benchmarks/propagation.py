@@ -27,7 +27,7 @@ from common import Propagation, film_writer, load_encoder, propagate_labels, wri
 
 def dense_step(target, features, labels, s, chunk=512):
     """The public practice: every target cell against every context cell, `chunk` target cells at a time."""
-    n, C, h, w = features.shape
+    n, _, h, w = features.shape
     y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
     keys, values = features.transpose(0, 1).flatten(1), labels.transpose(0, 1).flatten(1)  # C nhw, L nhw
     z = []
@@ -117,7 +117,8 @@ def main() -> None:
         short, _ = run_film(folder / "clip.mp4", folder / "f0.png", "--end", "30")
         whole, peak = run_film(folder / "clip.mp4", folder / "f0.png")
         each = (whole - short) / 30  # start-up and the growing context are in both
-        row("whole run a frame (decode, extract, propagate, masks, film)", f"{each:.3f} s = {each / (extract + ours):.2f} x (extractor + step)")  # fmt: skip
+        against = f"{each:.3f} s = {each / (extract + ours):.2f} x (extractor + step)"
+        row("whole run a frame (decode, extract, propagate, masks, film)", against)
         row("peak memory of that run", f"{peak:.0f} MiB")
         if not quick:
             frames = [pair[0] for pair in clip.render(frames=50, height=48, width=80)]
