@@ -26,6 +26,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from scipy.io import loadmat, savemat
 from torch import distributed
 from tqdm import tqdm
@@ -63,12 +63,15 @@ from common import (
     parse_args,
     points_from_labels,
     propagate_video,
+    read_ids,
     run,
     write_mask,
 )
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in any script that the browser has a font for
+warnings.filterwarnings("ignore", "Glyph")
+import matplotlib.pyplot as plt  # noqa: E402
 
 FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2")  # a change in these means new features
 
@@ -118,7 +121,8 @@ PAGES = {
 SIZES = {"vip": "560x560", "jhmdb": "240x240"}  # section 7; elsewhere the model's own
 # fmt: off
 PARTS = ("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants", "gloves",
-         "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe", "left-shoe")
+         "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe",
+         "left-shoe")
 JOINTS = ("neck", "belly", "face", "right-shoulder", "left-shoulder", "right-hip", "left-hip", "right-elbow",
           "left-elbow", "right-knee", "left-knee", "right-wrist", "left-wrist", "right-ankle", "left-ankle")
 # fmt: on
@@ -204,20 +208,6 @@ def check_names(folder: Path, names: Iterable[str], like: str) -> None:
     for name in names:
         if re.sub(r"\d+", "0", name) != pattern:
             raise UserError(f"{folder / name}: is not named like {like}; the folder mixes sequences, keep one in each")
-
-
-def read_ids(path: Path) -> np.ndarray:
-    """An indexed (or grey) PNG as it is: H x W uint8 ids."""
-    try:
-        with Image.open(path) as picture:
-            if picture.mode in ("P", "L"):
-                return np.asarray(picture)
-            mode = picture.mode
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not found; every scored frame needs its mask there") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); it is damaged, write or download it again") from error
-    raise UserError(f"{path}: is a {mode} picture, not an indexed PNG; save object ids (mode P), not colours")
 
 
 def one_object(ids: np.ndarray) -> np.ndarray:
@@ -906,7 +896,7 @@ def clean(value):
 
 
 def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: dict) -> None:
-    """scores.json and scores.csv. `overall` and `per_object` at the top of scores.json are those of the first row."""
+    """scores.json and scores.csv. What is at the top of scores.json is the first row's, all are in `rows`."""
     table = []
     for row in rows:
         entry = {"name": row.name, "model": row.model, "weights": row.weights and str(row.weights), "lacks": row.lacks}
@@ -914,7 +904,7 @@ def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: d
         table.append({**entry, **scores.get(row.name, {}), "failed": failed[row.name]})
     first = next(entry for entry in table if "overall" in entry)
     record = {"dataset": args.dataset, "subset": args.subset, "split": args.split if args.dataset == "jhmdb" else None}
-    record |= {"overall": first["overall"], "per_object": first["per_object"], "rows": table}
+    record |= {level: first[level] for level in ("overall", "per_object", "per_sequence")} | {"rows": table}
     with atomic(out / "scores.json") as path:
         path.write_text(json.dumps(clean(record), indent=1))
     columns = COLUMNS[args.dataset] + (["IoU"] if args.dataset == "vip" else [])
@@ -1059,6 +1049,8 @@ td,th{padding:4px 10px;border-bottom:1px solid #edf0f3;text-align:right}th{color
 td:first-child,th:first-child{text-align:left}tr.off td{color:#8b97a5}
 .bar{display:grid;grid-template-columns:15em 1fr 3.5em;gap:10px;align-items:center;margin:4px 0}
 .bar i,.key i{display:block;height:8px;border-radius:4px;margin:2px 0}.bar em{font-style:normal;text-align:right}
+
+.bar span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bar div{background:#eef1f4;border-radius:4px}.key i{display:inline-block;width:12px;margin:0 5px 0 14px}
 .sheet{display:grid;gap:4px;align-items:center}.sheet img{width:100%;border-radius:4px;display:block}
 .plot{max-width:100%;height:auto}dl{display:grid;grid-template-columns:repeat(4,auto 1fr);gap:4px 14px;margin:0}
@@ -1089,10 +1081,9 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     title = {"davis": "DAVIS 2017", "davis2016": "DAVIS 2016", "vip": "VIP", "jhmdb": f"JHMDB split {args.split}"}
     title = f"{title[args.dataset]} {args.subset}: {esc(best.name)}"
     over = {"vip": "part classes", "jhmdb": "joints"}.get(args.dataset, "objects")
+    count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
     note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
-    text.append(
-        f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {len(results[best.name])} sequences{note}</div>"
-    )
+    text.append(f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {count}{note}</div>")
     numbers = [(percent(overall.get(c)), c) for c in columns] + [
         (f"{v:.1f}", f"{c}, paper") for c, v in best.paper.items()
     ]
@@ -1160,7 +1151,9 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     if lacking := [f"<li>{esc(row.name)}: {esc(row.lacks)}</li>" for row in rows if row.lacks]:
         card("Not run", "<ul>", *lacking, "</ul>")
     if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
-        card("<span class=fail>Failed</span>", "<ul>", *(f"<li>{esc(why)}</li>" for why in wrong), "</ul>")
+        more = f"<li>and {len(wrong) - 10} more, in scores.json</li>" if len(wrong) > 10 else ""
+        items = "".join(f"<li>{esc(why)}</li>" for why in list(wrong)[:10])
+        card("<span class=fail>Failed</span>", "<ul>", items, more, "</ul>")
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     with atomic(out / "report.html") as path:
         path.write_text(f"{head}<main>{''.join(text)}</main></html>", encoding="utf-8")
@@ -1169,14 +1162,19 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def quiet_worker() -> None:
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+def worker_pool(cores: int):
+    """Processes for scoring, forked: they share what is imported, and use neither torch nor the GPU."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # ends OpenCV's threads before the fork; a child cannot
+    pool = multiprocessing.get_context("fork").Pool(cores, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    cv2.setNumThreads(threads)
+    return pool
 
 
 def main(args: Args) -> None:
     typed = {arg.split("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for arg in sys.argv if arg[:2] == "--"}
-    given = {factor: value for factor, value in asdict(args.propagation).items() if factor in typed}
+    own = asdict(MODELS[args.model].settings)
+    given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in typed}
     if args.paper:
         args = replace(args, dataset={"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis"))
     root, out = args.data or Path("data") / args.dataset, args.out or Path("results") / args.dataset
@@ -1203,7 +1201,7 @@ def main(args: Args) -> None:
         of = len(sequences) + len(absent)
         print(f"error: {next(iter(absent.values()))} ({len(absent)} of {of} sequences are missing)", file=sys.stderr)
     cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with multiprocessing.get_context("fork").Pool(cores, quiet_worker) as pool:
+    with worker_pool(cores) as pool:
         if world > 1:
             distributed.init_process_group("gloo", timeout=timedelta(days=30))
         evaluate(args, can_run, sequences[rank::world], pool, results, failed)
