@@ -10,6 +10,7 @@ run.json. Stopped and started again, it goes on after the last whole frame.
 """
 
 import csv
+import glob
 import hashlib
 import json
 import platform
@@ -548,7 +549,8 @@ def main(args: Args) -> None:
     if not args.video:
         raise UserError("--video: missing; give a film, a folder of pictures or the number of a camera (see --help)")
     live = args.video.isdigit() and not Path(args.video).exists()
-    name = f"camera{args.video}" if live else Path(args.video.rstrip("/*?.")).stem or "video"
+    path = Path(args.video).resolve()
+    name = f"camera{args.video}" if live else path.parent.name if glob.has_magic(path.name) else path.stem
     out = args.out or Path("results") / name
     if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
         raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
