@@ -940,7 +940,10 @@ def draw_curves(curves: dict[str, dict], ylabel: str) -> str:
     names = {"temperature": "1 / temperature", "context": "context frames n", "topk": "neighbours k"}
     figure, axes = plt.subplots(1, len(curves), figsize=(max(4.4 * len(curves), 6), 3.8), squeeze=False, sharey=True)
     for ax, (factor, lines) in zip(axes[0], curves.items(), strict=True):
-        told = {f for f, _ in next(iter(lines))[1] if len({dict(others)[f] for _, others in lines}) > 1}
+        told = {"aggregation"} if len({dict(others).get("aggregation") for _, others in lines}) > 1 else set()
+        for f, _ in next(iter(lines))[1]:  # what does not follow from the model and the aggregation tells lines apart
+            seen = {(model, dict(others).get("aggregation"), dict(others)[f]) for model, others in lines}
+            told |= {f} if len(seen) > len({key[:2] for key in seen}) else set()
         hues = {}
         for (model, others), points in lines.items():
             label = [model, *(v if isinstance(v, str) else f"{f}={show(v)}" for f, v in others if f in told)]
@@ -1099,7 +1102,7 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
         paper = [c for c in columns if any(c in row.paper for row in rows)]
         heads = [esc(c) for c in columns] + [f"{esc(c)}<br>{what}" for c in paper for what in ("paper", "difference")]
         lines = [f"<table><tr><th></th>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
-        for row in rows:
+        for row in rows if paper else ran:
             ours = scores.get(row.name, {"overall": {}})["overall"]
             cells = [percent(ours.get(c)) for c in columns]
             for c in paper:
@@ -1148,8 +1151,11 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
                 lines.append(f"<tr><td>{esc(row.name)}</td>{cells}</tr>")
             lines.append("</table>")
         card("Settings", *lines)
-    if lacking := [f"<li>{esc(row.name)}: {esc(row.lacks)}</li>" for row in rows if row.lacks]:
-        card("Not run", "<ul>", *lacking, "</ul>")
+    if lacking := {row.lacks: [r.name for r in rows if r.lacks == row.lacks] for row in rows if row.lacks}:
+        items = [
+            f"<li>{esc(why)}<br><span class=sub>{esc('; '.join(names))}</span></li>" for why, names in lacking.items()
+        ]
+        card("Not run", "<ul>", *items, "</ul>")
     if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
         more = f"<li>and {len(wrong) - 10} more, in scores.json</li>" if len(wrong) > 10 else ""
         items = "".join(f"<li>{esc(why)}</li>" for why in list(wrong)[:10])
@@ -1162,11 +1168,17 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def worker_pool(cores: int):
+def cores() -> int:
+    """Cores for this process: its share of those that the system lets it use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def worker_pool(processes: int):
     """Processes for scoring, forked: they share what is imported, and use neither torch nor the GPU."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # ends OpenCV's threads before the fork; a child cannot
-    pool = multiprocessing.get_context("fork").Pool(cores, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = multiprocessing.get_context("fork").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     cv2.setNumThreads(threads)
     return pool
 
@@ -1200,8 +1212,7 @@ def main(args: Args) -> None:
     if absent and rank == 0:
         of = len(sequences) + len(absent)
         print(f"error: {next(iter(absent.values()))} ({len(absent)} of {of} sequences are missing)", file=sys.stderr)
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with worker_pool(cores) as pool:
+    with worker_pool(cores()) as pool:
         if world > 1:
             distributed.init_process_group("gloo", timeout=timedelta(days=30))
         evaluate(args, can_run, sequences[rank::world], pool, results, failed)
