@@ -11,13 +11,14 @@ Matter" (2022). Words and shapes, the same everywhere:
 import argparse
 import contextlib
 import glob
+import hashlib
 import math
 import os
 import re
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -65,55 +66,89 @@ class Propagation:
     """
 
     size: str = "480"
-    """Network input: short side in pixels (never enlarging), HxW exactly, or full (section 4.2)."""
+    """Network input: short side in pixels (never enlarging), HxW exactly, or full (section 4.2). With /M the long
+    side is rounded down to a multiple of M (480/64: UVC)."""
     upsample: int = 1
     """Enlarge the input this many times for a finer grid (Table 6c)."""
-    layer: Literal["res2", "res3", "res4"] = "res3"
-    """Output stage: res2, res3, res4 are torchvision's layer2, layer3, layer4 (Table 2)."""
-    stride: Literal[4, 8] = 8
-    """Pixels per grid cell; 4 removes the max-pool (section 4.2)."""
+    layer: Literal["res2", "res3", "res4", "conv10", "conv13", "last"] = "res3"
+    """Output stage: res2, res3, res4 are torchvision's layer2, layer3, layer4; convN is a VGG's N-th convolution
+    (Table 2); last is the last stage, a ViT's last block."""
+    stride: int = 8
+    """Pixels per grid cell: a ResNet keeps its stages at it, 4 removes the max-pool (section 4.2); a ViT's patch."""
     l2: bool = True
     """L2-normalise the feature vectors (section 4.2)."""
+    sampling: Literal["bilinear", "nearest"] = "bilinear"
+    """How the annotated mask is brought to the grid."""
     aggregation: Literal["overall", "per-frame"] = "overall"
     """The k nearest over all context frames together, or k in each frame, averaged (section 2)."""
     softmax: Literal["auto", "topk", "region", "frame"] = "auto"
     """Normalise affinities over the k kept, the searched region (softmax after the mask), or the whole frame (softmax
-    before the mask). auto is Algorithm 1: topk for overall, frame for per-frame."""
+    before the mask). auto: region for window and predicted, else Algorithm 1: topk for overall, frame for per-frame."""
     temperature: float = 0.05
     """Affinities are divided by it before the softmax (the paper's 1/Temp is its inverse)."""
     topk: int = 10
     """Nearest neighbours kept, k."""
     context: int = 20
     """Latest frames in the context, n; the annotated frames come on top."""
-    localization: Literal["none", "fixed"] = "fixed"
-    """Search the whole frame, or a fixed region around the target cell (section 4.3)."""
+    memory: Literal["latest", "spaced"] = "latest"
+    """Context of the latest n frames, or every second one of them and the video's frame 5 (MAST)."""
+    keep_first: bool = True
+    """The annotated frames stay in the context; otherwise they leave it as the others do (CorrFlow)."""
+    pad: bool = False
+    """Begin with a full context: copies of the first annotated frame (CRW, TimeCycle)."""
+    carry: Literal["soft", "minmax", "hard"] = "soft"
+    """Labels enter the context as predicted, stretched to 0..1 over the frame (TimeCycle), or as the arg-max (CorrFlow,
+    MAST)."""
+    localization: Literal["none", "fixed", "window", "predicted", "track"] = "fixed"
+    """Where to search: the whole frame; a fixed region around the target cell (section 4.3); window, the square region
+    with the softmax over it (CorrFlow); predicted, in frames more than 15 back the square is centred by a coarse
+    search (MAST); track, a box for each object limits where its label comes from and goes to (UVC)."""
     shape: Literal["circle", "square"] = "circle"
     """Fixed region: distance < radius, or |dx|, |dy| <= radius."""
     radius: int = 12
     """Radius of the fixed region, in grid cells."""
     exempt_first: bool = False
-    """Search annotated frames as a whole, whatever the localization (as CRW's code does)."""
+    """Search annotated frames as a whole, whatever the fixed region or window (as CRW's code does)."""
     minmax: bool = False
     """Stretch each label to 0..1 over the frame before the arg-max."""
 
     def __post_init__(self):
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?|full", self.size):
+        if not re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?|full)(/[1-9]\d*)?", self.size):
             raise UserError(f"--size {self.size!r}: give the short side (480), height x width (480x854), or full")
-        for flag, least in (("upsample", 1), ("topk", 1), ("context", 0), ("radius", 1)):
+        for flag, least in (("upsample", 1), ("stride", 1), ("topk", 1), ("context", 0), ("radius", 1)):
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag} {getattr(self, flag)}: give {least} or more")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature {self.temperature}: give a number above 0; affinities are divided by it")
+        if self.context < 1 and not self.keep_first:
+            raise UserError(
+                "--context 0 --no-keep-first: nothing is left to copy labels from; give --context 1 or more"
+            )
+        if self.localization == "predicted" and self.norm == "frame":
+            raise UserError("--softmax frame: windows that are predicted are not whole frames; take region or topk")
+        if self.localization == "track" and (self.aggregation, self.norm) != ("per-frame", "frame"):
+            raise UserError("--localization track: needs --aggregation per-frame and --softmax auto (section 4.3)")
+
+    @property
+    def norm(self) -> str:
+        """What the softmax is over: topk, region or frame."""
+        if self.softmax == "auto" and self.localization in ("window", "predicted"):
+            return "region"
+        return {"overall": "topk", "per-frame": "frame"}[self.aggregation] if self.softmax == "auto" else self.softmax
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the network's input for a frame of height x width pixels."""
-        if self.size == "full":
+        size, _, multiple = self.size.partition("/")
+        multiple = int(multiple or 1)
+        if size == "full":
             scaled = height, width
-        elif "x" in self.size:
-            scaled = tuple(int(side) for side in self.size.split("x"))
+        elif "x" in size:
+            scaled = tuple(int(side) for side in size.split("x"))
         else:
-            scale = min(1.0, int(self.size) / min(height, width))
-            scaled = round(height * scale), round(width * scale)
+            short, least = min(height, width), min(int(size), height, width)
+            exact = [Fraction(side * least, short) for side in (height, width)]
+            scaled = tuple(math.floor(side) if multiple > 1 else round(side) for side in exact)
+        scaled = tuple(side if side == min(scaled) else max(side // multiple, 1) * multiple for side in scaled)
         return scaled[0] * self.upsample, scaled[1] * self.upsample
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -129,51 +164,262 @@ class Propagation:
 class Model:
     """A row of MODELS: what a system's features are, where its weights come from, how its authors propagate."""
 
-    arch: str  # torchvision's name
+    arch: str  # torchvision's name, or timm:NAME
     about: str
-    url: str | None = None  # a stable link; its file name ends in the first 8 digits of the SHA-256
-    licence: str = ""
-    paper: float | None = None  # best J&F on DAVIS 2017 val in the paper, grid 1x (Table 6)
-    settings: Propagation = Propagation()
+    settings: Propagation = Propagation()  # on DAVIS
+    vip: dict = field(default_factory=dict)  # what differs on VIP
+    jhmdb: dict = field(default_factory=dict)  # and on JHMDB
+    input: Literal["rgb", "unit", "lightness", "lab", "sobel"] = "rgb"  # pre-processing, see Encoder
+    padding: str = "zeros"
+    slim: bool = False  # layer4 has 256 channels
+    head: Callable[[], dict[str, nn.Module]] = dict  # layers after the output stage, where that is settings.layer
+    keys: tuple[tuple[str, str], ...] = ()  # (regex, replacement), in turn: names in the released file -> torchvision's
+    mark: str = (
+        ""  # regex that tells this system's file by its lines: "entry" of the container, "name shape" of tensors
+    )
+    source: str = ""  # a stable link to the file, which is fetched, or where else to get it
+    digest: str = ""  # algorithm:first digits; "": the file name ends in the first 8 digits of its SHA-256, or unknown
+    licence: str = "none stated"
+    paper: float | None = None  # J&F on DAVIS 2017 val in the paper, best without up-sampling (Tables 2, 4, 6)
 
 
-TORCHVISION = "https://download.pytorch.org/models/"
+# fmt: off
+R18, R50 = r"layer1\.0\.conv1\.weight 64x64x3x3", r"layer1\.0\.conv1\.weight 64x64x1x1"  # which ResNet a file holds
+TORCHVISION, META = "https://download.pytorch.org/models/", "https://dl.fbaipublicfiles.com/"
+VFS_FILES = "https://github.com/xvjiarui/VFS/releases/download/v0.1-rc1/"
+STILL = {"vip": {"size": "560x560", "context": 4},  # Tables 7b and 8
+         "jhmdb": {"size": "240x240", "context": 7, "localization": "none"}}
+BEST = Propagation(topk=5, temperature=1.0)  # Table 6b: overall, circle of 12 cells, n = 20
+MOCO = {**STILL, "settings": BEST, "keys": ((r"^encoder_q\.", ""),)}
+TIMECYCLE = {
+    "settings": Propagation(size="480x480", aggregation="per-frame", temperature=512**-0.5, topk=5, context=7, pad=True,
+                            carry="minmax", localization="none"),
+    "vip": {"size": "560x560", "topk": 20, "context": 1}, "jhmdb": {"size": "320x320"},
+    "keys": ((r"^encoderVideo\.", ""),)}
+UVC = {  # the released code, with boxes; the coordinates, the lost rule and the rest in track_boxes
+    "settings": Propagation(size="480/64", layer="res4", l2=False, sampling="nearest", aggregation="per-frame",
+                            temperature=1.0, topk=5, context=7, localization="track", minmax=True),
+    "vip": {"size": "560x560", "context": 1, "localization": "none"},
+    "jhmdb": {"size": "320x320", "topk": 20, "localization": "none", "pad": True, "carry": "minmax", "minmax": False},
+    "input": "lightness", "keys": ((r"^gray_encoder\.", ""),)}
+COLOUR = {  # CorrFlow and MAST have one net: stride 4, layer4 as wide as layer3, a convolution to 64 channels
+    "slim": True, "head": lambda: {"post_convolution": nn.Conv2d(256, 64, 3, padding=1)},
+    "vip": {"size": "560x560"}, "jhmdb": {"size": "240x240"},
+    "keys": ((r"^feature_extraction\.", ""), (r"^conv1\.0\.", "conv1."), (r"^conv1\.1\.", "bn1."),
+             (r"\.left\.0\.", ".conv1."), (r"\.left\.1\.", ".bn1."), (r"\.left\.3\.", ".conv2."),
+             (r"\.left\.4\.", ".bn2."), (r"\.shortcut\.", ".downsample."))}
+WINDOWS = Propagation(layer="res4", stride=4, l2=False, sampling="nearest", temperature=1.0, carry="hard")
+VFS = {"vip": {"size": "560x560", "context": 8}, "jhmdb": {"size": "240x240", "context": 4}, "licence": "Apache-2.0",
+       "keys": ((r"^backbone\.", ""), (r"conv(\d)\.conv\.", r"conv\1."), (r"conv(\d)\.bn\.", r"bn\1."),
+                (r"downsample\.conv\.", "downsample.0."), (r"downsample\.bn\.", "downsample.1."))}
+
 MODELS = {
-    "imagenet": Model(
-        "resnet18", "ImageNet classification", TORCHVISION + "resnet18-f37072fd.pth", "none stated", paper=65.8
-    ),
-    "imagenet-r50": Model("resnet50", "ImageNet classification", TORCHVISION + "resnet50-0676ba61.pth", "none stated"),
-    "random": Model("resnet18", "no training: random weights from seed 0, for comparison"),
+    "imagenet": Model("resnet18", "ImageNet classification", **STILL, paper=65.8, mark=r"^fc\.weight 1000x512$",
+        source=TORCHVISION + "resnet18-f37072fd.pth"),
+    "imagenet-r50": Model("resnet50", "ImageNet classification", **STILL, mark=r"^fc\.weight 1000x2048$",
+        source=TORCHVISION + "resnet50-0676ba61.pth"),
+    "rotation": Model("resnet18", "rotation prediction", BEST, **STILL, paper=62.3, mark=r"^fc\.weight 4x512$",
+        source="train_finetune.py makes them", licence="your own"),
+    "moco": Model("resnet50", "momentum contrast v2, 800 epochs", **MOCO, mark=r"^(module\.)?encoder_q\." + R50,
+        source=META + "moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", digest="md5:a04e12f8",
+        licence="MIT (its README: CC BY-NC 4.0)"),
+    "moco-r18": Model("resnet18", "momentum contrast", **MOCO, paper=62.7, mark=r"^(module\.)?encoder_q\." + R18,
+        source="train_finetune.py makes them", licence="your own"),
+    "deepcluster": Model("vgg16_bn", "DeepCluster", **STILL, paper=50.7, input="sobel",
+        settings=Propagation(layer="conv10", aggregation="per-frame", temperature=0.025, topk=5, context=7,
+                             localization="none", minmax=True),
+        keys=((r"^features\.module\.", "features."),), mark=r"^(module\.)?(features\.module|top_layer)\.",
+        source=META + "deepcluster/vgg16/checkpoint.pth.tar", licence="CC BY-NC 4.0"),
+    "timecycle": Model("resnet50", "cycle-consistency of time", **TIMECYCLE, paper=48.2,
+        head=lambda: {"afterconv1": nn.Conv2d(1024, 512, 1, bias=False), "afterconv1_relu": nn.ReLU()},
+        mark=r"^(module\.)?encoderVideo\." + R50,
+        source="https://drive.google.com/file/d/1jKwP6qOoEFhhr9WFL_mfXvk0IHtElsmB (checkpoint_14.pth.tar)"),
+    "timecycle-r18": Model("resnet18", "cycle-consistency of time", **TIMECYCLE,
+        head=lambda: {"afterconv1": nn.Conv2d(256, 512, 1, bias=False), "afterconv1_relu": nn.ReLU()},
+        mark=r"^(module\.)?encoderVideo\." + R18,
+        source="not released; https://github.com/xiaolonw/TimeCycle trains it"),
+    "corrflow": Model("resnet18", "CorrFlow, grid 2x", **COLOUR, paper=50.3, input="unit",
+        # its reader cuts frames to multiples of 8; scaling them to that size instead moves no label
+        settings=replace(WINDOWS, size="480/8", localization="window", radius=6, topk=13**2, context=1,
+                         keep_first=False),
+        mark=r"^module\.feature_extraction\.conv1\.0\.weight",
+        source="https://drive.google.com/file/d/1hBufOBoKmHWWKy2-BJObMbYrqDAUJrs7 (OxUvA weights)"),
+    "mast": Model("resnet18", "MAST, grid 2x", **COLOUR, paper=65.5, input="lab",
+        settings=replace(WINDOWS, localization="predicted", topk=5 * 25**2, context=5, memory="spaced"),
+        mark=r"^feature_extraction\.conv1\.0\.weight",
+        source="https://drive.google.com/file/d/1vjiBdom75QzwCF5jnMRsxz897XyotVO8"),
+    "uvc": Model("resnet18", "joint-task learning", **UVC, paper=59.5, mark=r"^(module\.)?gray_encoder\.conv1\.weight",
+        source="https://github.com/Liusifei/UVC (weights/checkpoint_latest.pth.tar)", licence="MIT"),
+    "uvc+": Model("resnet18", "UVC and an image loss", **{**UVC, "settings": replace(UVC["settings"], context=10)},
+        paper=66.0, source="train_uvc_plus.py makes them", licence="your own"),
+    "crw": Model("resnet18", "contrastive random walk", Propagation(exempt_first=True, pad=True), paper=67.5,
+        padding="reflect", vip={"size": "560x560", "context": 4}, jhmdb={"size": "320x320", "context": 7},
+        keys=((r"^encoder\.model\.", ""), (r"(conv[12])\.1\.weight$", r"\1.weight")),
+        mark=r"^(module\.)?encoder\.model\.conv1\.", licence="MIT",
+        source="https://github.com/ajabri/videowalk (pretrained.pth)"),
+    "vfs": Model("resnet18", "frame-level similarity", Propagation(temperature=0.07, sampling="nearest", minmax=True),
+        **VFS, paper=66.7, mark=rf"^backbone\.{R18.replace('.weight', '.conv.weight')}|^meta$(?s:.*)^{R18}",
+        source=VFS_FILES + "r18_nc_sgd_cos_100e_r2_1xNx8_k400-db1a4c0d.pth"),
+    "vfs-r50": Model("resnet50", "frame-level similarity",
+        Propagation(temperature=0.07, sampling="nearest", minmax=True, radius=18),
+        **VFS, mark=rf"^backbone\.{R50.replace('.weight', '.conv.weight')}|^meta$(?s:.*)^{R50}",
+        source=VFS_FILES + "r50_nc_sgd_cos_100e_r5_1xNx2_k400-d7ce3ad0.pth"),
+    "random": Model("resnet18", "no training: random weights from seed 0", source="needs none", licence="-"),
 }
+# fmt: on
+
+
+def find_model(name: str) -> Model:
+    """The row of a name: one of MODELS, torchvision:NAME (a ResNet or VGG), or timm:NAME (a ResNet or ViT)."""
+    kind, _, arch = name.partition(":")
+    if name in MODELS:
+        return MODELS[name]
+    if kind == "torchvision":
+        if not re.match(r"(wide_)?resne|vgg", arch) or arch not in torchvision.models.list_models(torchvision.models):
+            raise UserError(f"--model {name}: torchvision has no ResNet or VGG of this name; take resnet34, vgg16, ...")
+        layer = "res3" if "resne" in arch else "last" if arch.startswith("vgg11") else "conv10"
+        url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
+        return Model(arch, "ImageNet classification", Propagation(layer=layer), source=url, **STILL)
+    if kind == "timm":
+        settings, source = Propagation(), "timm fetches them from its hub"
+        if patch := re.search(r"patch(\d+)", arch):  # a ViT: the settings of DINO's authors
+            settings = Propagation(
+                **{"size": "480/64", "layer": "last", "stride": int(patch[1]), "sampling": "nearest"},
+                **{"temperature": 0.1, "topk": 5, "context": 7, "shape": "square", "minmax": True},
+            )
+        return Model(name, "see its card in timm's hub", settings, source=source, licence="see there", **STILL)
+    raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}, torchvision:NAME or timm:NAME")
+
+
+def preset(name: str, dataset: str = "davis") -> Propagation:
+    """How a system's authors propagate its features on davis, vip or jhmdb."""
+    model = find_model(name)
+    return replace(model.settings, **{"vip": model.vip, "jhmdb": model.jhmdb}.get(dataset, {}))
+
+
+def build_net(model: Model, s: Propagation, net: nn.Module | None = None) -> nn.Module:
+    """The network of a row up to its output stage, the stages beyond the wanted stride no longer reducing (section
+    4.2). net: the whole network, if it is there already. UserError if it has no such layer at such a stride."""
+    unfit = UserError(f"--layer {s.layer} --stride {s.stride}: not to be had of {model.arch}; see --list-models")
+    if hasattr(net, "patch_embed"):
+        if s.layer != "last" or s.stride != net.patch_embed.patch_size[0]:
+            raise unfit
+        return Tokens(net)
+    if model.arch.startswith("vgg"):
+        with torch.device("meta"):  # the classifier, dropped here, has 10^8 weights
+            features = torchvision.models.get_model(model.arch).features
+        convs = [i for i, part in enumerate(features) if isinstance(part, nn.Conv2d)]
+        number = len(convs) if s.layer == "last" else int(s.layer[4:]) if s.layer.startswith("conv") else 99
+        if number > len(convs):
+            raise unfit
+        stop = next(i for i in range(convs[number - 1], len(features)) if isinstance(features[i], nn.ReLU)) + 1
+        features, reduction = features[:stop], 1
+        for i, part in enumerate(features):
+            if isinstance(part, nn.MaxPool2d) and reduction < s.stride:
+                part.ceil_mode, reduction = True, reduction * 2  # a grid of ceil(side / stride), as ResNets have
+            elif isinstance(part, nn.MaxPool2d):
+                features[i] = nn.Identity()  # keeps the numbers of the layers after it
+        parts = {"features": features}
+        if model.input == "sobel":  # grey, then its two derivatives; the file holds their weights
+            parts = {"sobel": nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1)), **parts}
+            features[0] = nn.Conv2d(2, 64, 3, padding=1)
+        features.to_empty(device="cpu")
+    else:
+        net = net or torchvision.models.get_model(model.arch)
+        if model.slim:
+            net.layer4 = nn.Sequential(*(torchvision.models.resnet.BasicBlock(256, 256) for _ in range(2)))
+        parts = dict(net.named_children())  # conv1, bn1, relu, maxpool, layer1, ...
+        layer = "layer4" if s.layer == "last" else s.layer.replace("res", "layer")
+        if layer not in parts:
+            raise unfit
+        parts = dict(list(parts.items())[: list(parts).index(layer) + 1])
+        reduction = 4
+        if s.stride < 8:
+            parts.pop("maxpool")
+            reduction = 2
+        for stage in (parts[name][0] for name in ("layer2", "layer3", "layer4") if name in parts):
+            if reduction < s.stride:
+                reduction *= 2
+                continue
+            for part in stage.modules():
+                if isinstance(part, nn.Conv2d):
+                    part.stride = (1, 1)
+                elif isinstance(part, nn.AvgPool2d):  # timm's shortcuts
+                    part.kernel_size = part.stride = 1
+    if reduction != s.stride:
+        raise unfit
+    net = nn.Sequential(OrderedDict(parts | (model.head() if s.layer == model.settings.layer else {})))
+    for conv in net.modules():
+        if isinstance(conv, nn.Conv2d) and any(conv.padding):
+            conv.padding_mode = model.padding
+    return net
+
+
+class Tokens(nn.Module):
+    """The patch tokens of a ViT's last block, after the final norm, as a grid."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit, self.patch = vit, vit.patch_embed.patch_size[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens :]
+        return tokens.transpose(1, 2).unflatten(2, [side // self.patch for side in x.shape[-2:]])
 
 
 class Encoder(nn.Module):
-    """Frames in, features out. Resizing and normalisation are inside, so an exported graph needs nothing else."""
+    """Frames in, features out. Resizing and colours are inside, so an exported graph needs nothing else.
 
-    def __init__(self, arch: str, settings: Propagation):
+    input    rgb, sobel: 0..1, less ImageNet's mean, over its deviation; unit: 0..1 as it is (CorrFlow);
+             lightness: OpenCV's 8-bit L, exactly, / 256, in three channels, normalised as rgb (UVC);
+             lab: float Lab as (L / 50 - 1, a / 127, b / 127) (MAST); OpenCV's own, interpolated, is within 0.2 in L
+             and 0.5 in a, b of it.
+    """
+
+    def __init__(self, net: nn.Module, settings: Propagation, input: str = "rgb", mean=None, std=None):
         super().__init__()
-        self.settings = settings
-        resnet = torchvision.models.get_model(arch, weights=None)
-        stages = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
-        stages = stages[: stages.index(settings.layer.replace("res", "layer")) + 1]
-        for stage in stages[6:]:  # at stride 8 the stages after layer2 no longer reduce (section 4.2)
-            for conv in getattr(resnet, stage)[0].modules():
-                if isinstance(conv, nn.Conv2d):
-                    conv.stride = (1, 1)
-        if settings.stride == 4:
-            stages.remove("maxpool")
-        self.net = nn.Sequential(OrderedDict((stage, getattr(resnet, stage)) for stage in stages))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.net, self.settings, self.input = net, settings, input
+        self.multiple = getattr(net, "patch", 1)  # a ViT wants whole patches
+        self.register_buffer("mean", torch.tensor(mean or (0.485, 0.456, 0.406)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or (0.229, 0.224, 0.225)).view(3, 1, 1), persistent=False)
+        # OpenCV's integer arithmetic: sRGB -> 8 x linear light -> luminance Y in 1 / 8 -> cube root -> 8-bit L
+        level = np.arange(256) / 255
+        linear = np.rint(2040 * np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4))
+        Y = np.arange(2041) / 2040
+        root = np.rint(2**15 * np.where(Y < 0.008856, 7.787 * Y + 16 / 116, np.cbrt(Y)))
+        lightness = (296 * root - (16 * 255 * 2**15 + 50) // 100 + 2**14) // 2**15
+        self.register_buffer("linear", torch.from_numpy(linear).int(), persistent=False)
+        self.register_buffer("lightness", torch.from_numpy(lightness).int(), persistent=False)
 
     def forward(self, frames: Tensor) -> Tensor:
         """frames B x H x W x 3 uint8 RGB -> features B x C x h x w in the encoder's precision."""
         height, width = frames.shape[1:3]
-        x = frames.permute(0, 3, 1, 2).to(self.mean.dtype) / 255  # B 3 H W
-        if (size := self.settings.input_size(height, width)) != (height, width):
+        x = frames.permute(0, 3, 1, 2)  # B 3 H W
+        x = x.to(torch.float32 if self.input in ("lightness", "lab") else self.mean.dtype) / 255
+        size = tuple(math.ceil(n / self.multiple) * self.multiple for n in self.settings.input_size(height, width))
+        if size != (height, width):
             x = F.interpolate(x, size=size, mode="bilinear", antialias=size[0] < height)
-        x = self.net((x - self.mean) / self.std)
+        if self.input == "lightness":
+            r, g, b = self.linear[(x * 255).round().long()].unbind(1)
+            Y = torch.div(871 * r + 2929 * g + 296 * b + 2048, 4096, rounding_mode="floor")
+            x = (self.lightness[Y.long()] / 256)[:, None].expand(-1, 3, -1, -1)
+        if self.input == "lab":
+            light = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+            X, Y, Z = torch.einsum("dc,bchw->dbhw", light.new_tensor(XYZ), light).unbind()
+            fx, fy, fz = (
+                torch.where(v > 0.008856, v.clamp_min(1e-9) ** (1 / 3), 7.787 * v + 16 / 116) for v in (X, Y, Z)
+            )
+            x = torch.stack([(116 * fy - 66) / 50, 500 / 127 * (fx - fy), 200 / 127 * (fy - fz)], 1)
+        x = x.to(self.mean.dtype)
+        x = self.net(x if self.input in ("unit", "lab") else (x - self.mean) / self.std)
         return F.normalize(x, dim=1) if self.settings.l2 else x
+
+
+XYZ = (  # linear sRGB -> X, Y, Z of D65, each over its white
+    (0.412453 / 0.950456, 0.357580 / 0.950456, 0.180423 / 0.950456),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334 / 1.088754, 0.119193 / 1.088754, 0.950227 / 1.088754),
+)
 
 
 def load_encoder(
@@ -183,37 +429,84 @@ def load_encoder(
     device: str = "auto",
     dtype: str = "float32",
 ) -> Encoder:
-    """The extractor of a system of MODELS, in eval mode, BatchNorm folded into the convolutions.
+    """The extractor of a system (find_model), in eval mode, BatchNorm folded into the convolutions.
 
-    weights: a file; without it weights/, then torch hub's cache are searched, then the system's link is fetched.
-    Files may lack the stages after settings.layer. Raises UserError for what is unknown, missing or does not fit.
+    weights: a file as it was released; without it weights/, then torch hub's cache are searched, then the system's
+    link is fetched. Files may lack the stages after settings.layer. What a given file is taken for, and what of it is
+    not used, is said in one line on stderr. Raises UserError for what is unknown, missing or does not fit.
     """
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    model, device, dtype = MODELS[name], pick_device(device), getattr(torch, dtype)
-    if name == "random" and weights is None:
+    model, device, dtype = find_model(name), pick_device(device), getattr(torch, dtype)
+    settings = settings or model.settings
+    if model.arch.startswith("timm:"):
+        net, mean, std = timm_model(model.arch[5:], weights and Path(weights))
+        encoder = Encoder(build_net(model, settings, net), settings, model.input, mean, std)
+    elif name == "random" and weights is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            encoder = Encoder(model.arch, settings or model.settings)
+            encoder = Encoder(build_net(model, settings), settings)
     else:
         path = Path(weights) if weights else find_weights(name)
-        state = read_weights(path)
-        arch = {"resnet18": "resnet50", "resnet50": "resnet18"}[model.arch]
-        if ("layer1.0.conv3.weight" in state) != (model.arch == "resnet50"):
-            raise UserError(f"{path}: holds a {arch}, but {name} is a {model.arch}; take a --model of that size")
-        encoder = Encoder(model.arch, settings or model.settings)
-        missing, wrong = [], []
-        for key, value in encoder.net.state_dict().items():
-            if key not in state:
-                missing += [] if key.endswith("num_batches_tracked") else [key]
-            elif state[key].shape != value.shape:
-                wrong.append(f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}")
+        released, rest = read_weights(path)
+        guess, state = recognise(released, rest), {}
+        for key, value in released.items():
+            key = key.removeprefix("module.")
+            for pattern, replacement in model.keys:
+                key = re.sub(pattern, replacement, key)
+            state[key] = value.squeeze(2) if value.dim() == 5 else value  # convolutions over time of one frame
+        encoder = Encoder(build_net(model, settings), settings, model.input)
+        wanted = encoder.net.state_dict()
+        missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+        wrong = [
+            f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in state and state[key].shape != value.shape
+        ]
         if missing or wrong:
-            why = f"lacks {len(missing)} entries, such as {missing[0]}" if missing else wrong[0]
-            raise UserError(f"{path}: does not fit {name} ({model.arch} up to {encoder.settings.layer}): it {why}")
+            why = wrong[0] if wrong else f"lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
+            hint = f"; it looks like {guess}: say --model {guess}" if guess and guess != name else ""
+            raise UserError(f"{path}: does not fit {name} ({model.arch} up to {settings.layer}): it {why}{hint}")
         encoder.net.load_state_dict(state, strict=False)
+        if weights:
+            unused = Counter(key.split(".")[0] for key in state if key not in wanted)
+            ignored = [*(f"{key} ({count})" for key, count in unused.items()), *rest]
+            what = f"recognised as {guess}" if guess else "of no system by its names"
+            print(f"note: {path}: {what}, used as {name}; ignored: {', '.join(ignored) or 'nothing'}", file=sys.stderr)
     fold_batchnorm(encoder.eval().requires_grad_(False))
     return encoder.to(device, dtype).to(memory_format=torch.channels_last)
+
+
+def timm_model(arch: str, path: Path | None) -> tuple[nn.Module, tuple, tuple]:
+    """A whole ResNet or ViT of timm with its weights (from a file, timm's cache or its hub), its mean and deviation."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"--model timm:{arch}: timm is not installed; pip install timm") from error
+    if not timm.is_model(arch.split(".")[0]):
+        near = ", ".join(timm.list_models(f"*{arch.split('_')[0]}*")[:5]) or "see timm.list_models()"
+        raise UserError(f"--model timm:{arch}: timm has no model of this name; such as {near}")
+    kind = {"dynamic_img_size": True} if "patch" in arch else {}
+    try:
+        net = timm.create_model(arch, pretrained=path is None, num_classes=0, **kind)
+    except Exception as error:  # of its hub client: many kinds
+        raise UserError(
+            f"weights of timm:{arch}: could not be fetched ({str(error).splitlines()[0]}); give --weights FILE"
+        ) from error
+    if not (hasattr(net, "num_prefix_tokens") or hasattr(net, "layer3")):
+        raise UserError(f"--model timm:{arch}: is neither a ResNet nor a ViT; take one of these")
+    if path:
+        state = {
+            re.sub(r"^(module|backbone)\.", "", re.sub(r"^module\.", "", k)): v
+            for k, v in read_weights(path)[0].items()
+        }
+        convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", lambda state, net: state)
+        try:
+            missing = net.load_state_dict(convert(state, net), strict=False).missing_keys
+        except (RuntimeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: does not fit timm:{arch}: {str(error).splitlines()[-1].strip()}") from error
+        if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
+            raise UserError(f"{path}: does not fit timm:{arch}: it lacks {len(missing)} entries, such as {missing[0]}")
+        print(f"note: {path}: used as timm:{arch}", file=sys.stderr)
+    return net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -228,44 +521,72 @@ def pick_device(name: str) -> torch.device:
 
 
 def find_weights(name: str, fetch: bool = True) -> Path | None:
-    """The weights file of a model: weights/, torch hub's cache, or fetched (with progress, and its hash checked)."""
-    url = MODELS[name].url
+    """The weights file of a model, under its released name or NAME.pth: in weights/, torch hub's cache, or fetched
+    (with progress, and its hash checked). None if it is not here and not to be fetched."""
+    model = find_model(name)
+    link = model.source if re.fullmatch(r"https://\S+\.(pth|tar)", model.source) else ""
     hub = Path(torch.hub.get_dir()) / "checkpoints"
+    file = Path(link).name if link and not link.endswith("/checkpoint.pth.tar") else f"{name}.pth"
     for folder in (Path("weights"), Path(__file__).parent / "weights", hub):
-        if (path := folder / Path(url or f"{name}.pth").name).is_file():
-            return path
-    if not fetch or not url:
+        for path in (folder / file, folder / f"{name}.pth", folder / f"{name}.pth.tar"):
+            if path.is_file():
+                return path
+    if not fetch:
         return None
-    print(f"fetching the weights of {name} from {url}", file=sys.stderr)
-    path = hub / Path(url).name
+    if not link:
+        raise UserError(
+            f"weights of {name}: neither in weights/ nor in {hub}; get them ({model.source}) and give --weights FILE"
+        )
+    print(f"fetching the weights of {name} from {link} (licence: {model.licence})", file=sys.stderr)
+    suffix = re.search(r"-([0-9a-f]{8})\.pth$", file)
+    algorithm, _, digits = (model.digest or f"sha256:{suffix[1] if suffix else ''}").partition(":")
+    path, part = hub / file, hub / f"{file}.part"
     try:
         hub.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1])
+        torch.hub.download_url_to_file(link, str(part))
+        got = hashlib.new(algorithm, part.read_bytes()).hexdigest()
+        if not got.startswith(digits):
+            raise OSError(f"its {algorithm} is {got[: len(digits)]}..., not {digits}...")
+        part.replace(path)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"weights of {name}: could not be fetched ({error}); download {url} to weights/ or give --weights FILE"
+            f"weights of {name}: could not be fetched ({error}); download {link} to weights/ or give --weights FILE"
         ) from error
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, under torchvision's key names. Never runs code from the file."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a checkpoint, names as they are, and what else it holds. Never runs code from the file."""
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; check --weights")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # CRW's file keeps its arguments
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(
                 f"{path}: refused, it holds pickled code beside tensors; save its state_dict alone"
             ) from error
         raise UserError(f"{path}: is not a PyTorch checkpoint, or is damaged; download it again") from error
-    for key in ("state_dict", "model"):
+    rest = []
+    for key in ("state_dict", "model", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
+            rest = [str(other) for other in state if other != key]
             state = state[key]
+            break
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, rest
+
+
+def recognise(state: dict[str, Tensor], rest: Sequence[str] = ()) -> str | None:
+    """The system of MODELS that a released file is of, by its entries; None where these do not tell."""
+    entries = {key: value.squeeze(2) if value.dim() == 5 else value for key, value in state.items()}
+    lines = [*rest, *(f"{key} {'x'.join(map(str, value.shape))}" for key, value in entries.items())]
+    text = "\n".join(lines)
+    return next((name for name, row in MODELS.items() if row.mark and re.search(row.mark, text, re.M)), None)
 
 
 def fold_batchnorm(module: nn.Module) -> None:
@@ -732,12 +1053,14 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: np.ndarray = PALETTE, 
 
 
 def parse_args(args_type, argv: Sequence[str] | None = None):
-    """Parse a script's Args (a dataclass with `model` and `propagation`); the defaults are those of its --model."""
+    """Parse a script's Args (a dataclass with `model`, `weights` and `propagation`). The defaults are those of its
+    --model, without one those of the system that --weights is recognised as."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model", default=args_type().model)
-    name = peek.parse_known_args(argv)[0].model
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    default = replace(args_type(), propagation=MODELS[name].settings)
+    peek.add_argument("--model")
+    peek.add_argument("--weights", type=Path)
+    peek.add_argument("--dataset", default="davis")
+    given = peek.parse_known_args(argv)[0]
+    name = given.model or (given.weights and recognise(*read_weights(given.weights))) or args_type().model
+    default = replace(args_type(), model=name, propagation=preset(name, given.dataset))
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
     return tyro.cli(args_type, args=argv, default=default, config=config)
