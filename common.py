@@ -20,7 +20,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -124,10 +124,15 @@ class Propagation:
             raise UserError(
                 "--context 0 --no-keep-first: nothing is left to copy labels from; give --context 1 or more"
             )
-        if self.localization == "predicted" and self.norm == "frame":
-            raise UserError("--softmax frame: windows that are predicted are not whole frames; take region or topk")
+        if self.localization in ("window", "predicted") and self.norm == "frame":
+            raise UserError(f"--localization {self.localization}: sees windows alone; take --softmax region or topk")
         if self.localization == "track" and (self.aggregation, self.norm) != ("per-frame", "frame"):
             raise UserError("--localization track: needs --aggregation per-frame and --softmax auto (section 4.3)")
+
+    @property
+    def history(self) -> bool:
+        """Whether a target depends on more than the annotated and the latest frames."""
+        return self.memory == "spaced" or self.localization in ("predicted", "track")
 
     @property
     def norm(self) -> str:
@@ -603,13 +608,21 @@ def fold_batchnorm(module: nn.Module) -> None:
 
 
 def propagate_labels(
-    target: Tensor, features: Tensor, labels: Tensor, settings: Propagation, annotated: int = 1
+    target: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    settings: Propagation,
+    annotated: int = 1,
+    ages: Sequence[int] | None = None,
+    boxes: np.ndarray | None = None,
 ) -> Tensor:
     """Algorithm 1 of the paper for one target frame: each cell copies the labels of its k nearest context cells.
 
     target    C x h x w      features of the target frame
     features  n x C x h x w  features of the context frames, the `annotated` ones first
     labels    n x L x h x w  their soft labels
+    ages      n              how many frames each lies before the target (default: n, ..., 1)
+    boxes     n x L x 4      track: their objects' boxes, see label_boxes (default: found in the labels)
     returns   L x h x w      soft labels of the target frame, float32
 
     Exact, but the (h w) x (n h w) affinity matrix is never formed: a tile of target cells meets only the window of
@@ -618,8 +631,14 @@ def propagate_labels(
     """
     s = settings
     n, C, h, w = features.shape
-    overall = s.aggregation == "overall"
-    norm = s.softmax if s.softmax != "auto" else ("topk" if overall else "frame")
+    ages = list(range(n, 0, -1)) if ages is None else ages
+    if s.localization in ("window", "predicted"):
+        return propagate_windows(target, features, labels, s, ages)
+    if s.localization == "track":
+        if boxes is None:
+            boxes = np.stack([label_boxes(each, s) for each in labels])
+        return propagate_boxes(target, features, labels, s, annotated, ages, boxes)
+    overall, norm = s.aggregation == "overall", s.norm
     query = target.permute(1, 2, 0)  # h w C
     keys = features.permute(2, 3, 0, 1).contiguous()  # h w n C: the n frames of a cell side by side
     values = labels.permute(2, 3, 0, 1).reshape(h * w * n, -1).float()  # an entry is (cell, frame), cell-major
@@ -631,9 +650,11 @@ def propagate_labels(
     parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in pairwise(edges) if a < b]
     parts = [(a, part.contiguous() if part.shape[2] > 1 else part, local) for a, part, local in parts]
 
+    most = max(part.shape[2] for _, part, _ in parts)
     ty, tx = (12, 16) if target.device.type == "cpu" else (24, 32)  # caches like it small, a GPU few launches
-    while (norm == "frame" or not all(local for *_, local in parts)) and h * w * n * ty * tx > 2**26:
+    while (norm == "frame" or not all(local for *_, local in parts)) and h * w * most * ty * tx > 2**26:
         ty, tx = math.ceil(ty / 2), math.ceil(tx / 2)  # a window of the whole frame: keep the tile under 256 MiB
+    query = query if norm == "topk" else query / s.temperature
     z = torch.empty(h, w, values.shape[1], device=target.device)
     scratch = query.new_empty(0)
     for y0, y1 in cuts(h, ty):
@@ -641,16 +662,26 @@ def propagate_labels(
             q = query[y0:y1, x0:x1].reshape(-1, C)  # q C
             found = []
             for first, part, local in parts:
-                reach = s.radius - (s.shape == "circle") if local and norm != "frame" else max(h, w)
+                reach = s.radius - (s.shape == "circle") if local else max(h, w)
                 ya, yb, xa, xb = max(y0 - reach, 0), min(y1 + reach, h), max(x0 - reach, 0), min(x1 + reach, w)
-                rows, cols, m = yb - ya, xb - xa, part.shape[2]
+                top, bottom, left, right = (0, h, 0, w) if norm == "frame" else (ya, yb, xa, xb)
+                rows, cols, m = bottom - top, right - left, part.shape[2]
                 if scratch.numel() < rows * cols * m * len(q):
                     scratch = query.new_empty(rows * cols * m * len(q))
                 A = scratch[: rows * cols * m * len(q)].view(rows, cols * m, len(q))
-                torch.bmm(part[ya:yb, xa:xb].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)  # Eq. 1
+                torch.bmm(part[top:bottom, left:right].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)  # Eq. 1
+                A = A.view(rows, cols, m, len(q)) if norm == "topk" else A.view(rows, cols, m, len(q)).float()
+                near = A[ya - top : yb - top, xa - left : xb - left].flatten(0, 1)  # cells m q
                 outside = beyond(s, (y0, y1, x0, x1), (ya, yb, xa, xb), A.device) if local else None
-                best, cell, frame, total = nearest(A.view(rows * cols, m, len(q)), outside, s, norm)
-                found.append((best, ((ya + cell // cols) * w + xa + cell % cols) * n + first + frame, total))
+                if norm == "region" and local:
+                    near.masked_fill_(outside[:, None], -math.inf)
+                best, cell, frame = nearest(near, outside, s.topk)
+                if norm == "topk":
+                    best = total = best.float() / s.temperature
+                else:
+                    peak = A.amax((0, 1, 2))
+                    total = A.sub_(peak).exp_().sum((0, 1, 2)).log_().add_(peak)[None]  # log-sum-exp
+                found.append((best, ((ya + cell // (xb - xa)) * w + xa + cell % (xb - xa)) * n + first + frame, total))
             if overall and len(found) > 1:  # the k best of the parts' k best
                 best, entry, total = (torch.cat(each) for each in zip(*found, strict=True))
                 best, order = best.topk(min(s.topk, len(best)), dim=0)
@@ -681,32 +712,258 @@ def beyond(s: Propagation, tile: tuple, window: tuple, device) -> Tensor:
     return outside.flatten(0, 1).flatten(1, 2)
 
 
-def nearest(A: Tensor, outside: Tensor | None, s: Propagation, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k largest affinities of each query. A: cells x frames x q, overwritten; outside: cells x q or None.
-
-    Returns best (affinity / T), cell, frame, each k x q, and total, 1 x q: the log-sum-exp of affinity / T over
-    the cells that the softmax is normalised over (unused where these are the k kept).
+def nearest(A: Tensor, outside: Tensor | None, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest affinities of each query. A: cells x frames x q; outside: cells x q or None. -> value, cell, frame,
+    each k x q.
 
     The region does not depend on the frame, so the k best entries lie in the k best cells by their best frame: mask
     and search the cells' maxima, then only the k x frames entries behind the k best.
     """
-    if norm != "topk":
-        A = A.float()
-    if norm == "region" and outside is not None:
-        A.masked_fill_(outside[:, None], -math.inf)
     peak = A.amax(1)  # cells q
-    top = peak.amax(0)
     if outside is not None:
         peak.masked_fill_(outside, -math.inf)
-    k = min(s.topk, len(peak))
+    k, frames = min(topk, len(peak)), A.shape[1]
     peak, cell = peak.topk(k, dim=0)
-    frames = A.shape[1]
     kept = A.gather(0, cell[:, None].expand(-1, frames, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)
-    best, entry = kept.flatten(0, 1).topk(min(s.topk, k * frames), dim=0)
-    total = best[:1].float()
-    if norm != "topk":
-        total = A.sub_(top).div_(s.temperature).exp_().sum((0, 1)).log_().add_(top / s.temperature)[None]
-    return best.float() / s.temperature, cell.gather(0, entry // frames), entry % frames, total
+    best, entry = kept.flatten(0, 1).topk(min(topk, k * frames), dim=0)
+    return best, cell.gather(0, entry // frames), entry % frames
+
+
+def propagate_windows(target: Tensor, features: Tensor, labels: Tensor, s: Propagation, ages: Sequence[int]) -> Tensor:
+    """propagate_labels where each context frame is searched in a square window of (2 radius + 1)^2 cells.
+
+    window: about the target cell, without what lies beyond the frame (CorrFlow). predicted (MAST): in frames more than
+    15 back the window is centred where a search of the same size over cells D apart, D = 2, 3 or 4 by the frame's age,
+    expects the target cell. It is read bilinearly; beyond the frame features and labels are 0.
+    """
+    n, _, h, w = features.shape
+    R, S = s.radius, 2 * s.radius + 1
+    query = (target / s.temperature).permute(1, 2, 0)  # h w C
+    keys, values = features.permute(0, 2, 3, 1), labels.permute(0, 2, 3, 1).float()  # n h w C, n h w L
+    d = torch.arange(-R, R + 1, device=target.device)
+    ys, xs = torch.arange(h, device=d.device), torch.arange(w, device=d.device)
+    beyond_y, beyond_x = (((i[:, None] + d < 0) | (i[:, None] + d >= len(i))) for i in (ys, xs))  # h S, w S
+    far = {}  # context frame -> the middle of each target cell's window, h x w x (y, x)
+    for i, age in enumerate(ages):
+        if s.localization == "predicted" and age > 15:
+            far[i] = torch.stack(torch.meshgrid(ys, xs, indexing="ij"), -1).float()
+            D = min(4, age // 15 + 1)
+            for y, x in product(range(min(D, h)), range(min(D, w))):  # the cells D apart are a frame of their own
+                P = correlate(query[y::D, x::D], keys[i, y::D, x::D], R).flatten(2).softmax(-1).unflatten(2, (S, S))
+                far[i][y::D, x::D] += D * torch.stack([P.sum(3) @ d.float(), P.sum(2) @ d.float()], -1)
+    z = torch.zeros(h, w, values.shape[3], device=d.device)
+    for y0, y1 in cuts(h, max(1, 2**24 // (w * n * S * S))):
+        A, places = [], {}  # affinities of rows y0..y1, each S x S
+        for i in range(n):
+            if i not in far:
+                A.append(correlate(query[y0:y1], keys[i], R, y0))
+                continue
+            places[i] = corners(far[i][y0:y1].flatten(0, 1), R, (h, w))
+            cell, inside, part_y, part_x = places[i]
+            q, flat = query[y0:y1].flatten(0, 1)[:, :, None], keys[i].flatten(0, 1)
+            a = [flat[c.flatten(1)] @ each for c, each in zip(cell.split(256), q.split(256), strict=True)]
+            a = torch.cat(a).float().view(cell.shape) * inside  # targets S+1 S+1
+            a = a[:, :-1] * (1 - part_y) + a[:, 1:] * part_y
+            A.append((a[:, :, :-1] * (1 - part_x) + a[:, :, 1:] * part_x).view(y1 - y0, w, S, S))
+        A = torch.stack(A, 2)  # rows w n S S
+        if s.localization == "window":
+            A.masked_fill_(beyond_y[y0:y1, None, None, :, None] | beyond_x[None, :, None, None, :], -math.inf)
+        shape, A = A.shape, A.flatten(2) if s.aggregation == "overall" else A.flatten(3)
+        if s.topk < A.shape[-1]:
+            best, entry = A.topk(s.topk, dim=-1)
+            total = (A if s.norm == "region" else best).logsumexp(-1, keepdim=True)
+            A = torch.zeros_like(A).scatter_(-1, entry, (best - total).exp())
+        else:
+            A = A.softmax(-1)
+        A = A.view(shape) / (1 if s.aggregation == "overall" else n)
+        for i in range(n):
+            if i not in far:
+                z[y0:y1] += gather(A[:, :, i], values[i], R, y0)
+                continue
+            cell, inside, part_y, part_x = places[i]
+            a = A[:, :, i].flatten(0, 1)  # targets S S
+            a = F.pad(a * (1 - part_x), (0, 1)) + F.pad(a * part_x, (1, 0))
+            a = F.pad(a * (1 - part_y), (0, 0, 0, 1)) + F.pad(a * part_y, (0, 0, 1, 0))
+            a = (a * inside).flatten(1)[:, None]
+            flat = values[i].flatten(0, 1)
+            z[y0:y1] += torch.cat(
+                [b @ flat[c.flatten(1)] for b, c in zip(a.split(256), cell.split(256), strict=True)]
+            ).view(y1 - y0, w, -1)
+    return z.permute(2, 0, 1)
+
+
+def corners(centre: Tensor, R: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What bilinear windows of (2R + 1)^2 cells about `centre` (q x (y, x)) are read from: the numbers of the cells and
+    whether they are in the grid, q x (2R + 2)^2, and the parts of the lower and the right one, q x 1 x 1."""
+    base = centre.floor()
+    y, x = (base.long()[:, :, None] + torch.arange(-R, R + 2, device=centre.device)).unbind(1)
+    inside = ((y >= 0) & (y < grid[0]))[:, :, None] & ((x >= 0) & (x < grid[1]))[:, None]
+    cell = y.clamp(0, grid[0] - 1)[:, :, None] * grid[1] + x.clamp(0, grid[1] - 1)[:, None]
+    part = (centre - base)[:, :, None, None]
+    return cell, inside, part[:, 0], part[:, 1]
+
+
+def bands(x: Tensor, R: int, y0: int, rows: int, width: int) -> Iterator[Tensor]:
+    """For each dy in -R..R what `width` neighbouring cells of rows y0.. have within R in row y + dy of x (h x w x C), 0
+    beyond the frame: rows x tiles x (width + 2R) x C."""
+    h, w, _ = x.shape
+    x = x[max(y0 - R, 0) : y0 + rows + R]
+    x = F.pad(x, (0, 0, R, R + -w % width, max(R - y0, 0), max(y0 + rows + R - h, 0)))
+    for dy in range(2 * R + 1):
+        yield x[dy : dy + rows].unfold(1, width + 2 * R, width).transpose(2, 3)
+
+
+def diagonals(A: Tensor, R: int) -> Tensor:
+    """A view of A, ... x B x (B + 2R), that has for each of the B rows the 2R + 1 entries from the diagonal on."""
+    return A.as_strided((*A.shape[:-1], 2 * R + 1), (*A.stride()[:-2], A.stride(-2) + 1, 1))
+
+
+def correlate(query: Tensor, keys: Tensor, R: int, y0: int = 0) -> Tensor:
+    """Dot products of each cell of `query` (rows y0.. of a frame, rows x w x C) with the cells within R of it in `keys`
+    (h x w x C), 0 beyond the frame: rows x w x (2R + 1) x (2R + 1) float."""
+    rows, w, _ = query.shape
+    width = 2 * R
+    query = F.pad(query, (0, 0, 0, -w % width)).unflatten(1, (-1, width))  # rows tiles width C
+    out = torch.empty(*query.shape[:3], 2 * R + 1, 2 * R + 1, device=query.device)
+    for dy, band in enumerate(bands(keys, R, y0, rows, width)):
+        out[..., dy, :] = diagonals(query @ band.transpose(2, 3), R)
+    return out.flatten(1, 2)[:, :w]
+
+
+def gather(weights: Tensor, values: Tensor, R: int, y0: int) -> Tensor:
+    """Sums of the values (h x w x L) within R of each cell of rows y0.., by `weights` (rows x w x (2R + 1) x (2R + 1)):
+    rows x w x L."""
+    rows, w = weights.shape[:2]
+    width = 2 * R
+    weights = F.pad(weights, (0, 0, 0, 0, 0, -w % width)).unflatten(1, (-1, width))
+    A = torch.zeros(*weights.shape[:3], width + 2 * R, device=weights.device)
+    out = torch.zeros(*weights.shape[:3], values.shape[2], device=weights.device)
+    for dy, band in enumerate(bands(values, R, y0, rows, width)):
+        diagonals(A, R).copy_(weights[..., dy, :])
+        out += A @ band
+    return out.flatten(1, 2)[:, :w]
+
+
+def propagate_boxes(
+    target: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    s: Propagation,
+    annotated: int,
+    ages: Sequence[int],
+    boxes: np.ndarray,
+) -> Tensor:
+    """propagate_labels where an object's label comes from its box in the context frame and goes to its box in the
+    target frame (UVC's track, as released: github.com/Liusifei/UVC at c448a26). A context frame in which, or from
+    which, any object is lost is used without boxes."""
+    n, _, h, w = features.shape
+    L, query = labels.shape[1], target.flatten(1) / s.temperature  # C hw
+    values = labels.flatten(2).float()
+    # Where the objects go: the cells of each in the newest frame, each to the mean of its affinities.
+    newest = int(np.argmin(ages))
+    hard = values[newest].argmax(0)
+    y, x = torch.arange(h * w, device=target.device) // w, torch.arange(h * w, device=target.device) % w
+    places = torch.stack([x * w / max(w - 1, 1), y * h / max(h - 1, 1)], 1)  # hw (x, y), the corners aligned
+    goal = np.full((L, 4), np.nan)
+    goal[0] = 0, w, 0, h
+    for l in range(1, L):
+        cells = (hard == l).nonzero()[:, 0]
+        if len(cells) > 1 and not np.isnan(boxes[newest, l, 0]):
+            moved = [
+                (features[newest].flatten(1)[:, part].T @ query).float().softmax(1) @ places
+                for part in cells.split(max(1, 2**26 // (h * w)))
+            ]
+            goal[l] = smooth_box(box_around(torch.cat(moved).cpu().numpy(), 5, 1.0, w, h), boxes[newest, l], w, h)
+    z = torch.zeros(L, h * w, device=target.device)
+
+    def small(box: np.ndarray) -> bool:
+        return not (box[1] - box[0] >= 3 and box[3] - box[2] >= 3)  # true for nan, there is no box
+
+    lost = [
+        i >= annotated and any(values[i, l].sum() < 3 or small(boxes[i, l]) or small(goal[l]) for l in range(L))
+        for i in range(n)
+    ]
+    for a, b in cuts(h * w, 192):
+        for i in range(n):
+            A = (features[i].flatten(1).T @ query[:, a:b]).float()  # hw q
+            total = A.logsumexp(0)
+            if lost[i]:
+                best, cell = A.topk(min(s.topk, h * w), dim=0)
+                z[:, a:b] += (values[i][:, cell] * (best - total).exp()).sum(1)
+                continue
+            for l in range(L):
+                if np.isnan(boxes[i, l, 0]) or np.isnan(goal[l, 0]):
+                    continue
+                (left, right, top, bottom), box = boxes[i, l].astype(int), goal[l]
+                into = ((x[a:b] >= box[0]) & (x[a:b] < box[1]) & (y[a:b] >= box[2]) & (y[a:b] < box[3])).nonzero()[:, 0]
+                near = A.view(h, w, -1)[top:bottom, left:right][..., into].flatten(0, 1)
+                best, cell = near.topk(min(s.topk, len(near)), dim=0)
+                copied = values[i, l].view(h, w)[top:bottom, left:right].flatten()[cell]
+                z[l, a + into] += (copied * (best - total[into]).exp()).sum(0)
+    return z.view(L, h, w) / n
+
+
+def label_boxes(labels: Tensor, s: Propagation, before: np.ndarray | None = None) -> np.ndarray:
+    """The box of each label of a frame (labels L x h x w) for `track`, L x (left, right, top, bottom) in cells: of an
+    annotated frame, or after a frame whose boxes are `before`. nan: there is none, now or before."""
+    (L, h, w), p = labels.shape, s.stride
+    full = F.interpolate((labels if before is None else stretch(labels))[None].float(), scale_factor=p, mode="bilinear")
+    hard = full[0].argmax(0).cpu().numpy()
+    boxes = np.full((L, 4), np.nan)
+    boxes[0] = 0, w, 0, h
+    for l in range(1, L):
+        points = np.argwhere(hard == l)[:, ::-1].astype(float)  # (x, y) in pixels of the network's input
+        if len(points) and before is None:
+            (left, top), (right, bottom) = points.min(0), points.max(0)
+            boxes[l] = grow_box(np.array([left, right, top, bottom]), 0.6, w * p, h * p) // p
+        elif len(points):
+            boxes[l] = smooth_box(box_around(points, 20, 0.6, w * p, h * p) // p, before[l], w * p, h * p)
+    return boxes
+
+
+def grow_box(box: np.ndarray, margin: float, w: float, h: float) -> np.ndarray:
+    """A box (left, right, top, bottom) grown by margin / 2 of its size on each side, to whole cells of the frame."""
+    left, right, top, bottom = box
+    x, y = margin / 2 * (right - left), margin / 2 * (bottom - top)
+    grown = [np.floor(left - x), np.ceil(right + x), np.floor(top - y), np.ceil(bottom + y)]
+    return np.clip(grown, 0, [w, w, h, h])
+
+
+def box_around(points: np.ndarray, reach: float, margin: float, w: float, h: float) -> np.ndarray:
+    """The box about the mode of the points (q x (x, y)), twice their mean distance from it to each side, grown.
+
+    The mode is that of a mean shift from the point nearest to the mean: points within reach, Gaussian of sigma 4.
+    """
+    centre = points[((points - points.mean(0)) ** 2).sum(1).argmin()]
+    moved = np.array([1.0, 0.0])
+    while moved.sum() >= 0.1:  # signed, as released: a step to the left or up is the last
+        distance = ((points - centre) ** 2).sum(1)
+        near = distance <= reach**2
+        weight = np.exp(-distance[near] / 32)
+        moved = weight @ points[near] / weight.sum() - centre
+        centre = centre + moved
+    x, y = 2 * np.abs(points - centre).mean(0)
+    box = np.clip([centre[0] - x, centre[0] + x, centre[1] - y, centre[1] + y], 0, [w, w, h, h])
+    return grow_box(box, margin, w, h)
+
+
+def smooth_box(box: np.ndarray, before: np.ndarray, w: float, h: float) -> np.ndarray:
+    """A box of the middle of `box`, whose size is a tenth the new and nine tenths the old one; nan if it had none."""
+    left, right, top, bottom = box
+    x = (0.1 * (right - left) + 0.9 * (before[1] - before[0])) / 2
+    y = (0.1 * (bottom - top) + 0.9 * (before[3] - before[2])) / 2
+    return grow_box(
+        np.array([(left + right) / 2 - x, (left + right) / 2 + x, (top + bottom) / 2 - y, (top + bottom) / 2 + y]),
+        0,
+        w,
+        h,
+    )
+
+
+def stretch(labels: Tensor) -> Tensor:
+    """Each label that occurs (L x h x w) stretched to 0..1 over the frame."""
+    low, high = labels.amin((1, 2), keepdim=True), labels.amax((1, 2), keepdim=True)
+    return torch.where(high > 0, (labels - low) / (high - low).clamp_min(1e-12), labels)
 
 
 def propagate_video(
@@ -717,31 +974,59 @@ def propagate_video(
 ) -> Iterator[Tensor]:
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
 
-    annotated: (features, labels) of the annotated frames, which stay in the context for good; the targets come
-    after them. recent: the last targets and their labels, oldest first, to go on with an earlier run. The context
-    lives in one ring buffer, so memory does not grow with the video. Each target is pulled only when it is due, so
-    that several settings can share one pass over the frames (itertools.tee).
+    annotated: (features, labels) of the annotated frames, frame 0; the targets come after them, from frame 1 on.
+    recent: the last targets and their labels, oldest first, to go on with an earlier run: the last settings.context, or
+    all where settings.history. The context lives in one ring buffer, so memory does not grow with the video. Each
+    target is pulled only when it is due, so that several settings can share one pass over the frames (itertools.tee).
     """
+    s = settings
     (C, h, w), L, device = annotated[0][0].shape, len(annotated[0][1]), annotated[0][0].device
-    fixed, size = len(annotated), len(annotated) + settings.context
-    keys = torch.zeros(h, w, size, C, device=device, dtype=annotated[0][0].dtype)  # the layout propagate_labels reads
-    values = torch.zeros(h, w, size, L, device=device)
+    fixed, spaced = len(annotated) if s.keep_first else 0, s.memory == "spaced"
+    ring = fixed + spaced  # slots: the annotated frames, frame 5 if spaced, the latest frames
+    keys = torch.zeros(
+        h, w, ring + s.context, C, device=device, dtype=annotated[0][0].dtype
+    )  # as propagate_labels reads
+    values = torch.zeros(h, w, ring + s.context, L, device=device)
+    number: dict[int, int] = {}  # slot -> the frame in it
+    boxes = np.zeros((ring + s.context, L, 4))
 
-    def remember(slot: int, f: Tensor, z: Tensor) -> None:
-        keys[:, :, slot], values[:, :, slot] = f.permute(1, 2, 0), z.permute(1, 2, 0)
+    def remember(slot: int, t: int, f: Tensor, z: Tensor, box: np.ndarray | None = None) -> None:
+        keys[:, :, slot], values[:, :, slot], number[slot] = f.permute(1, 2, 0), z.permute(1, 2, 0), t
+        if box is not None:
+            boxes[slot] = box
 
-    for slot, (f, z) in enumerate(annotated):
-        remember(slot, f, z)
-    recent = list(recent)[-settings.context :] if settings.context else []
-    for t, (f, z) in enumerate(recent):
-        remember(fixed + t, f, z)
-    for t, f in enumerate(features, len(recent)):
-        filled = min(fixed + t, size)
-        context = keys[:, :, :filled].permute(2, 3, 0, 1), values[:, :, :filled].permute(2, 3, 0, 1)
-        z = propagate_labels(f, *context, settings, annotated=fixed)
+    def remember_target(t: int, f: Tensor, z: Tensor) -> None:
+        box = None
+        if s.localization == "track":
+            box = label_boxes(z, s, boxes[max(number, key=number.get)])
+        if s.carry == "hard":
+            z = F.one_hot(z.argmax(0), L).permute(2, 0, 1).float()
+        if spaced and t == 5:
+            remember(fixed, t, f, z, box)
+        if s.context:
+            remember(ring + (t - 1) % s.context, t, f, z, box)
+
+    first = [(f, z, label_boxes(z, s) if s.localization == "track" else None) for f, z in annotated]
+    for slot in range(fixed):
+        remember(slot, 0, *first[slot])
+    for i, each in enumerate(first[:1] * s.context if s.pad else () if s.keep_first else first[: s.context]):
+        remember(ring + (-1 - i) % s.context, 0, *each)  # in the places of frames 0, -1, ...
+    recent = list(recent)
+    for t, (f, z) in enumerate(recent, 1):
+        remember_target(t, f, z)
+    for t, f in enumerate(features, len(recent) + 1):
+        slots = sorted(number)
+        if spaced:  # frame 5 unless the ring gives it, and every second frame of the ring
+            latest = [i for i in slots if i >= ring and (t - number[i]) % 2 == 1]
+            slots = [i for i in slots if i < fixed or (i < ring and 5 not in (number[j] for j in latest))] + latest
+        whole = slots == list(range(len(slots)))  # then the buffer is read in place
+        k, v = (x[:, :, : len(slots)] if whole else x[:, :, slots] for x in (keys, values))
+        ages = [t - number[i] for i in slots]
+        z = propagate_labels(f, k.permute(2, 3, 0, 1), v.permute(2, 3, 0, 1), s, fixed, ages, boxes[slots])
+        if s.carry == "minmax":
+            z = stretch(z)
         yield z
-        if settings.context:
-            remember(fixed + t % settings.context, f, z)
+        remember_target(t, f, z)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -767,8 +1052,7 @@ def mask_from_labels(
     for start in range(0, len(labels), chunk):
         full = F.interpolate(labels[None, start : start + chunk].float(), size=size, mode="bilinear")[0]
         if minmax:
-            low, high = full.amin((1, 2), keepdim=True), full.amax((1, 2), keepdim=True)
-            full = torch.where(high > 0, (full - low) / (high - low).clamp_min(1e-12), full)
+            full = stretch(full)
         value, index = full.max(0)
         if best is None:
             best, winner = value, index
