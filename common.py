@@ -108,7 +108,7 @@ class Propagation:
     radius: int = 12
     """Radius of the fixed region, in grid cells."""
     exempt_first: bool = False
-    """Search annotated frames as a whole, whatever the fixed region or window (as CRW's code does)."""
+    """Search annotated frames as a whole, whatever the fixed region (as CRW's code does)."""
     minmax: bool = False
     """Stretch each label to 0..1 over the frame before the arg-max."""
 
@@ -236,11 +236,11 @@ MODELS = {
         keys=((r"^features\.module\.", "features."),), mark=r"^(module\.)?(features\.module|top_layer)\.",
         source=META + "deepcluster/vgg16/checkpoint.pth.tar", licence="CC BY-NC 4.0"),
     "timecycle": Model("resnet50", "cycle-consistency of time", **TIMECYCLE, paper=48.2,
-        head=lambda: {"afterconv1": nn.Conv2d(1024, 512, 1, bias=False), "afterconv1_relu": nn.ReLU()},
+        head=lambda: {"afterconv1": nn.Conv2d(1024, 512, 1, bias=False), "relu1": nn.ReLU()},
         mark=r"^(module\.)?encoderVideo\." + R50,
         source="https://drive.google.com/file/d/1jKwP6qOoEFhhr9WFL_mfXvk0IHtElsmB (checkpoint_14.pth.tar)"),
     "timecycle-r18": Model("resnet18", "cycle-consistency of time", **TIMECYCLE,
-        head=lambda: {"afterconv1": nn.Conv2d(256, 512, 1, bias=False), "afterconv1_relu": nn.ReLU()},
+        head=lambda: {"afterconv1": nn.Conv2d(256, 512, 1, bias=False), "relu1": nn.ReLU()},
         mark=r"^(module\.)?encoderVideo\." + R18,
         source="not released; https://github.com/xiaolonw/TimeCycle trains it"),
     "corrflow": Model("resnet18", "CorrFlow, grid 2x", **COLOUR, paper=50.3, input="unit",
@@ -269,7 +269,7 @@ MODELS = {
         Propagation(temperature=0.07, sampling="nearest", minmax=True, radius=18),
         **VFS, mark=rf"^backbone\.{R50.replace('.weight', '.conv.weight')}|^meta$(?s:.*)^{R50}",
         source=VFS_FILES + "r50_nc_sgd_cos_100e_r5_1xNx2_k400-d7ce3ad0.pth"),
-    "random": Model("resnet18", "no training: random weights from seed 0", source="needs none", licence="-"),
+    "random": Model("resnet18", "no training: random weights from seed 0", licence="-"),
 }
 # fmt: on
 
@@ -474,8 +474,9 @@ def load_encoder(
         if weights:
             unused = Counter(key.split(".")[0] for key in state if key not in wanted)
             ignored = [*(f"{key} ({count})" for key, count in unused.items()), *rest]
-            what = f"recognised as {guess}" if guess else "of no system by its names"
-            print(f"note: {path}: {what}, used as {name}; ignored: {', '.join(ignored) or 'nothing'}", file=sys.stderr)
+            what = f"recognised as {guess}" if guess else "names no system"
+            what += f", used as {name}" if guess != name else ""
+            print(f"note: {path}: {what}; ignored: {', '.join(ignored) or 'nothing'}", file=sys.stderr)
     fold_batchnorm(encoder.eval().requires_grad_(False))
     return encoder.to(device, dtype).to(memory_format=torch.channels_last)
 
@@ -1033,11 +1034,13 @@ def propagate_video(
 # Labels on the grid, masks and points at full size
 
 
-def labels_from_mask(mask: Tensor, ids: Sequence[int], grid: tuple[int, int]) -> Tensor:
-    """Mask H x W -> soft labels L x h x w: one-hot (background, then each id of `ids`), bilinear to the grid."""
+def labels_from_mask(mask: Tensor, ids: Sequence[int], grid: tuple[int, int], sampling: str = "bilinear") -> Tensor:
+    """Mask H x W -> soft labels L x h x w: one-hot (background, then each id of `ids`), bilinear or nearest to the
+    grid."""
+    mode = {"bilinear": "bilinear", "nearest": "nearest-exact"}[sampling]
     one_hot = [mask == number for number in ids]
     one_hot = [~torch.stack(one_hot).any(0), *one_hot]
-    small = [F.interpolate(m[None, None].float(), size=grid, mode="bilinear")[0, 0] for m in one_hot]
+    small = [F.interpolate(m[None, None].float(), size=grid, mode=mode)[0, 0] for m in one_hot]
     return torch.stack(small)
 
 
