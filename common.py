@@ -458,7 +458,9 @@ def load_encoder(
             for pattern, replacement in model.keys:
                 key = re.sub(pattern, replacement, key)
             state[key] = value.squeeze(2) if value.dim() == 5 else value  # convolutions over time of one frame
-        encoder = Encoder(build_net(model, settings), settings, model.input)
+        with torch.device("meta"):  # no initial weights, the file has them
+            net = build_net(model, settings)
+        encoder = Encoder(net.to_empty(device="cpu"), settings, model.input)
         wanted = encoder.net.state_dict()
         missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
         wrong = [
