@@ -256,7 +256,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "GLOBAL" in str(error):  # the unpickler's word for a function or class that it will not touch
             raise UserError(
                 f"{path}: refused, it holds pickled code beside tensors; save its state_dict alone"
             ) from error
@@ -651,7 +651,7 @@ class Video:
     """
 
     def __init__(self, source: str | Path):
-        self.source, self.fps, self.broken = str(source), 25.0, None
+        self.source, self.fps, self.broken, self.names = str(source), 25.0, None, []
         path, self.pictures = Path(source), []
         if path.is_dir():
             self.pictures = [p for p in path.iterdir() if p.suffix.lower() in PICTURES]
@@ -673,7 +673,7 @@ class Video:
         self.size = next(self.frames([0]))[1].shape[:2]
 
     def __len__(self) -> int:
-        return len(self.pictures or self._pts)
+        return len(self.names)
 
     def _index(self, path: Path) -> None:
         """Read the time stamps of all frames (no decoding), to seek by and to know how many there are."""
@@ -770,7 +770,8 @@ def atomic(path: Path) -> Iterator[Path]:
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another --out"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -856,7 +857,7 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             palette[new] = np.stack([numbers >> 16, numbers >> 8 & 255, numbers & 255], 1)
     elif len(numbers) == 1 and numbers[0] in (1, 255):
         new = [1]
-        palette[1] = palette[numbers[0]]
+        palette[1] = palette[numbers[0] if indexed else 1]
     elif numbers[-1] > 255:
         new = np.arange(1, len(numbers) + 1)
     else:

@@ -414,54 +414,53 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
         return features
 
     total = None if live else len(order)
-    bar = tqdm(total=total, initial=0 if live else sum(map(results.has, order)), unit="frame", desc=video.source)
-    annotated = {}
-    for stretch in [order] if live else segments(order, annotations):
-        rest = stretch[1:]
-        done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
-        if done == len(rest):
-            continue
-        if not annotated:  # every annotated frame stays in the context of all stretches for good
-            for index, labels in annotations.items():
-                frame = next(video.frames([index]))[1]
-                annotated[index] = encode(frame), labels.to(device)
-        back = rest[max(0, done - s.context) : done]
-        if not all(results.state_path(index).is_file() for index in back):
-            back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
-        recent = [
-            (encode(frame), torch.from_numpy(np.load(results.state_path(index))).to(device))
-            for index, frame in (video.frames(back) if back else ())
-        ]
-        current = deque()
+    done = 1 if live else sum(map(results.has, order))
+    with tqdm(total=total, initial=done, unit="frame", desc=video.source) as bar:
+        annotated = {}
+        for stretch in [order] if live else segments(order, annotations):
+            rest = stretch[1:]
+            done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
+            if done == len(rest):
+                continue
+            if not annotated:  # every annotated frame stays in the context of all stretches for good
+                for index, labels in annotations.items():
+                    frame = next(video.frames([index]))[1]
+                    annotated[index] = encode(frame), labels.to(device)
+            back = rest[max(0, done - s.context) : done]
+            if not all(results.state_path(index).is_file() for index in back):
+                back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
+            recent = [
+                (encode(frame), torch.from_numpy(np.load(results.state_path(index))).to(device))
+                for index, frame in (video.frames(back) if back else ())
+            ]
+            current = deque()
 
-        def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-            frames = prefetch(video.frames(todo))
+            def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
+                frames = prefetch(video.frames(todo))
+                while True:
+                    with clock.time("read"):
+                        item = next(frames, None)
+                    if item is None:
+                        return
+                    current.append(item)
+                    yield encode(item[1])
+
+            labelled = common.propagate_video(features(), list(annotated.values()), s, recent)
             while True:
-                with clock.time("read"):
-                    item = next(frames, None)
-                if item is None:
-                    return
-                current.append(item)
-                yield encode(item[1])
-
-        labelled = common.propagate_video(features(), list(annotated.values()), s, recent)
-        while True:
-            start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
-            if (z := next(labelled, None)) is None:
-                break
-            index, frame = current.popleft()
-            if results.points:
-                answer = common.points_from_labels(z, video.size)
-            else:
-                answer = common.mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
-            clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
-            bar.update(not results.has(index))
-            with clock.time("write"):
-                results.add(index, answer, z)
-            if args.show and not show(draw(frame, answer, results)):
-                break
-    results.flush()
-    bar.close()
+                start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
+                if (z := next(labelled, None)) is None:
+                    break
+                index, frame = current.popleft()
+                if results.points:
+                    answer = common.points_from_labels(z, video.size)
+                else:
+                    answer = common.mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
+                clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
+                bar.update(not results.has(index))
+                with clock.time("write"):
+                    results.add(index, answer, z)
+                if args.show and not show(draw(frame, answer, results)):
+                    break
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -588,7 +587,7 @@ def main(args: Args) -> None:
 
     keep = args.propagation.context
     results = Results(out, [] if live else video.names, keep, ids, palette, points=args.points is not None)
-    clock, start, before = Stopwatch(), time.perf_counter(), 0 if live else sum(map(results.has, order))
+    clock, start = Stopwatch(), time.perf_counter()
     grid, labels = args.propagation.grid(*video.size), {}
     for index, known in annotations.items():
         if args.points:
@@ -597,13 +596,16 @@ def main(args: Args) -> None:
             labels[index] = common.labels_from_mask(torch.from_numpy(known), ids, grid)
         if not results.has(index):
             results.add(index, known)
+    results.flush()
+    before = len(annotations) if live else sum(map(results.has, order))
     try:
         with torch.inference_mode():
             track(args, video, order, labels, results, encoder, clock)
     except KeyboardInterrupt:
-        results.flush()
-        if not live:
+        if not live:  # a camera is stopped this way
             raise
+    finally:
+        results.flush()
     if live:
         video = Video(out / "frames")
         order = range(len(video))

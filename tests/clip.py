@@ -1,6 +1,6 @@
 """The clip that the demo and the tests run on, drawn here: textured objects over a moving background, exact masks.
 
-Three objects move, turn, grow and shrink, and pass behind each other.
+Three objects move, turn, grow and shrink, and pass behind each other in the course of 60 frames.
 
     python tests/clip.py results/demo-clip          # clip.mp4, f0.png and the true mask of every frame
 """
@@ -57,7 +57,7 @@ def render(
     ]
     skins = [texture(rng, 256, looks[i % 3][1], 5) for i in range(objects)]
     for t in range(frames):
-        u = t / max(frames - 1, 1)
+        u = t / 60
         shift = np.float32([[1, 0, -u * unit * 0.25 - side / 8], [0, 1, -side / 8 - unit * 0.04 * math.sin(5 * u)]])
         frame = cv2.warpAffine(ground, shift, (W, H), borderMode=cv2.BORDER_REFLECT)
         mask = np.zeros((H, W), np.uint8)

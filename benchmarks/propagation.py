@@ -1,0 +1,149 @@
+"""Speed and memory of the main job, as ratios within this run; the table is printed and kept in propagation.md.
+
+    python benchmarks/propagation.py            # about ten minutes on two cores
+    python benchmarks/propagation.py --quick    # without the long clips
+
+The reference is the public practice: dense affinity of the target and all context frames in chunks of queries, mask,
+top-k, softmax (as in the scripts that released systems come with). Same machine, same threads, same numbers.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import clip  # noqa: E402
+from common import Propagation, film_writer, load_encoder, propagate_labels, write_mask  # noqa: E402
+
+
+def dense_step(target, features, labels, s, chunk=512):
+    """The public practice: every target cell against every context cell, `chunk` target cells at a time."""
+    n, C, h, w = features.shape
+    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    keys, values = features.transpose(0, 1).flatten(1), labels.transpose(0, 1).flatten(1)  # C nhw, L nhw
+    z = []
+    for start in range(0, h * w, chunk):
+        here = slice(start, start + chunk)
+        far = (y[:, None] - y[here]) ** 2 + (x[:, None] - x[here]) ** 2 >= s.radius**2
+        A = keys.T @ target.flatten(1)[:, here]  # nhw q
+        A.add_(far.to(A.device).float().mul_(-1e10).repeat(n, 1)).div_(s.temperature)
+        best, index = A.topk(s.topk, dim=0)
+        z.append((values[:, index] * best.softmax(0)).sum(1))
+    return torch.cat(z, 1).view(-1, h, w)
+
+
+def seconds(work, repeat=3) -> float:
+    """Median time of a call, after one that does not count."""
+    times = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeat // 2]
+
+
+def context(h, w, n, C=256, device="cpu"):
+    """Features like a ResNet's (non-negative, unit length), in the layout of the ring buffer, and labels."""
+    torch.manual_seed(0)
+    ring = F.normalize(torch.randn(h, w, n + 1, C, device=device).relu_(), dim=-1)
+    labels = torch.rand(h, w, n + 1, 2, device=device)
+    noise = torch.rand(h, w, C, device=device)
+    target = F.normalize(ring[:, :, n] + 0.3 * noise, dim=-1).permute(2, 0, 1)
+    return target, ring.permute(2, 3, 0, 1), labels.permute(2, 3, 0, 1)
+
+
+def run_film(film: Path, mask: Path, *flags: str) -> tuple[float, float]:
+    """propagate.py on a film: (wall seconds, peak MiB of the process)."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "propagate.py", "--model", "random", "--video", str(film), "--mask", str(mask)]
+        start = time.perf_counter()
+        process = subprocess.Popen([*command, "--out", out, *flags], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=-3)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0, command
+        return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    torch.set_grad_enabled(False)
+    s, rows = Propagation(), []
+
+    def row(what: str, value: str) -> None:
+        rows.append(f"| {what} | {value} |")
+        print(rows[-1], flush=True)
+
+    print("| what | measured |\n|---|---|")
+    # One step at 480 x 854: grid 60 x 107, n = 20, radius 12, k = 10, T = 0.05.
+    target, features, labels = context(60, 107, 20)
+    ours = seconds(lambda: propagate_labels(target, features, labels, s), 5)
+    dense = seconds(lambda: dense_step(target, features, labels, s), 1)
+    difference = (propagate_labels(target, features, labels, s) - dense_step(target, features, labels, s)).abs().max()
+    encoder = load_encoder("random", device="cpu")
+    frame = torch.randint(0, 255, (1, 480, 854, 3), dtype=torch.uint8)
+    extract = seconds(lambda: encoder(frame), 5)
+    row("one step, 480x854, n 20, radius 12, k 10: dense reference", f"{dense:.2f} s")
+    row("the same step, propagate_labels", f"{ours:.3f} s: **{dense / ours:.1f} times** faster")
+    row("largest difference of the two", f"{difference:.1e}")
+    row("extractor (ResNet-18 up to layer3, stride 8)", f"{extract:.3f} s")
+
+    # Linear in the number of cells, at the same n and radius.
+    per_cell = []
+    for side in (480, 720, 1080):
+        h, w = s.grid(side, side * 16 // 9) if side == 480 else Propagation(size="full").grid(side, side * 16 // 9)
+        data = context(h, w, 20)
+        per_cell.append((side, h, w, seconds(lambda data=data: propagate_labels(*data, s), 2)))
+        del data
+    unit = per_cell[0][3] / per_cell[0][1] / per_cell[0][2]
+    cost = ", ".join(f"{side}p ({h}x{w}) {t:.2f} s = {t / h / w / unit:.2f}" for side, h, w, t in per_cell)
+    row("step by frame size, and its cost a cell relative to 480p", cost)
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        # End to end at 480 x 854: decode, extract, propagate, write masks and film.
+        clip.write_clip(folder, frames=60, height=480, width=854)
+        short, _ = run_film(folder / "clip.mp4", folder / "f0.png", "--end", "30")
+        whole, peak = run_film(folder / "clip.mp4", folder / "f0.png")
+        each = (whole - short) / 30  # start-up and the growing context are in both
+        row("whole run a frame (decode, extract, propagate, masks, film)", f"{each:.3f} s = {each / (extract + ours):.2f} x (extractor + step)")  # fmt: skip
+        row("peak memory of that run", f"{peak:.0f} MiB")
+        if not quick:
+            frames = [pair[0] for pair in clip.render(frames=50, height=48, width=80)]
+            write_mask(folder / "small.png", next(clip.render(frames=1, height=48, width=80))[1])
+            peaks = []
+            for length in (100, 1000, 10000):
+                with film_writer(folder / f"{length}.mp4", 25, (48, 80)) as append:
+                    for i in range(length):
+                        append(frames[(i if i // 50 % 2 == 0 else -1 - i) % 50])
+                wall, peak = run_film(folder / f"{length}.mp4", folder / "small.png")
+                peaks.append(f"{length} frames {peak:.0f} MiB, {wall:.0f} s")
+            row("peak memory, 48x80 pixels", "; ".join(peaks))
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        for dtype in (torch.float32, torch.bfloat16):
+            data = [part.to("cuda", dtype) for part in (target, features)] + [labels.cuda()]
+            data[1] = data[1].permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+            t = seconds(lambda data=data: propagate_labels(*data, s), 10)
+            row(f"the step on {name}, {dtype}", f"{1 / t:.0f} frames/s")
+    where = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    table = "\n".join(["| what | measured |", "|---|---|", *rows])
+    (ROOT / "benchmarks" / "propagation.md").write_text(
+        f"Measured by `python benchmarks/propagation.py` ({where}).\n\n{table}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What the tests share: a small generated clip, the command line, and where the real data is."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import clip  # noqa: E402
+
+import common  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and weights, SOFTCOPY_DATA; tests that need it skip where it is not."""
+    folder = Path(os.environ.get("SOFTCOPY_DATA", ROOT / ".." / "shared")).resolve()
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real data in {folder}; set SOFTCOPY_DATA to the folder that holds data/ and weights/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imagenet(shared: Path) -> Path:
+    """Real ImageNet weights of a ResNet-18 up to layer3."""
+    return shared / "weights" / "resnet18_imagenet1k_v1_conv1-layer3.pth"
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory) -> Path:
+    """A folder with clip.mp4 (12 frames, 160 x 96, three objects), f0.png and truth/."""
+    folder = tmp_path_factory.mktemp("clip")
+    clip.write_clip(folder, frames=12, height=96, width=160, seed=1)
+    return folder
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a script's command line in this process: cli(module, "--flag", value, ...) -> (exit code, stdout, stderr)."""
+
+    def call(script, *argv) -> tuple[int, str, str]:
+        code = 0
+        try:
+            common.run(script.main, lambda: common.parse_args(script.Args, [str(arg) for arg in argv]))
+        except SystemExit as stop:
+            code = stop.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call

@@ -1,0 +1,654 @@
+"""propagate.py through its command line: what it writes, how it goes on, and what it says to bad input."""
+
+import csv
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import propagate
+from common import PALETTE, Video, read_ids, write_mask
+
+RANDOM = ("--model", "random", "--context", "3", "--radius", "4", "--device", "cpu")
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    return (a & b).sum() / max((a | b).sum(), 1)
+
+
+def masks_in(out: Path) -> dict[str, np.ndarray]:
+    return {path.name: read_ids(path) for path in sorted((out / "masks").iterdir())}
+
+
+def same(a: Path, b: Path) -> bool:
+    a, b = masks_in(a), masks_in(b)
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+@pytest.fixture(scope="module")
+def done(small_clip, tmp_path_factory) -> Path:
+    """The results of a whole run over the small clip."""
+    out = tmp_path_factory.mktemp("done")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", out]
+    command = [sys.executable, "propagate.py", *map(str, argv)]
+    result = subprocess.run(command, cwd=Path(propagate.__file__).parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"{out}: 12 masks, overlay.mp4, contact_sheet.jpg" in result.stdout
+    assert "frame/s" in result.stderr  # the progress bar
+    return out
+
+
+def test_a_mask_for_every_frame(done, small_clip):
+    masks = masks_in(done)
+    assert list(masks) == [f"{i:05d}.png" for i in range(12)]
+    first = read_ids(small_clip / "f0.png")
+    assert (masks["00000.png"] == first).all()
+    for name, mask in masks.items():
+        assert mask.dtype == np.uint8 and mask.shape == (96, 160)
+        truth = read_ids(small_clip / "truth" / name)
+        for number in (1, 2, 3):
+            assert jaccard(mask == number, truth == number) > 0.4
+    with Image.open(done / "masks/00003.png") as picture:
+        assert picture.mode == "P"
+        assert (np.array(picture.getpalette()).reshape(-1, 3) == PALETTE).all()
+
+
+def test_the_film_plays_in_a_browser(done):
+    with av.open(str(done / "overlay.mp4")) as film:
+        stream = film.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert len(list(film.decode(stream))) == 12
+        assert float(stream.average_rate) == 15
+    assert (done / "overlay.mp4").read_bytes().find(b"moov") < 100  # at the front: it starts before all is loaded
+
+
+def test_the_contact_sheet_and_the_record(done):
+    sheet = cv2.imread(str(done / "contact_sheet.jpg"))
+    assert sheet.shape == (3 * 96, 4 * 160, 3)
+    record = json.loads((done / "run.json").read_text())
+    assert record["job"]["settings"]["context"] == 3 and record["job"]["model"] == "random"
+    assert record["versions"]["torch"] == torch.__version__ and record["frames"] == 11
+    assert set(record["frames_per_second"]) >= {"whole run", "read", "extract", "propagate", "write", "film"}
+    assert not (done / ".state").exists()
+
+
+def test_started_again_it_computes_nothing(done, small_clip, cli):
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", done]
+    code, out, _ = cli(propagate, *argv)
+    assert code == 0 and "all was there" in out
+    assert before == {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+
+
+def test_other_settings_are_not_mixed_in(done, small_clip, cli):
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", done]
+    code, _, err = cli(propagate, *argv, "--topk", 3)
+    assert code == 2 and "topk 10 -> 3" in err and "--overwrite" in err and err.count("\n") == 1
+    assert len(masks_in(done)) == 12
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, cli, stop):
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    slow = (
+        "import sys, time, common, propagate; real = common.propagate_labels\n"
+        "def labels(*a, **k): time.sleep(0.2); return real(*a, **k)\n"
+        "common.propagate_labels = labels\n"
+        "common.run(propagate.main, lambda: common.parse_args(propagate.Args, sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *map(str, argv)],
+        cwd=Path(propagate.__file__).parent,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    masks = tmp_path / "o" / "masks"
+    deadline = time.time() + 60
+    while not (masks / "00004.png").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(stop)
+    err = process.communicate()[1]
+    kept = len([path for path in masks.iterdir() if not path.name.startswith(".")])
+    assert 5 <= kept < 12 and not (tmp_path / "o" / "overlay.mp4").exists()
+    if stop == signal.SIGINT:
+        assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    times = {path: path.stat().st_mtime_ns for path in masks.glob("0*.png")}
+    assert cli(propagate, *argv)[0] == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in times.items())  # what was whole was kept
+    assert same(tmp_path / "o", done)
+    assert (tmp_path / "o" / "overlay.mp4").exists()
+
+
+def test_choosing_frames(small_clip, tmp_path, cli):
+    clip, truth = small_clip / "clip.mp4", small_clip / "truth"
+    argv = [*RANDOM, "--video", clip, "--start", 2, "--end", 9, "--every", 3]
+    assert cli(propagate, *argv, "--mask", truth / "00002.png", "--out", tmp_path / "a")[0] == 0
+    assert list(masks_in(tmp_path / "a")) == ["00002.png", "00005.png", "00008.png"]
+    assert cli(propagate, *argv, "--reverse", "--mask", truth / "00008.png", "--out", tmp_path / "b")[0] == 0
+    back = masks_in(tmp_path / "b")
+    assert list(back) == list(masks_in(tmp_path / "a"))
+    assert (back["00008.png"] == read_ids(truth / "00008.png")).all()
+    assert jaccard(back["00002.png"] > 0, read_ids(truth / "00002.png") > 0) > 0.6
+
+
+def test_a_mask_of_a_later_frame_goes_both_ways(small_clip, tmp_path, cli):
+    clip, truth = small_clip / "clip.mp4", small_clip / "truth"
+    argv = [*RANDOM, "--video", clip, "--mask", truth / "00006.png", "--mask-frame", 6]
+    assert cli(propagate, *argv, "--out", tmp_path / "both")[0] == 0
+    both = masks_in(tmp_path / "both")
+    assert len(both) == 12 and (both["00006.png"] == read_ids(truth / "00006.png")).all()
+    # Each direction equals a run of its own.
+    end = [*RANDOM, "--video", clip, "--mask", truth / "00006.png", "--out"]
+    assert cli(propagate, *end, tmp_path / "on", "--start", 6)[0] == 0
+    assert cli(propagate, *end, tmp_path / "back", "--end", 7, "--reverse")[0] == 0
+    for name, mask in (masks_in(tmp_path / "on") | masks_in(tmp_path / "back")).items():
+        assert (both[name] == mask).all()
+
+
+def test_several_masks_stay_in_the_context(small_clip, tmp_path, cli):
+    """Object 3 comes in at frame 5, where a second mask names it; the first mask's objects go on."""
+    truth = small_clip / "truth"
+    (tmp_path / "frames").mkdir()
+    for index, frame in Video(small_clip / "clip.mp4").frames(range(12)):
+        mask = read_ids(truth / f"{index:05d}.png")
+        if index < 5:
+            frame[mask == 3] = frame[mask == 0].mean(0)
+            write_mask(tmp_path / f"{index}.png", mask * (mask < 3))
+        Image.fromarray(frame).save(tmp_path / "frames" / f"{index:05d}.png")
+    argv = [*RANDOM, "--video", tmp_path / "frames", "--context", 1, "--out", tmp_path / "o"]
+    argv += ["--mask", tmp_path / "0.png", "--mask-frame", 0, "--mask", truth / "00005.png", "--mask-frame", 5]
+    assert cli(propagate, *argv)[0] == 0
+    masks = masks_in(tmp_path / "o")
+    assert (masks["00000.png"] == read_ids(tmp_path / "0.png")).all()
+    assert (masks["00005.png"] == read_ids(truth / "00005.png")).all()
+    for name in ("00006.png", "00011.png"):
+        for number in (1, 2, 3):
+            assert jaccard(masks[name] == number, read_ids(truth / name) == number) > 0.4
+
+
+def test_a_folder_of_pictures_keeps_its_names(small_clip, tmp_path, cli):
+    (tmp_path / "frames").mkdir()
+    for index, frame in Video(small_clip / "clip.mp4").frames(range(11)):
+        Image.fromarray(frame).save(tmp_path / "frames" / f"shot {index}.png")
+    argv = [*RANDOM, "--mask", small_clip / "f0.png"]
+    assert cli(propagate, *argv, "--video", tmp_path / "frames", "--end", 4, "--out", tmp_path / "a")[0] == 0
+    assert list(masks_in(tmp_path / "a")) == [f"shot {i}.png" for i in range(4)]
+    assert cli(propagate, *argv, "--video", tmp_path / "frames" / "*.png", "--out", tmp_path / "b")[0] == 0
+    names = [f"shot {i}.png" for i in range(11)]
+    assert sorted(masks_in(tmp_path / "b")) == sorted(names)
+    assert Video(tmp_path / "frames").names == [name[:-4] for name in names]  # natural order: 2 before 10
+
+
+def test_points(small_clip, tmp_path, cli):
+    """A point on each object stays on it."""
+    first = read_ids(small_clip / "f0.png")
+    centres = {
+        name: np.argwhere(first == number).mean(0)[::-1] for number, name in enumerate(("ball", "star", "bean"), 1)
+    }
+    lines = ["id,x,y", *(f"{name},{x:.1f},{y:.1f}" for name, (x, y) in centres.items())]
+    (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "points.csv", "--out", tmp_path / "o"]
+    assert cli(propagate, *argv)[0] == 0
+    with (tmp_path / "o" / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 * 3 and list(rows[0]) == ["frame", "id", "x", "y"]
+    for row in rows:
+        number = 1 + list(centres).index(row["id"])
+        truth = read_ids(small_clip / "truth" / f"{int(row['frame']):05d}.png")
+        assert truth[round(float(row["y"])), round(float(row["x"]))] == number
+    start = {row["id"]: (float(row["x"]), float(row["y"])) for row in rows[:3]}
+    assert all(np.allclose(start[name], centre, atol=0.1) for name, centre in centres.items())
+    assert "all was there" in cli(propagate, *argv)[1]
+
+
+@pytest.mark.parametrize(
+    "kind", ["grey", "black and white", "colour", "voc colours", "transparent", "own palette", "16 bit"]
+)
+def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
+    """Whatever the picture, the first mask written says which pixels are which object."""
+    truth = read_ids(small_clip / "f0.png")
+    colours = np.array([(0, 0, 0), (250, 10, 20), (9, 240, 30), (40, 50, 230)], np.uint8)
+    expected, palette = truth, PALETTE
+    by_size = 1 + np.argsort(np.argsort([-(truth == n).sum() for n in (1, 2, 3)]))
+    if kind == "grey":
+        picture, expected = Image.fromarray(truth * 40), truth * 40
+    elif kind == "black and white":
+        picture, expected = Image.fromarray(np.where(truth > 0, 255, 0).astype(np.uint8)), (truth > 0).astype(np.uint8)
+    elif kind == "colour":
+        picture, expected = Image.fromarray(colours[truth]), np.array([0, *by_size], np.uint8)[truth]
+        palette = PALETTE.copy()
+        palette[by_size] = colours[1:]
+    elif kind == "voc colours":
+        picture = Image.fromarray(PALETTE[truth])
+    elif kind == "transparent":
+        rgba = np.dstack([np.full((*truth.shape, 3), 90, np.uint8), np.where(truth == 2, 255, 0).astype(np.uint8)])
+        picture, expected = Image.fromarray(rgba), (truth == 2).astype(np.uint8)
+        palette = PALETTE.copy()
+        palette[1] = 90
+    elif kind == "own palette":
+        picture, palette = Image.fromarray(truth), PALETTE.copy()
+        palette[:4] = colours
+        picture.putpalette(palette.tobytes())
+    else:
+        picture = Image.fromarray(truth.astype(np.uint16) * 1000)
+    picture.save(tmp_path / "mask.png")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--end", 2, "--mask", tmp_path / "mask.png"]
+    assert cli(propagate, *argv, "--out", tmp_path / "o")[0] == 0
+    assert (masks_in(tmp_path / "o")["00000.png"] == expected).all()
+    with Image.open(tmp_path / "o/masks/00001.png") as written:
+        assert (np.array(written.getpalette()).reshape(-1, 3)[: palette.shape[0]] == palette).all()
+
+
+def test_a_mask_of_another_size_is_resized_and_said_so(small_clip, tmp_path, cli):
+    Image.fromarray(read_ids(small_clip / "f0.png")).resize((320, 192), 0).save(tmp_path / "large.png")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--end", 2, "--out", tmp_path / "o"]
+    code, _, err = cli(propagate, *argv, "--mask", tmp_path / "large.png")
+    assert code == 0 and "is 320x192, the frames are 160x96: resized" in err
+    assert (masks_in(tmp_path / "o")["00000.png"] == read_ids(small_clip / "f0.png")).mean() > 0.98
+    Image.fromarray(read_ids(small_clip / "f0.png")).resize((96, 96), 0).save(tmp_path / "square.png")
+    code, _, err = cli(propagate, *argv, "--mask", tmp_path / "square.png", "--out", tmp_path / "p")
+    assert code == 2 and "is 96x96, the frames are 160x96" in err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--aggregation", "per-frame", "--temperature", "0.025", "--topk", "5"),
+        ("--aggregation", "per-frame", "--softmax", "region"),
+        ("--localization", "none", "--exempt-first"),
+        ("--shape", "square", "--minmax", "--exempt-first"),
+        ("--layer", "res2"),
+        ("--layer", "res4", "--no-l2", "--temperature", "1"),
+        ("--stride", "4", "--size", "64"),
+        ("--upsample", "2", "--size", "full"),
+        ("--size", "88x120"),
+        ("--dtype", "bfloat16"),
+        ("--context", "0"),
+    ],
+)
+def test_every_factor_runs_and_tracks(small_clip, tmp_path, cli, flags):
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--end", 4, "--mask", small_clip / "f0.png"]
+    assert cli(propagate, *argv, "--out", tmp_path / "o", *flags)[0] == 0
+    masks = masks_in(tmp_path / "o")
+    overlap = jaccard(masks["00003.png"] > 0, read_ids(small_clip / "truth/00003.png") > 0)
+    assert overlap > (0.1 if "--no-l2" in flags else 0.5)  # random features need their lengths taken out
+
+
+def test_portrait_film_with_rotation_in_its_metadata(small_clip, tmp_path, cli):
+    """A phone's film is stored on its side; frames, masks and overlay are upright."""
+    upright = next(Video(small_clip / "clip.mp4").frames([0]))[1]
+    with av.open(str(small_clip / "clip.mp4")) as source, av.open(str(tmp_path / "phone.mp4"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = (tmp_path / "phone.mp4").read_bytes()  # the track header's matrix: identity -> turned by 90 degrees
+    one, zero = b"\0\1\0\0", b"\0\0\0\0"
+    identity = one + zero * 3 + one + zero * 3 + b"\x40\0\0\0"
+    turned = zero + one + zero + b"\xff\xff\0\0" + zero * 4 + b"\x40\0\0\0"
+    place = data.index(identity, data.index(b"tkhd"))
+    (tmp_path / "phone.mp4").write_bytes(data[:place] + turned + data[place + len(identity) :])
+    video = Video(tmp_path / "phone.mp4")
+    assert video.size == (160, 96)
+    assert (next(video.frames([0]))[1] == np.rot90(upright, -1)).all()
+
+
+def test_frames_by_index_in_either_direction(small_clip, tmp_path):
+    with av.open(str(tmp_path / "gop.mp4"), "w") as film:  # B-frames and several key frames
+        stream = film.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.options = {"g": "10", "bf": "2", "crf": "5"}
+        for i in range(90):
+            frame = np.full((48, 64, 3), 2 * i + 20, np.uint8)
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        film.mux(stream.encode())
+    video = Video(tmp_path / "gop.mp4")
+    assert len(video) == 90
+    for wanted in (range(90), range(89, -1, -1), range(35, 80, 7), [77, 40, 3], [50]):
+        got = [(i, round((frame.mean() - 20) / 2)) for i, frame in video.frames(list(wanted))]
+        assert [i for i, _ in got] == list(wanted)
+        assert all(abs(i - value) <= 1 for i, value in got)
+    assert video.broken is None
+
+
+def test_a_truncated_film_gives_the_frames_before_the_break(small_clip, tmp_path, cli):
+    with av.open(str(small_clip / "clip.mp4")) as source, av.open(str(tmp_path / "whole.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    for name, data in (
+        ("cut.mp4", (small_clip / "clip.mp4").read_bytes()),
+        ("cut.mkv", (tmp_path / "whole.mkv").read_bytes()),
+    ):
+        (tmp_path / name).write_bytes(data[: len(data) * 2 // 3])
+    argv = [*RANDOM, "--mask", small_clip / "f0.png"]
+    code, _, err = cli(propagate, *argv, "--video", tmp_path / "cut.mp4", "--out", tmp_path / "a")
+    assert code == 0 and "note:" in err and "breaks off" in err
+    assert 1 <= len(masks_in(tmp_path / "a")) < 12
+    assert cli(propagate, *argv, "--video", tmp_path / "cut.mkv", "--out", tmp_path / "b")[0] == 0
+    assert 1 <= len(masks_in(tmp_path / "b")) < 12
+
+
+def test_a_frame_size_that_changes_stops_there_and_keeps_what_was_made(small_clip, tmp_path, cli):
+    (tmp_path / "frames").mkdir()
+    for index, frame in Video(small_clip / "clip.mp4").frames(range(6)):
+        Image.fromarray(frame[:80] if index == 4 else frame).save(tmp_path / f"frames/{index}.png")
+    argv = [*RANDOM, "--video", tmp_path / "frames", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    code, _, err = cli(propagate, *argv)
+    assert code == 2 and "frame 4 is 160x80, the first is 160x96" in err.splitlines()[-1]
+    assert list(masks_in(tmp_path / "o")) == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def refused(cli, *argv) -> str:
+    """The one line that a refusal says; nothing else is printed and the exit code is 2."""
+    code, out, err = cli(propagate, *argv)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_bad_videos(small_clip, tmp_path, cli):
+    mask = ("--mask", small_clip / "f0.png", "--out", tmp_path / "o")
+    (tmp_path / "zero.mp4").touch()
+    (tmp_path / "text.mp4").write_text("not a film " * 100)
+    (tmp_path / "folder").mkdir()
+    whole = (small_clip / "clip.mp4").read_bytes()
+    (tmp_path / "head.mp4").write_bytes(whole[:40])
+    with av.open(str(tmp_path / "sound.mp4"), "w") as film:
+        stream = film.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 44100
+        film.mux(stream.encode(sound))
+        film.mux(stream.encode())
+    assert "missing" in refused(cli, *RANDOM, *mask)
+    assert "no such video" in refused(cli, *RANDOM, *mask, "--video", tmp_path / "none.mp4")
+    assert "0 bytes" in refused(cli, *RANDOM, *mask, "--video", tmp_path / "zero.mp4")
+    assert "cannot be read as a film" in refused(cli, *RANDOM, *mask, "--video", tmp_path / "text.mp4")
+    assert "no video stream" in refused(cli, *RANDOM, *mask, "--video", tmp_path / "head.mp4")
+    assert "no video stream" in refused(cli, *RANDOM, *mask, "--video", tmp_path / "sound.mp4")
+    assert "holds no pictures" in refused(cli, *RANDOM, *mask, "--video", tmp_path / "folder")
+    assert "no frame is left" in refused(cli, *RANDOM, *mask, "--video", small_clip / "clip.mp4", "--start", 12)
+    (tmp_path / "folder" / "0.png").write_bytes(b"\x89PNG broken")
+    assert "0.png: cannot be read" in refused(cli, *RANDOM, *mask, "--video", tmp_path / "folder")
+    assert not (tmp_path / "o").exists()
+
+
+def test_bad_masks(small_clip, tmp_path, cli):
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--out", tmp_path / "o"]
+
+    def say(picture) -> str:
+        picture.save(tmp_path / "mask.png")
+        return refused(cli, *argv, "--mask", tmp_path / "mask.png")
+
+    truth = read_ids(small_clip / "f0.png")
+    assert "give one of them" in refused(cli, *argv)
+    assert "no such mask" in refused(cli, *argv, "--mask", tmp_path / "none.png")
+    assert "is empty" in say(Image.fromarray(truth * 0))
+    smooth = cv2.GaussianBlur((truth == 1).astype(np.uint8) * 255, (0, 0), 2)
+    assert "anti-aliased" in say(Image.fromarray(smooth))
+    smooth = cv2.GaussianBlur(PALETTE[truth], (0, 0), 1)
+    assert "anti-aliased" in say(Image.fromarray(smooth))
+    many = np.arange(96 * 160).reshape(96, 160) // 9
+    assert re.search("has 1706 .*", say(Image.fromarray(many.astype(np.uint16))))
+    (tmp_path / "mask.png").write_bytes(b"no picture")
+    assert "cannot be read" in refused(cli, *argv, "--mask", tmp_path / "mask.png")
+    f0 = ("--mask", small_clip / "f0.png")
+    assert "is not among the frames used" in refused(cli, *argv, *f0, "--mask-frame", 50)
+    assert "give one for each" in refused(cli, *argv, *f0, *f0, "--mask-frame", 1)
+
+
+def test_bad_points(small_clip, tmp_path, cli):
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--out", tmp_path / "o", "--points", tmp_path / "p.csv"]
+    assert "cannot be read" in refused(cli, *argv)
+    for text, message in (
+        ("id,x,y\n1,200,5\n", "point 1 at 200,5 lies outside the frame (160x96 pixels)"),
+        ("id,x,y\n1,5,nan\n", "outside the frame"),
+        ("a,b\n1,2\n", "not a table id,x,y"),
+        ("id,x,y\n1,2,left\n", "not a table id,x,y"),
+        ("id,x,y\n1,2,3\n1,4,5\n", "names an id twice"),
+        ("id,x,y\n", "holds no points"),
+    ):
+        (tmp_path / "p.csv").write_text(text)
+        assert message in refused(cli, *argv)
+
+
+def test_bad_settings(small_clip, tmp_path, cli):
+    argv = ["--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    assert "unknown model 'crv'" in refused(cli, *argv, "--model", "crv")
+    argv += RANDOM
+    assert "give the short side" in refused(cli, *argv, "--size", "big")
+    assert "--temperature 0" in refused(cli, *argv, "--temperature", "0")
+    assert "--topk 0" in refused(cli, *argv, "--topk", "0")
+    assert "give 180 or less" in refused(cli, *argv, "--topk", "500")  # 45 cells within 4 of 4 frames
+    assert "--every 0" in refused(cli, *argv, "--every", "0")
+    assert "--device" in refused(cli, *argv, "--device", "quantum")
+    if not torch.cuda.is_available():
+        assert "cannot be used here" in refused(cli, *argv, "--device", "cuda")
+        assert "float16" in refused(cli, *argv, "--dtype", "float16")
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(cli, *argv, "--out", tmp_path / "file" / "o")
+
+
+def test_a_disk_that_fills_up_keeps_what_is_whole(small_clip, tmp_path, cli, monkeypatch):
+    real, count = Image.Image.save, iter(range(100))
+
+    def save(self, target, *args, **kwargs):
+        if next(count) >= 4:
+            raise OSError(28, "No space left on device")
+        return real(self, target, *args, **kwargs)
+
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    monkeypatch.setattr(Image.Image, "save", save)
+    code, _, err = cli(propagate, *argv)
+    assert code == 2 and "No space left on device" in err.splitlines()[-1]
+    assert list(masks_in(tmp_path / "o")) == [f"{i:05d}.png" for i in range(4)]
+    monkeypatch.undo()
+    assert cli(propagate, *argv)[0] == 0
+    assert len(masks_in(tmp_path / "o")) == 12
+
+
+class TestWeights:
+    """--weights FILE: what is needed is there and fits, and no code is run."""
+
+    @pytest.fixture
+    def argv(self, small_clip, tmp_path):
+        video = ["--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--end", 2, "--context", 1]
+        return ["--model", "imagenet", *video, "--out", tmp_path / "o", "--weights", tmp_path / "w.pth"]
+
+    @pytest.fixture
+    def state(self):
+        import torchvision
+
+        torch.manual_seed(0)
+        return torchvision.models.resnet18(weights=None).state_dict()
+
+    @pytest.mark.parametrize("container", ["bare", "up to layer3", "state_dict", "DataParallel"])
+    def test_fits(self, argv, state, tmp_path, cli, container):
+        if container == "up to layer3":
+            state = {key: value for key, value in state.items() if not key.startswith(("layer4", "fc"))}
+        elif container == "state_dict":
+            state = {"epoch": 3, "state_dict": state}
+        elif container == "DataParallel":
+            state = {f"module.{key}": value for key, value in state.items()}
+        torch.save(state, tmp_path / "w.pth")
+        assert cli(propagate, *argv)[0] == 0
+
+    def test_does_not_fit(self, argv, state, tmp_path, cli):
+        import torchvision
+
+        def say(content) -> str:
+            torch.save(content, tmp_path / "w.pth")
+            return refused(cli, *argv)
+
+        assert "no such weights file" in refused(cli, *argv)
+        assert "resnet50" in say(torchvision.models.resnet50(weights=None).state_dict())
+        assert "lacks" in say({key: value for key, value in state.items() if not key.startswith("layer3")})
+        assert "layer2.0.conv1.weight" in say({**state, "layer2.0.conv1.weight": torch.zeros(3)})
+        assert "no state dict" in say([1, 2, 3])
+        (tmp_path / "w.pth").write_bytes(b"no weights")
+        assert "is not a PyTorch checkpoint" in refused(cli, *argv)
+
+    def test_code_in_a_checkpoint_is_refused_and_not_run(self, argv, state, tmp_path, cli):
+        trace = tmp_path / "ran"
+
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(trace),)
+
+        torch.save({**state, "extra": Evil()}, tmp_path / "w.pth", pickle_module=pickle)
+        assert "pickled code" in refused(cli, *argv)
+        assert not trace.exists()
+
+    def test_not_here_and_not_to_be_had(self, argv, cli, monkeypatch, tmp_path):
+        def offline(*_, **__):
+            raise OSError("no network")
+
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+        monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+        monkeypatch.chdir(tmp_path)
+        code, _, err = cli(propagate, *argv[:-2])
+        assert code == 2 and "could not be fetched" in err and "--weights FILE" in err
+
+
+def test_list_models(cli):
+    code, out, _ = cli(propagate, "--list-models")
+    assert code == 0
+    assert re.search(r"imagenet +resnet18 res3, L2 +8 +65\.8", out)
+
+
+def test_random_weights_are_the_same_each_time(small_clip):
+    from common import load_encoder
+
+    frame = torch.randint(0, 255, (1, 64, 64, 3), dtype=torch.uint8)
+    assert torch.equal(load_encoder("random")(frame), load_encoder("random")(frame))
+
+
+class FakeWindow:
+    """Stands in for OpenCV's window: plays mouse events and keys, keeps what is shown."""
+
+    def __init__(self, monkeypatch, script):
+        self.shown, self.script = [], iter(script)
+        monkeypatch.setattr(propagate, "need_window", lambda flag: None)
+        monkeypatch.setattr(cv2, "namedWindow", lambda *_: None)
+        monkeypatch.setattr(cv2, "destroyWindow", lambda *_: None)
+        monkeypatch.setattr(cv2, "setMouseCallback", lambda _, callback: setattr(self, "mouse", callback))
+        monkeypatch.setattr(cv2, "imshow", lambda _, picture: self.shown.append(picture))
+        monkeypatch.setattr(cv2, "waitKey", self.key)
+
+    def key(self, _):
+        for step in self.script:
+            if not isinstance(step, tuple):
+                return step if isinstance(step, int) else ord(step)
+            self.mouse(*step, 0, None)
+        return -1
+
+
+def test_pick_draws_boxes_and_polygons(small_clip, tmp_path, cli, monkeypatch):
+    first = read_ids(small_clip / "f0.png")
+    (top, left), (bottom, right) = np.argwhere(first == 1).min(0) - 3, np.argwhere(first == 1).max(0) + 3
+    box = [
+        (cv2.EVENT_LBUTTONDOWN, left, top),
+        (cv2.EVENT_MOUSEMOVE, right, bottom),
+        (cv2.EVENT_LBUTTONUP, right, bottom),
+    ]
+    corners = [(70, 4), (90, 4), (90, 20), (70, 20)]
+    polygon = [(event, *xy) for xy in corners for event in (cv2.EVENT_LBUTTONDOWN, cv2.EVENT_LBUTTONUP)]
+    FakeWindow(monkeypatch, [*box, "n", *polygon, (cv2.EVENT_RBUTTONDOWN, 0, 0), 13])
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--pick", "--end", 3, "--out", tmp_path / "o"]
+    assert cli(propagate, *argv)[0] == 0
+    mask = masks_in(tmp_path / "o")["00000.png"]
+    assert jaccard(mask == 1, first == 1) > 0.8  # the box was refined to the object in it
+    assert mask[12, 80] == 2 and set(np.unique(mask)) == {0, 1, 2}
+    FakeWindow(monkeypatch, [27])
+    assert "nothing was drawn" in refused(cli, *argv, "--overwrite")
+
+
+def test_show(small_clip, tmp_path, cli, monkeypatch):
+    window = FakeWindow(monkeypatch, [])
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--show", "--end", 5]
+    assert cli(propagate, *argv, "--out", tmp_path / "o")[0] == 0
+    assert len(window.shown) == 4 and window.shown[0].shape == (96, 160, 3)
+
+
+def test_a_camera(small_clip, tmp_path, cli, monkeypatch):
+    """A camera is a video whose end is not known: its frames are kept, q or --end stops it."""
+    frames = iter([cv2.cvtColor(f, cv2.COLOR_RGB2BGR) for _, f in Video(small_clip / "clip.mp4").frames(range(8))])
+
+    class Capture:
+        def __init__(self, number):
+            self.number = number
+
+        def read(self):
+            frame = next(frames, None) if self.number == 0 else None
+            return frame is not None, frame
+
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    monkeypatch.chdir(tmp_path)
+    FakeWindow(monkeypatch, [-1, -1, -1, "q"])
+    argv = [*RANDOM, "--mask", small_clip / "f0.png", "--show", "--out", tmp_path / "o"]
+    assert cli(propagate, *argv, "--video", 0)[0] == 0
+    masks = masks_in(tmp_path / "o")
+    assert 4 <= len(masks) <= 5
+    assert jaccard(masks["00003.png"] > 0, read_ids(small_clip / "truth/00003.png") > 0) > 0.6
+    assert (tmp_path / "o/overlay.mp4").exists() and (tmp_path / "o/frames/00003.jpg").exists()
+    assert "no camera" in refused(cli, *argv, "--video", 7)
+
+
+def test_no_window(small_clip, cli, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    assert "no window can be opened" in refused(cli, *RANDOM, "--video", small_clip / "clip.mp4", "--pick")
+
+
+def test_real_sequences(shared, imagenet, tmp_path, cli):
+    """The first frames of two DAVIS sequences at 240 pixels, ImageNet weights."""
+    root = shared / "data/DAVIS"
+    for name, least in (("blackswan", 0.8), ("bmx-trees", 0.35)):
+        argv = ["--weights", imagenet, "--video", root / "JPEGImages/480p" / name, "--size", 240, "--end", 6]
+        argv += ["--mask", root / "Annotations/480p" / name / "00000.png", "--out", tmp_path / name]
+        code, _, err = cli(propagate, *argv)
+        assert code == 0, err
+        masks, last = masks_in(tmp_path / name), read_ids(root / "Annotations/480p" / name / "00005.png")
+        assert len(masks) == 6 and masks["00005.png"].shape == (480, 854)
+        assert np.mean([jaccard(masks["00005.png"] == n, last == n) for n in np.unique(last) if n]) > least
+
+
+def test_real_films_of_every_kind(shared):
+    """Each film opens, has a length, and gives its first, a middle and its last frame."""
+    films = sorted((shared / "data/videos").iterdir())
+    assert len(films) == 21
+    for film in films:
+        video = Video(film)
+        wanted = sorted({0, len(video) // 2, len(video) - 1})
+        got = dict(video.frames(wanted))
+        assert list(got) == wanted and video.broken is None, (film, video.broken)
+        assert all(frame.shape == (*video.size, 3) for frame in got.values())
+
+
+def test_format_and_lint():
+    root = Path(propagate.__file__).parent
+    for command in (["check", "."], ["format", "--check", "."]):
+        result = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=root, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_scripts_form_a_star():
+    """Each script imports common, none imports another script, and common imports none of them."""
+    root = Path(propagate.__file__).parent
+    scripts = {path.stem for path in root.glob("*.py")} - {"common"}
+    for path in root.glob("*.py"):
+        imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+        assert not imported & (scripts - {path.stem}), path.name

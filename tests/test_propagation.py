@@ -1,0 +1,172 @@
+"""Algorithm 1 against a dense, literal transcription of the paper's pseudocode."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import Propagation, labels_from_mask, load_encoder, mask_from_labels, propagate_labels, propagate_video
+
+
+def algorithm_1(g, features, labels, s, annotated=1):
+    """The paper's Algorithm 1 line by line: g C h w, features n C h w, labels n L h w -> L h w."""
+    n, _, h, w = features.shape
+    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    dy, dx = (y[:, None] - y).abs(), (x[:, None] - x).abs()
+    near = torch.ones(h * w, h * w, dtype=torch.bool)
+    if s.localization == "fixed":
+        near = dy**2 + dx**2 < s.radius**2 if s.shape == "circle" else (dy <= s.radius) & (dx <= s.radius)
+    M = [torch.ones_like(near) if s.exempt_first and i < annotated else near for i in range(n)]
+    softmax = {"auto": "topk" if s.aggregation == "overall" else "frame"}.get(s.softmax, s.softmax)
+    Fs, Ys = [f.flatten(1) for f in features], [z.flatten(1) for z in labels]
+    if s.aggregation == "overall":
+        Fs, Ys, M = [torch.cat(Fs, 1)], [torch.cat(Ys, 1)], [torch.cat(M, 0)]
+    z = torch.zeros(labels.shape[1], h * w)
+    for f, y, m in zip(Fs, Ys, M, strict=True):
+        A = f.T @ g.flatten(1) / s.temperature  # P x N
+        masked = A.masked_fill(~m, -math.inf)
+        for j in range(h * w):
+            top, index = masked[:, j].topk(min(s.topk, len(masked)))
+            over = {"topk": top, "region": masked[:, j], "frame": A[:, j]}[softmax]
+            z[:, j] += y[:, index] @ (top - over.logsumexp(0)).exp()
+    return (z / len(Fs)).view(-1, h, w)
+
+
+def random_context(n, L, h, w, C=16, seed=0, relu=False):
+    torch.manual_seed(seed)
+    f = torch.randn(n + 1, C, h, w)
+    f = F.normalize(f.relu() if relu else f, dim=1)
+    return f[0], f[1:], torch.rand(n, L, h, w)
+
+
+@pytest.mark.parametrize("aggregation", ["overall", "per-frame"])
+@pytest.mark.parametrize("softmax", ["auto", "topk", "region", "frame"])
+@pytest.mark.parametrize("region", ["none", "circle", "square", "exempt"])
+def test_equals_the_papers_pseudocode(aggregation, softmax, region):
+    for (h, w), (n, L), k in itertools.product([(7, 13), (14, 17)], [(1, 2), (3, 5)], [1, 4, 400]):
+        s = Propagation(
+            aggregation=aggregation,
+            softmax=softmax,
+            localization="none" if region == "none" else "fixed",
+            shape="square" if region == "square" else "circle",
+            exempt_first=region == "exempt",
+            radius=4,
+            topk=k,
+            temperature=0.1,
+        )
+        g, features, labels = random_context(n, L, h, w)
+        expected = algorithm_1(g, features, labels, s)
+        assert (propagate_labels(g, features, labels, s) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+def test_any_number_of_context_frames(n):
+    g, features, labels = random_context(n, 3, 9, 14, relu=True)
+    for s in (Propagation(radius=3), Propagation(radius=3, aggregation="per-frame", topk=5)):
+        expected = algorithm_1(g, features, labels, s)
+        assert (propagate_labels(g, features, labels, s) - expected).abs().max() < 1e-5
+
+
+def test_many_labels_and_two_annotated_frames():
+    g, features, labels = random_context(4, 60, 8, 9)
+    s = Propagation(radius=2, exempt_first=True)
+    expected = algorithm_1(g, features, labels, s, annotated=2)
+    assert (propagate_labels(g, features, labels, s, annotated=2) - expected).abs().max() < 1e-5
+
+
+def test_large_window_is_cut_into_small_tiles():
+    """A window of the whole frame over many frames: tiles shrink, results do not change."""
+    g, features, labels = random_context(60, 2, 90, 70, C=6)  # 378,000 entries: above 2**26 at 192 cells a tile
+    s = Propagation(localization="none", topk=3, temperature=0.1)
+    z = propagate_labels(g, features, labels, s)
+    for row, column in [(0, 0), (45, 30), (89, 69)]:
+        affinity = torch.einsum("nchw,c->nhw", features, g[:, row, column]).flatten() / s.temperature
+        best, index = affinity.topk(3)
+        expected = labels.permute(1, 0, 2, 3).flatten(1)[:, index] @ best.softmax(0)
+        assert (z[:, row, column] - expected).abs().max() < 1e-5
+
+
+def test_equal_affinities_copy_equal_labels():
+    """All affinities tie: whichever neighbours are kept, labels that agree come through unchanged."""
+    labels = torch.rand(3, 1, 1, 1).expand(3, 4, 9, 11).clone()
+    labels[:] = torch.rand(4, 1, 1)
+    features = torch.ones(3, 8, 9, 11)
+    for aggregation in ("overall", "per-frame"):
+        s = Propagation(aggregation=aggregation, softmax="topk", radius=3)
+        assert torch.allclose(propagate_labels(features[0], features, labels, s), labels[0], atol=1e-6)
+
+
+def test_on_real_features(shared, imagenet):
+    from common import Video
+
+    video = Video(shared / "data/DAVIS/JPEGImages/480p/dog")
+    s = Propagation(size="120", radius=5)
+    encoder = load_encoder("imagenet", imagenet, settings=s)
+    with torch.inference_mode():
+        f = torch.stack([encoder(torch.from_numpy(frame)[None])[0] for _, frame in video.frames([0, 1, 2, 3])])
+    assert f.shape[2:] == s.grid(*video.size) == (15, 27)
+    labels = torch.rand(3, 2, 15, 27)
+    for s in (Propagation(radius=5), Propagation(radius=5, aggregation="per-frame", temperature=0.025)):
+        assert (propagate_labels(f[3], f[:3], labels, s) - algorithm_1(f[3], f[:3], labels, s)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("context", [0, 1, 3])
+def test_the_context_is_the_first_frame_and_the_latest_n(context):
+    """Against a plain list of frames: no duplicates while the video is young, the ring holds the latest after."""
+    torch.manual_seed(0)
+    frames = F.normalize(torch.randn(8, 6, 5, 7), dim=1)
+    first = torch.rand(2, 5, 7)
+    s = Propagation(context=context, radius=3, topk=4)
+    known, expected = [(frames[0], first)], []
+    for f in frames[1:]:
+        chosen = known[:1] + known[1:][max(0, len(known) - 1 - context) :]
+        z = algorithm_1(f, torch.stack([c[0] for c in chosen]), torch.stack([c[1] for c in chosen]), s)
+        known.append((f, z))
+        expected.append(z)
+    got = list(propagate_video(iter(frames[1:]), [(frames[0], first)], s))
+    assert len(got) == 7
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, expected, strict=True))
+    # Going on from the middle gives the same as not having stopped.
+    again = list(propagate_video(iter(frames[5:]), known[:1], s, recent=known[1:5]))
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(again, expected[4:], strict=True))
+
+
+def test_targets_are_pulled_one_at_a_time():
+    """So that several settings can share one pass over the features."""
+    frames = F.normalize(torch.randn(5, 4, 6, 6), dim=1)
+    pulled = []
+    labels = propagate_video((pulled.append(i) or f for i, f in enumerate(frames)), [(frames[0], torch.rand(2, 6, 6))],
+                             Propagation(radius=2))  # fmt: skip
+    for i, _ in enumerate(labels):
+        assert pulled == list(range(i + 1))
+
+
+def test_labels_on_the_grid_and_back():
+    mask = torch.zeros(96, 160, dtype=torch.uint8)
+    mask[16:64, 40:120], mask[70:90, 8:40] = 7, 200
+    labels = labels_from_mask(mask, [7, 200], (12, 20))
+    assert labels.shape == (3, 12, 20)
+    assert torch.allclose(labels.sum(0), torch.ones(12, 20))
+    back = mask_from_labels(labels, [7, 200], (96, 160))
+    assert back.dtype == torch.uint8 and set(back.unique().tolist()) == {0, 7, 200}
+    assert (back == mask).float().mean() > 0.97
+
+
+def test_mask_from_labels_is_the_same_in_chunks():
+    torch.manual_seed(0)
+    labels, ids = torch.rand(20, 6, 9), list(range(1, 20))
+    for minmax in (False, True):
+        whole = mask_from_labels(labels, ids, (41, 67), minmax, chunk=20)
+        chunked = mask_from_labels(labels, ids, (41, 67), minmax, chunk=3)
+        assert (whole != chunked).sum() <= 2  # but for two labels that are equal up to rounding
+
+
+def test_minmax_lets_a_faint_label_win_and_an_absent_one_not():
+    labels = torch.zeros(3, 4, 4)
+    labels[0], labels[1, 0, 0] = 0.9, 0.2
+    labels[0, 0, 0] = 0.8
+    assert mask_from_labels(labels, [1, 2], (4, 4)).sum() == 0
+    stretched = mask_from_labels(labels, [1, 2], (4, 4), minmax=True)
+    assert stretched[0, 0] == 1 and (stretched == 2).sum() == 0
