@@ -528,9 +528,9 @@ class OnnxEngine:
             raise UserError(f"{path}: needs the onnxruntime package; run pip install onnxruntime") from error
         there = onnxruntime.get_available_providers()
         order = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-        order = [name for name in order if name in there and (device in ("auto", "cuda") or name.startswith("CPU"))]
-        if device == "cuda" and order[0].startswith("CPU"):
-            raise UserError("--device cuda: this ONNX Runtime has no CUDA; run pip install onnxruntime-gpu")
+        order = [name for name in order if name in there and (device != "cpu" or name.startswith("CPU"))]
+        if device.startswith("cuda") and order[0].startswith("CPU"):
+            raise UserError(f"--device {device}: this ONNX Runtime has no CUDA; run pip install onnxruntime-gpu")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
