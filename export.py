@@ -454,13 +454,13 @@ def check(path: Path, clip: list[np.ndarray], mask: np.ndarray, reference: list,
 
 
 def main(args: Args) -> None:
-    if args.video and args.height is None and args.width is None:
-        args.height, args.width = Video(args.video).size
-    args.height, args.width = args.height or 480, args.width or 854
+    height, width = Video(args.video).size if args.video and args.mask else (480, 854)
+    args.height = height if args.height is None else args.height
+    args.width = width if args.width is None else args.width
     check_args(args)
     check_packages(args)
     half = args.fp16 or args.tensorrt
-    frames = args.frames or args.propagation.context + 6
+    frames = args.propagation.context + 6 if args.frames is None else args.frames
     if frames < 2:
         raise UserError(f"--frames {frames}: give 2 or more; the first one is given")
     clip, mask = read_clip(args, frames)

@@ -5,8 +5,8 @@ python examples/run_onnx.py tracker.onnx clip.mp4 f0.png masks/
 """
 
 import json
-import os
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -37,7 +37,7 @@ mask = cv2.imread(first_mask, cv2.IMREAD_GRAYSCALE)
 mask = np.searchsorted(np.unique(np.append(mask, 0)), mask).astype(np.uint8)
 
 # 4. A step a frame.
-os.makedirs(out, exist_ok=True)
+Path(out).mkdir(parents=True, exist_ok=True)
 video, seen = cv2.VideoCapture(film), 0
 while (read := video.read())[0]:
     frame = cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
