@@ -533,6 +533,7 @@ class OnnxEngine:
             raise UserError(f"--device {device}: this ONNX Runtime has no CUDA; run pip install onnxruntime-gpu")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=order)
         except Exception as error:

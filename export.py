@@ -125,26 +125,19 @@ class Step(nn.Module):
         self, frame: Tensor, mask: Tensor, seen: Tensor, memory_features: Tensor, memory_labels: Tensor
     ) -> tuple[Tensor, ...]:
         (h, w), n = self.grid, self.settings.context
-        features = self.encoder(frame.to(memory_features.dtype)[None])[
-            0
-        ]  # C h w; uint8 is cast first, as TensorRT asks
+        frames = frame.to(memory_features.dtype)[None]  # TensorRT knows uint8 as an input alone: cast first
+        features = self.encoder(frames)[0]  # C h w
         query = features.permute(1, 2, 0)  # h w C
         keys, values = memory_features.flatten(0, 2), memory_labels.flatten(0, 2)  # an entry is (slot, cell)
         slot = torch.arange(self.slots, dtype=torch.int32)
         filled = (slot < seen) | (slot == 0)
         first = torch.where(filled, slot, 0) * (h * w)  # entry of each slot's cell 0
-        z = torch.cat(
-            [
-                torch.cat(
-                    [
-                        self.search(query[y0:y1, x0:x1], *rest, keys, values, first, filled)
-                        for (y0, y1, x0, x1), *rest in row
-                    ],
-                    1,
-                )
-                for row in self.tiles
-            ]
-        )  # h w L
+        memory = keys, values, first, filled
+        rows = [
+            [self.search(query[y0:y1, x0:x1], window, *memory) for (y0, y1, x0, x1), window in row]
+            for row in self.tiles
+        ]
+        z = torch.cat([torch.cat(row, 1) for row in rows])  # h w L
         start = seen == 0
         z = torch.where(start, self.labels_from_mask(mask), z)
         winner = torch.where(start, mask.int(), self.winner(z.permute(2, 0, 1)))
@@ -164,8 +157,9 @@ class Step(nn.Module):
         for (a, b, _), (cells, outside) in zip(self.parts, windows, strict=True):
             entry = cells[:, None] + first[a:b]  # cells n
             A = (q @ keys.index_select(0, entry.flatten()).T).unflatten(1, entry.shape)  # Eq. 1: Q cells n
-            k = min(s.topk, len(cells))
-            inside = A if outside is None else A.masked_fill(outside[:, :, None], -math.inf)
+            k, inside = min(s.topk, len(cells)), A
+            if outside is not None and not (self.overall and self.norm == "topk"):
+                inside = A.masked_fill(outside[:, :, None], -math.inf)
             if self.overall:  # the k best entries lie in the k best cells by their best frame
                 peak = A.amax(2)
                 peak, cell = (peak if outside is None else peak.masked_fill(outside, -math.inf)).topk(k)
@@ -178,30 +172,26 @@ class Step(nn.Module):
                 best, cell = inside.transpose(1, 2).topk(k)  # Q n k
                 entry = cells.index_select(0, cell.flatten()).view_as(cell) + first[a:b, None]
                 axes = 1
-            best = best.float() / s.temperature
-            if self.norm == "topk":
-                total = None
-            else:
+            best, total = best.float() / s.temperature, None
+            if self.norm != "topk":
                 over = (inside if self.norm == "region" else A).float() / s.temperature
                 total = (over + unfilled[a:b] if self.overall else over).logsumexp(axes)[..., None]
             found.append((best, entry, total))
+        best, entry, total = zip(*found, strict=True)
         if self.overall:
-            best, entry, total = found[0]
+            best, entry = torch.cat(best, 1), torch.cat(entry, 1)
             if len(found) > 1:  # the k best of the parts' k best
-                best, place = torch.cat([best for best, *_ in found], 1).topk(
-                    min(s.topk, sum(best.shape[1] for best, *_ in found))
-                )
-                entry = torch.cat([entry for _, entry, _ in found], 1).gather(1, place)
-                total = (
-                    None if total is None else torch.cat([total for *_, total in found], 1).logsumexp(1, keepdim=True)
-                )
-            weight = best.softmax(1) if total is None else (best - total).exp()
+                best, place = best.topk(min(s.topk, best.shape[1]))
+                entry = entry.gather(1, place)
+            if self.norm == "topk":
+                weight = best.softmax(1)
+            else:
+                weight = (best - torch.cat(total, 1).logsumexp(1, keepdim=True)).exp()
         else:  # line 36: the mean over the frames
-            weight = [best.softmax(2) if total is None else (best - total).exp() for best, _, total in found]
             share = filled.float() / filled.float().sum()
-            weight = [each * share[a:b, None] for each, (a, b, _) in zip(weight, self.parts, strict=True)]
-            weight = torch.cat([each.flatten(1) for each in weight], 1)
-            entry = torch.cat([entry.flatten(1) for _, entry, _ in found], 1)
+            weight = [b.softmax(2) if t is None else (b - t).exp() for b, t in zip(best, total, strict=True)]
+            weight = [w * share[a:b, None] for w, (a, b, _) in zip(weight, self.parts, strict=True)]
+            weight, entry = (torch.cat([each.flatten(1) for each in part], 1) for part in (weight, entry))
         copied = weight[:, None] @ F.embedding(entry, values)  # the soft copy, line 33: Q 1 L
         return copied.view(*query.shape[:2], -1)
 
