@@ -7,10 +7,13 @@ PY = .venv/bin/python
 
 .PHONY: demo test bench clean
 
+DEMO = --video results/demo-clip/clip.mp4 --mask results/demo-clip/f0.png --out results/demo --overwrite
+
 demo: .venv/ready
 	$(PY) tests/clip.py results/demo-clip
-	$(PY) propagate.py --model $$($(PY) tests/clip.py --model) --video results/demo-clip/clip.mp4 \
-		--mask results/demo-clip/f0.png --out results/demo --overwrite
+	$(PY) propagate.py --model imagenet $(DEMO) || \
+		{ echo "No ImageNet weights: the demo takes --model random."; $(PY) propagate.py --model random $(DEMO); }
+	@echo "Look at results/demo/overlay.mp4 and results/demo/contact_sheet.jpg"
 
 test: .venv/ready
 	$(PY) -m pytest

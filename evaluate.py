@@ -26,6 +26,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from scipy.io import loadmat, savemat
 from torch import distributed
 from tqdm import tqdm
@@ -63,12 +63,15 @@ from common import (
     parse_args,
     points_from_labels,
     propagate_video,
+    read_ids,
     run,
     write_mask,
 )
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in any script that the browser has a font for
+warnings.filterwarnings("ignore", "Glyph")
+import matplotlib.pyplot as plt  # noqa: E402
 
 FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2")  # a change in these means new features
 
@@ -118,7 +121,8 @@ PAGES = {
 SIZES = {"vip": "560x560", "jhmdb": "240x240"}  # section 7; elsewhere the model's own
 # fmt: off
 PARTS = ("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants", "gloves",
-         "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe", "left-shoe")
+         "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe",
+         "left-shoe")
 JOINTS = ("neck", "belly", "face", "right-shoulder", "left-shoulder", "right-hip", "left-hip", "right-elbow",
           "left-elbow", "right-knee", "left-knee", "right-wrist", "left-wrist", "right-ankle", "left-ankle")
 # fmt: on
@@ -204,20 +208,6 @@ def check_names(folder: Path, names: Iterable[str], like: str) -> None:
     for name in names:
         if re.sub(r"\d+", "0", name) != pattern:
             raise UserError(f"{folder / name}: is not named like {like}; the folder mixes sequences, keep one in each")
-
-
-def read_ids(path: Path) -> np.ndarray:
-    """An indexed (or grey) PNG as it is: H x W uint8 ids."""
-    try:
-        with Image.open(path) as picture:
-            if picture.mode in ("P", "L"):
-                return np.asarray(picture)
-            mode = picture.mode
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not found; every scored frame needs its mask there") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); it is damaged, write or download it again") from error
-    raise UserError(f"{path}: is a {mode} picture, not an indexed PNG; save object ids (mode P), not colours")
 
 
 def one_object(ids: np.ndarray) -> np.ndarray:
@@ -531,7 +521,7 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     weights = args.weights if args.weights and model == args.model else find_weights(model)
     fits(model, weights, settings.layer, settings.stride)
     own = asdict(MODELS[model].settings)
-    changed = [f"{key}={show(value)}" for key, value in asdict(settings).items() if own[key] != value]
+    changed = [f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value]
     record = {"model": model, "weights": weights and file_digest(weights), "dtype": args.dtype}
     record |= {"dataset": [args.dataset, str(root.resolve())], "settings": asdict(settings)}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
@@ -722,7 +712,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     with tqdm(total=total, unit="frame", smoothing=0.05, dynamic_ncols=True, disable=quiet) as bar:
 
-        def fail(row: Row, seq: Sequence, error: UserError) -> None:
+        def failure(row: Row, seq: Sequence, error: UserError) -> None:
             failed[row.name][seq.name] = str(error)
             bar.write(f"error: {error}", file=sys.stderr)
 
@@ -738,7 +728,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 if todo:
                     propagate(seq, encoder, todo, bar)
             except UserError as error:
-                fail((todo or group)[0], seq, error)
+                failure((todo or group)[0], seq, error)
                 for row in todo or group:
                     failed[row.name][seq.name] = str(error)
             for row in group:
@@ -748,7 +738,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                     check_prediction(seq, row.folder)
                     results[row.name][seq.name] = SCORE[args.dataset](seq, row.folder, pool)
                 except UserError as error:
-                    fail(row, seq, error)
+                    failure(row, seq, error)
                     continue
                 so_far = summarize(args.dataset, results[row.name])["overall"].get(MAIN[args.dataset])
                 bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): percent(so_far)})
@@ -823,6 +813,22 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
     return list(rows.values())
 
 
+def paper_best(args: Args, row: Row) -> Row:
+    """The same row with the best figures that the paper prints for its model on this data set, at this grid."""
+    best = {}
+    with PAPER.open(newline="") as file:
+        for line in csv.DictReader(file):
+            scale = 2 if "upsample=2" in line["settings"] else 1
+            figures = {c: float(line[c]) for c in COLUMNS[args.dataset] if line.get(c)}
+            if (
+                line["dataset"] == args.dataset
+                and row.model in line["models"].split()
+                and scale == row.settings.upsample
+            ):
+                best = max(best, figures, key=lambda f: (f.get(MAIN[args.dataset], 0), len(f)))
+    return replace(row, paper=best)
+
+
 def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str, Propagation]:
     """The model and settings of a row of the paper; UserError with what is missing."""
     if not models:
@@ -856,7 +862,7 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
 def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: int) -> None:
     """The terminal table; for a table of the paper: the paper's figure, ours, and the difference."""
     columns = [c for c in COLUMNS[args.dataset] if any(c in row.paper for row in rows)]
-    if columns:
+    if args.paper and columns:
         body = [["%", *(cell for c in columns for cell in (c, "ours", "diff"))]]
         for row in rows:
             cells = [row.name]
@@ -869,6 +875,11 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
         columns = COLUMNS[args.dataset]
         body = [["%", *columns]]
         body += [[r.name, *(percent(scores[r.name]["overall"].get(c)) for c in columns)] for r in rows if not r.lacks]
+        if rows[0].paper:
+            ours = scores[rows[0].name]["overall"]
+            difference = {c: 100 * ours.get(c, math.nan) - paper for c, paper in rows[0].paper.items()}
+            body.append(["the paper, whole data set", *(percent(rows[0].paper.get(c), 1) for c in columns)])
+            body.append(["difference", *(percent(difference.get(c), 1, "+") for c in columns)])
         if args.dataset == "vip" and len(rows) == 1:
             body += [[f"  {part}", percent(s["IoU"]), ""] for part, s in scores[rows[0].name]["per_object"].items()]
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
@@ -906,7 +917,7 @@ def clean(value):
 
 
 def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: dict) -> None:
-    """scores.json and scores.csv. `overall` and `per_object` at the top of scores.json are those of the first row."""
+    """scores.json and scores.csv. What is at the top of scores.json is the first row's, all are in `rows`."""
     table = []
     for row in rows:
         entry = {"name": row.name, "model": row.model, "weights": row.weights and str(row.weights), "lacks": row.lacks}
@@ -914,7 +925,7 @@ def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: d
         table.append({**entry, **scores.get(row.name, {}), "failed": failed[row.name]})
     first = next(entry for entry in table if "overall" in entry)
     record = {"dataset": args.dataset, "subset": args.subset, "split": args.split if args.dataset == "jhmdb" else None}
-    record |= {"overall": first["overall"], "per_object": first["per_object"], "rows": table}
+    record |= {level: first[level] for level in ("overall", "per_object", "per_sequence")} | {"rows": table}
     with atomic(out / "scores.json") as path:
         path.write_text(json.dumps(clean(record), indent=1))
     columns = COLUMNS[args.dataset] + (["IoU"] if args.dataset == "vip" else [])
@@ -950,7 +961,10 @@ def draw_curves(curves: dict[str, dict], ylabel: str) -> str:
     names = {"temperature": "1 / temperature", "context": "context frames n", "topk": "neighbours k"}
     figure, axes = plt.subplots(1, len(curves), figsize=(max(4.4 * len(curves), 6), 3.8), squeeze=False, sharey=True)
     for ax, (factor, lines) in zip(axes[0], curves.items(), strict=True):
-        told = {f for f, _ in next(iter(lines))[1] if len({dict(others)[f] for _, others in lines}) > 1}
+        told = {"aggregation"} if len({dict(others).get("aggregation") for _, others in lines}) > 1 else set()
+        for f, _ in next(iter(lines))[1]:  # what does not follow from the model and the aggregation tells lines apart
+            seen = {(model, dict(others).get("aggregation"), dict(others)[f]) for model, others in lines}
+            told |= {f} if len(seen) > len({key[:2] for key in seen}) else set()
         hues = {}
         for (model, others), points in lines.items():
             label = [model, *(v if isinstance(v, str) else f"{f}={show(v)}" for f, v in others if f in told)]
@@ -1059,6 +1073,8 @@ td,th{padding:4px 10px;border-bottom:1px solid #edf0f3;text-align:right}th{color
 td:first-child,th:first-child{text-align:left}tr.off td{color:#8b97a5}
 .bar{display:grid;grid-template-columns:15em 1fr 3.5em;gap:10px;align-items:center;margin:4px 0}
 .bar i,.key i{display:block;height:8px;border-radius:4px;margin:2px 0}.bar em{font-style:normal;text-align:right}
+
+.bar span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bar div{background:#eef1f4;border-radius:4px}.key i{display:inline-block;width:12px;margin:0 5px 0 14px}
 .sheet{display:grid;gap:4px;align-items:center}.sheet img{width:100%;border-radius:4px;display:block}
 .plot{max-width:100%;height:auto}dl{display:grid;grid-template-columns:repeat(4,auto 1fr);gap:4px 14px;margin:0}
@@ -1089,10 +1105,9 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     title = {"davis": "DAVIS 2017", "davis2016": "DAVIS 2016", "vip": "VIP", "jhmdb": f"JHMDB split {args.split}"}
     title = f"{title[args.dataset]} {args.subset}: {esc(best.name)}"
     over = {"vip": "part classes", "jhmdb": "joints"}.get(args.dataset, "objects")
+    count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
     note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
-    text.append(
-        f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {len(results[best.name])} sequences{note}</div>"
-    )
+    text.append(f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {count}{note}</div>")
     numbers = [(percent(overall.get(c)), c) for c in columns] + [
         (f"{v:.1f}", f"{c}, paper") for c, v in best.paper.items()
     ]
@@ -1108,7 +1123,7 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
         paper = [c for c in columns if any(c in row.paper for row in rows)]
         heads = [esc(c) for c in columns] + [f"{esc(c)}<br>{what}" for c in paper for what in ("paper", "difference")]
         lines = [f"<table><tr><th></th>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
-        for row in rows:
+        for row in rows if paper else ran:
             ours = scores.get(row.name, {"overall": {}})["overall"]
             cells = [percent(ours.get(c)) for c in columns]
             for c in paper:
@@ -1157,10 +1172,15 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
                 lines.append(f"<tr><td>{esc(row.name)}</td>{cells}</tr>")
             lines.append("</table>")
         card("Settings", *lines)
-    if lacking := [f"<li>{esc(row.name)}: {esc(row.lacks)}</li>" for row in rows if row.lacks]:
-        card("Not run", "<ul>", *lacking, "</ul>")
+    if lacking := {row.lacks: [r.name for r in rows if r.lacks == row.lacks] for row in rows if row.lacks}:
+        items = [
+            f"<li>{esc(why)}<br><span class=sub>{esc('; '.join(names))}</span></li>" for why, names in lacking.items()
+        ]
+        card("Not run", "<ul>", *items, "</ul>")
     if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
-        card("<span class=fail>Failed</span>", "<ul>", *(f"<li>{esc(why)}</li>" for why in wrong), "</ul>")
+        more = f"<li>and {len(wrong) - 10} more, in scores.json</li>" if len(wrong) > 10 else ""
+        items = "".join(f"<li>{esc(why)}</li>" for why in list(wrong)[:10])
+        card("<span class=fail>Failed</span>", "<ul>", items, more, "</ul>")
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     with atomic(out / "report.html") as path:
         path.write_text(f"{head}<main>{''.join(text)}</main></html>", encoding="utf-8")
@@ -1169,14 +1189,25 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def quiet_worker() -> None:
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+def cores() -> int:
+    """Cores for this process: its share of those that the system lets it use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def worker_pool(processes: int):
+    """Processes for scoring, forked: they share what is imported, and use neither torch nor the GPU."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # ends OpenCV's threads before the fork; a child cannot
+    pool = multiprocessing.get_context("fork").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    cv2.setNumThreads(threads)
+    return pool
 
 
 def main(args: Args) -> None:
     typed = {arg.split("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for arg in sys.argv if arg[:2] == "--"}
-    given = {factor: value for factor, value in asdict(args.propagation).items() if factor in typed}
+    own = asdict(MODELS[args.model].settings)
+    given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in typed}
     if args.paper:
         args = replace(args, dataset={"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis"))
     root, out = args.data or Path("data") / args.dataset, args.out or Path("results") / args.dataset
@@ -1192,9 +1223,9 @@ def main(args: Args) -> None:
     else:
         size = {"size": SIZES[args.dataset]} if args.dataset in SIZES and "size" not in given else {}
         base = replace(args.propagation, **size)
-        rows = [
-            make_row(args, root, out, settings) for settings in (sweep_settings(args, base) if args.sweep else [base])
-        ]
+        chosen = sweep_settings(args, base) if args.sweep else [base]
+        rows = [make_row(args, root, out, settings) for settings in chosen]
+        rows = rows if args.sweep else [paper_best(args, row) for row in rows]
     can_run = [row for row in rows if not row.lacks]
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -1202,8 +1233,7 @@ def main(args: Args) -> None:
     if absent and rank == 0:
         of = len(sequences) + len(absent)
         print(f"error: {next(iter(absent.values()))} ({len(absent)} of {of} sequences are missing)", file=sys.stderr)
-    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with multiprocessing.get_context("fork").Pool(cores, quiet_worker) as pool:
+    with worker_pool(cores()) as pool:
         if world > 1:
             distributed.init_process_group("gloo", timeout=timedelta(days=30))
         evaluate(args, can_run, sequences[rank::world], pool, results, failed)

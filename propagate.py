@@ -11,6 +11,7 @@ run.json. Stopped and started again, it goes on after the last whole frame.
 """
 
 import csv
+import glob
 import hashlib
 import json
 import platform
@@ -564,17 +565,8 @@ def make_film(out: Path, video: Video, order: list[int], results: Results, every
             append(picture)
             if index in chosen:
                 thumb = cv2.resize(picture, (width, max(1, round(width * H / W))), interpolation=cv2.INTER_AREA)
-                for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-                    cv2.putText(
-                        thumb,
-                        video.names[index],
-                        (8, 20),
-                        cv2.FONT_HERSHEY_SIMPLEX,
-                        0.55,
-                        colour,
-                        thickness,
-                        cv2.LINE_AA,
-                    )
+                cv2.rectangle(thumb, (0, 0), (11 * len(video.names[index]) + 10, 24), (0, 0, 0), -1)
+                cv2.putText(thumb, video.names[index], (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255))
                 thumbs.append(thumb)
     columns = 4 if W >= H else 6
     thumbs += [np.full_like(thumbs[0], 255)] * (-len(thumbs) % columns if len(thumbs) > columns else 0)
@@ -624,7 +616,8 @@ def main(args: Args) -> None:
     if not args.video:
         raise UserError("--video: missing; give a film, a folder of pictures or the number of a camera (see --help)")
     live = args.video.isdigit() and not Path(args.video).exists()
-    name = f"camera{args.video}" if live else Path(args.video.rstrip("/*?.")).stem or "video"
+    path = Path(args.video).resolve()
+    name = f"camera{args.video}" if live else path.parent.name if glob.has_magic(path.name) else path.stem
     out = args.out or Path("results") / name
     if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
         raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")

@@ -1,6 +1,6 @@
 """The clip that the demo and the tests run on, drawn here: textured objects over a moving background, exact masks.
 
-Three objects move, turn, grow and shrink, and pass behind each other in the course of 60 frames.
+Three objects move, turn, grow and shrink, and half hide each other in the course of 60 frames.
 
     python tests/clip.py results/demo-clip          # clip.mp4, f0.png and the true mask of every frame
 """
@@ -63,8 +63,8 @@ def render(
         mask = np.zeros((H, W), np.uint8)
         for i in range(objects):
             phase = 2 * math.pi * i / objects
-            x = W * (0.5 + 0.3 * math.cos(phase + 2.2 * u * (1 if i % 2 else -1)))
-            y = H * (0.5 + 0.22 * math.sin(phase + 3.0 * u))
+            across, down = ((-2.1, 0.6), (-1.0, -2.9), (1.4, 2.8))[i % 3]
+            x, y = W * (0.5 + 0.3 * math.cos(phase + across * u)), H * (0.5 + 0.26 * math.sin(phase + down * u))
             size, turn = unit * 0.16 * (1 + 0.25 * math.sin(phase + 4 * u)), phase + (-1) ** i * 1.6 * u
             spin = np.float32([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) * size
             shape = outline(looks[i % 3][0]) @ spin.T + np.float32([x, y])

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def test_a_folder_of_pictures_keeps_its_names(small_clip, tmp_path, cli):
     names = [f"shot {i}.png" for i in range(11)]
     assert sorted(masks_in(tmp_path / "b")) == sorted(names)
     assert Video(tmp_path / "frames").names == [name[:-4] for name in names]  # natural order: 2 before 10
+
+
+@pytest.mark.parametrize("video", ["clip.mp4", "frames/", "frames/*.png"])
+def test_results_go_to_a_folder_named_after_the_video(small_clip, tmp_path, cli, monkeypatch, video):
+    (tmp_path / "frames").mkdir()
+    for index, frame in Video(small_clip / "clip.mp4").frames(range(2)):
+        Image.fromarray(frame).save(tmp_path / f"frames/{index}.png")
+    shutil.copy(small_clip / "clip.mp4", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli(propagate, *RANDOM, "--video", video, "--mask", small_clip / "f0.png", "--end", 2)[0] == 0
+    assert len(masks_in(tmp_path / "results" / video.split("/")[0].removesuffix(".mp4"))) == 2
 
 
 def test_points(small_clip, tmp_path, cli):

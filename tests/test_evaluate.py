@@ -1,0 +1,730 @@
+"""evaluate.py: scores with known answers, the three data sets' layouts, running, sweeps, tables, and bad input."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import loadmat, savemat
+
+import clip
+import evaluate
+from common import read_ids, write_mask
+
+ROOT = Path(evaluate.__file__).parent
+RANDOM = ("--model", "random", "--size", "64", "--context", "3", "--radius", "4", "--device", "cpu")
+
+
+def read(out: Path) -> dict:
+    return json.loads((out / "scores.json").read_text())
+
+
+def square(*corners: tuple[int, int], size=(60, 80), side=20, ids=()) -> np.ndarray:
+    """A mask with a square of `side` at each corner (y, x), numbered 1, 2, ... or as in ids."""
+    mask = np.zeros(size, np.uint8)
+    for number, (y, x) in zip(ids or range(1, 99), corners, strict=False):
+        mask[y : y + side, x : x + side] = number
+    return mask
+
+
+def put(folder: Path, masks: list[np.ndarray], first: int = 0, suffix: str = ".png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, mask in enumerate(masks, first):
+        if suffix == ".png":
+            write_mask(folder / f"{i:05d}.png", mask)
+        else:
+            Image.fromarray(np.dstack([mask * 60] * 3)).save(folder / f"{i:05d}{suffix}")
+
+
+def davis(root: Path, sequences: dict[str, list[np.ndarray]], year: str = "2017", subset: str = "val") -> Path:
+    """A data set in DAVIS's layout: frames are pictures of the masks."""
+    for name, masks in sequences.items():
+        put(root / "Annotations/480p" / name, masks)
+        put(root / "JPEGImages/480p" / name, masks, suffix=".jpg")
+    listing = root / "ImageSets" / year / f"{subset}.txt"
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    listing.write_text("".join(f"{name}\n" for name in sequences), encoding="utf-8")
+    return root
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# J and F
+
+
+def official(truth: np.ndarray, pred: np.ndarray) -> tuple[float, float]:
+    """The official definition, plainly: two boolean masks -> J, F."""
+
+    def boundary(mask):
+        east, south, both = np.zeros_like(mask), np.zeros_like(mask), np.zeros_like(mask)
+        east[:, :-1], south[:-1], both[:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
+        edge = (mask ^ east) | (mask ^ south) | (mask ^ both)
+        edge[-1] = mask[-1] ^ east[-1]
+        edge[:, -1] = mask[:, -1] ^ south[:, -1]
+        edge[-1, -1] = False
+        return edge
+
+    def dilate(edge, radius):
+        out = np.zeros_like(edge)
+        for y, x in np.argwhere(edge):
+            for dy in range(-radius, radius + 1):
+                for dx in range(-radius, radius + 1):
+                    if dy * dy + dx * dx <= radius**2 and 0 <= y + dy < len(out) and 0 <= x + dx < len(out[0]):
+                        out[y + dy, x + dx] = True
+        return out
+
+    radius = int(np.ceil(0.008 * np.linalg.norm(truth.shape)))
+    t, p = boundary(truth), boundary(pred)
+    if p.sum() and t.sum():
+        precision = (p & dilate(t, radius)).sum() / p.sum()
+        recall = (t & dilate(p, radius)).sum() / t.sum()
+    else:
+        precision, recall = (1, 1) if p.sum() == t.sum() else (1, 0) if t.sum() else (0, 1)
+    f = 0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
+    union = (truth | pred).sum()
+    return 1 if union == 0 else (truth & pred).sum() / union, f
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_j_and_f_are_those_of_the_official_definition(seed):
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(3, 60), rng.integers(3, 500 if seed > 3 else 90)  # radius 1 to 5
+    noise = [cv2.GaussianBlur(rng.random((height, width)), (0, 0), rng.uniform(0.5, 6)) for _ in range(2)]
+    truth, pred = (np.digitize(n, np.quantile(n, [0.4, 0.6, 0.9])).astype(np.uint8) for n in noise)
+    if seed % 2:
+        pred[:, width // 2 :] = truth[:, width // 2 :]
+    scores = evaluate.score_frame(truth, pred, 4)  # there is no object 4: empty on both sides
+    for k in range(1, 5):
+        assert tuple(scores[:, k - 1]) == pytest.approx(official(truth == k, pred == k), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "truth, pred, j, f",
+    [
+        (square((5, 5)), square((5, 15)), 1 / 3, None),  # half of 20 x 20 in common: 200 of 600 pixels
+        (square((5, 5)), square((5, 6)), 19 / 21, 1),  # one pixel off is within the tolerance of one
+        (square((5, 5), (35, 50), ids=(1, 1)), square((5, 5)), 1 / 2, 2 / 3),  # precision 1, recall 1/2
+        (square((5, 5)), square((35, 50)), 0, 0),
+        (square(), square(), 1, 1),  # both empty
+        (square((5, 5)), square(), 0, 0),  # prediction empty
+        (square(), square((5, 5)), 0, 0),  # truth empty
+        (square((0, 0), side=99), square((0, 0), side=99), 1, 1),  # all of the image: no boundary at all
+        (square((0, 0), side=99), square((5, 5)), 400 / 4800, 0),
+    ],
+)
+def test_j_and_f_by_hand(truth, pred, j, f):
+    scores = evaluate.score_frame(truth, pred, 1)[:, 0]
+    assert scores[0] == pytest.approx(j, abs=1e-12)
+    assert f is None or scores[1] == pytest.approx(f, abs=1e-12)
+
+
+def test_mean_recall_and_decay_by_hand():
+    # 8 frames: quarters are frames 0-2 and 5-7
+    assert evaluate.statistics(np.arange(8) / 10) == pytest.approx((0.35, 0.25, 0.1 - 0.6))
+    assert evaluate.statistics(np.array([0.7])) == (0.7, 1, 0)
+    assert all(math.isnan(value) for value in evaluate.statistics(np.array([])))
+    # 300 frames: frames 0-75 against 224-299; the official tool's uint8 would read frame 299 as 43
+    assert evaluate.statistics(np.arange(300) / 300)[2] == pytest.approx((37.5 - 261.5) / 300)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DAVIS
+
+
+def test_the_official_tools_scores_of_osvos(shared, cli, tmp_path):
+    code, out, _ = cli(
+        evaluate, "--data", shared / "data/DAVIS", "--predictions", shared / "data/osvos_predictions", "--out", tmp_path
+    )
+    assert code == 0
+    assert "76.4  72.4  77.2  20.4  80.3  88.8  18.6" in out
+    expected, ours = json.loads((shared / "data/osvos_expected.json").read_text()), read(tmp_path)
+    assert ours["overall"] == pytest.approx(expected["global"], abs=1e-9)
+    assert ours["per_object"].keys() == expected["per_object"].keys()
+    for name, scores in expected["per_object"].items():
+        assert {k: ours["per_object"][name][k] for k in scores} == pytest.approx(scores, abs=1e-9)
+
+
+def test_davis_by_hand(cli, tmp_path):
+    """First and last frame left out, void is background, a missing object scores as empty, means over objects."""
+    wide = (40, 130)
+    void = square((5, 5), (5, 60), size=wide)
+    void[30:, :] = 255
+    data = davis(
+        tmp_path / "data",
+        {
+            "a b": [square((5, 5)), square((5, 10)), square((5, 15)), square((5, 20))],
+            "naïve-日本": [
+                square((5, 5), (5, 60), size=wide),
+                void,
+                square((5, 5), (5, 60), size=wide),
+                square(size=wide),
+            ],
+            "one": [square((5, 5))],
+        },
+    )
+    put(tmp_path / "mine/a b", [square(), square((5, 20)), square((5, 15)), square()])  # J 1/3, 1
+    put(tmp_path / "mine/naïve-日本", [square(size=wide), void % 255, square((5, 5), size=wide), square(size=wide)])
+    put(tmp_path / "mine/one", [square()])
+    code, _, err = cli(evaluate, "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    assert code == 0, err
+    scores = read(tmp_path / "out")
+    j = {name: score["J_M"] for name, score in scores["per_object"].items()}
+    assert j == pytest.approx({"a b_1": 2 / 3, "naïve-日本_1": 1, "naïve-日本_2": 0.5, "one_1": None})
+    assert scores["overall"]["J_M"] == pytest.approx((2 / 3 + 1 + 0.5) / 3)
+    assert scores["overall"]["J_O"] == pytest.approx((0.5 + 1 + 0.5) / 3)
+    assert scores["overall"]["J&F_M"] == pytest.approx((scores["overall"]["J_M"] + scores["overall"]["F_M"]) / 2)
+    with (tmp_path / "out/scores.csv").open(newline="") as file:
+        rows = {(row["level"], row["name"]): row for row in csv.DictReader(file)}
+    assert float(rows["per_object", "naïve-日本_2"]["J_M"]) == 0.5
+    assert float(rows["per_sequence", "naïve-日本"]["J_M"]) == 0.75
+    assert rows["per_sequence", "one"]["J_M"] == ""
+    assert float(rows["overall", "all"]["J_M"]) == pytest.approx(scores["overall"]["J_M"], abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [1, 255])
+def test_davis_2016_has_one_object(cli, tmp_path, number):
+    masks = [square((5, 5), (5, 40), ids=(number, number)) for _ in range(3)]
+    data = davis(tmp_path / "data", {"s": masks}, year="2016")
+    put(tmp_path / "mine/s", [square((5, 5), ids=(7,))] * 3)  # any id is the object: half of it
+    code, _, err = cli(
+        evaluate,
+        "--dataset",
+        "davis2016",
+        "--data",
+        data,
+        "--predictions",
+        tmp_path / "mine",
+        "--out",
+        tmp_path / "out",
+    )
+    assert code == 0, err
+    assert read(tmp_path / "out")["per_object"]["s_1"]["J_M"] == 0.5
+
+
+def truncate(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-30])
+    return path
+
+
+def in_colour(path: Path) -> Path:
+    Image.open(path).convert("RGB").save(path)
+    return path
+
+
+def shrink(path: Path) -> Path:
+    write_mask(path, square((5, 5), size=(30, 40)))
+    return path
+
+
+def id_too_high(path: Path) -> Path:
+    write_mask(path, square((5, 5), ids=(3,)))
+    return path
+
+
+def remove(path: Path) -> Path:
+    path.unlink()
+    return path
+
+
+def other_sequence(path: Path) -> Path:
+    return path.rename(path.with_name("good_00002.png")).with_suffix("")
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (truncate, "cannot be read"),
+        (in_colour, "RGB"),
+        (shrink, "is 40x30, but the ground truth is 80x60"),
+        (id_too_high, "has id 3, but bad has objects 1..1"),
+        (remove, "no such mask"),
+        (other_sequence, "mixes sequences"),
+    ],
+)
+def test_a_bad_prediction_is_named_and_the_others_are_scored(cli, tmp_path, damage, says):
+    masks = [square((5, 5 + i)) for i in range(5)]
+    data = davis(tmp_path / "data", {"bad": masks, "good": masks})
+    for name in ("bad", "good"):
+        put(tmp_path / "mine" / name, masks)
+    path = damage(tmp_path / "mine/bad/00002.png")
+    code, out, err = cli(evaluate, "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert code == 1 and len(lines) == 1 and str(path) in lines[0] and says in lines[0]
+    assert "1 of 2 sequences failed" in out
+    assert list(read(tmp_path / "out")["per_object"]) == ["good_1"] and read(tmp_path / "out")["overall"]["J_M"] == 1
+    assert says in (tmp_path / "out/report.html").read_text()
+
+
+def test_frames_that_do_not_matter(cli, tmp_path):
+    """The first and last prediction may be missing, masks of frames beyond the sequence are left out with a note."""
+    masks = [square((5, 5 + i)) for i in range(5)]
+    data = davis(tmp_path / "data", {"s": masks})
+    put(tmp_path / "mine/s", [*masks, square((1, 1)), square((2, 2))])
+    remove(tmp_path / "mine/s/00000.png"), remove(tmp_path / "mine/s/00004.png")
+    code, _, err = cli(evaluate, "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    assert code == 0 and "2 masks for frames that s does not have" in err and "00005" in err
+    assert read(tmp_path / "out")["overall"]["J&F_M"] == 1
+
+
+@pytest.mark.parametrize(
+    "breaks, says",
+    [
+        (
+            lambda root: remove(root / "Annotations/480p/bad/00000.png"),
+            "00000.png: not found; the first frame's annotation",
+        ),
+        (lambda root: truncate(root / "Annotations/480p/bad/00000.png"), "bad/00000.png: cannot be read"),
+        (lambda root: truncate(root / "JPEGImages/480p/bad/00002.jpg").write_bytes(b"no"), "00002.jpg: cannot be read"),
+        (lambda root: remove(root / "JPEGImages/480p/bad/00002.jpg"), "00002.jpg: not found"),
+        (lambda root: put(root / "Annotations/480p/bad", [square()]), "has no object"),
+        (lambda root: put(root / "Annotations/480p/bad", [square((1, 1), ids=(255,))]), "--dataset davis2016"),
+        (
+            lambda root: put(root / "Annotations/480p/bad", [square((1, 1), size=(30, 40))]),
+            "is 40x30, but its frame is 80x60",
+        ),
+        (
+            lambda root: (root / "JPEGImages/480p/bad/00002.jpg").rename(root / "JPEGImages/480p/bad/x2.jpg"),
+            "mixes sequences",
+        ),
+    ],
+)
+def test_a_bad_sequence_is_named_and_the_others_are_run(cli, tmp_path, breaks, says):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"bad": masks, "good": masks})
+    breaks(data)
+    code, _, err = cli(evaluate, "--data", data, *RANDOM, "--out", tmp_path / "out")
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert code == 1 and len(lines) == 1 and says in lines[0], err
+    assert list(read(tmp_path / "out")["per_object"]) == ["good_1"]
+
+
+@pytest.mark.parametrize("dataset", ["davis", "davis2016", "vip", "jhmdb"])
+def test_a_missing_data_set_says_where_and_which_page(cli, tmp_path, dataset):
+    code, _, err = cli(evaluate, "--dataset", dataset, "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert str(tmp_path / "nowhere") in err and evaluate.PAGES[dataset] in err
+
+
+def test_an_incomplete_data_set_is_scored_as_far_as_it_goes(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"a": masks, "b": masks, "c": masks})
+    shutil.rmtree(data / "Annotations/480p/b")
+    put(tmp_path / "mine/a", masks), put(tmp_path / "mine/c", masks)
+    code, _, err = cli(evaluate, "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    assert code == 1 and "(1 of 3 sequences are missing)" in err and str(data / "Annotations/480p/b") in err
+    assert list(read(tmp_path / "out")["per_object"]) == ["a_1", "c_1"]
+    code, _, err = cli(
+        evaluate, "--data", data, "--sequences", "c", "--predictions", tmp_path / "mine", "--out", tmp_path / "out"
+    )
+    assert code == 0 and list(read(tmp_path / "out")["per_object"]) == ["c_1"]
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (("--predictions", "nowhere"), "nowhere: no such folder"),
+        (("--sweep", "tempo=1,2"), "with a factor of size, upsample"),
+        (("--sweep", "topk=1,x"), "--sweep topk=1,x"),
+        (("--sweep", "aggregation=some"), "'some' is none of overall, per-frame"),
+        (("--sweep", "topk=0,1"), "--topk 0"),
+        (("--weights", "nowhere.pth", "--model", "imagenet"), "nowhere.pth"),
+    ],
+)
+def test_wrong_flags_are_told_before_any_work(cli, tmp_path, argv, says):
+    data = davis(tmp_path / "data", {"s": [square((5, 5))] * 3})
+    code, _, err = cli(evaluate, "--data", data, "--out", tmp_path / "out", *RANDOM, *argv)
+    assert code == 2 and says in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VIP
+
+
+def vip(
+    root: Path, variant: str, masks: list[np.ndarray], instances: list[np.ndarray], classes: dict[int, int]
+) -> Path:
+    """A data set in VIP's layout; two variants are in use. Frames between the annotated ones are there, too."""
+    base = root / "VIP_Fine" if variant == "fine" else root
+    truth = base / "Annotations" if variant == "fine" else base
+    for i, (mask, ids) in enumerate(zip(masks, instances, strict=True)):
+        put(truth / "Category_ids/videos1", [mask], first=1 + 25 * i)
+        put(truth / "Instance_ids/videos1", [ids], first=1 + 25 * i)
+        text = "".join(f"{number} {kind} {1}\n" for number, kind in classes.items())
+        (truth / f"Instance_ids/videos1/{1 + 25 * i:05d}.txt").write_text(text)
+        put(base / "Images/videos1", [mask, mask], first=1 + 25 * i, suffix=".jpg")
+    (base / "lists").mkdir()
+    (base / "lists/val_videos.txt").write_text("videos1\n")
+    return root
+
+
+def test_vip_by_hand(cli, tmp_path):
+    hat, hair = 1, 2
+    one = square((0, 0), (0, 40), ids=(hat, hair))
+    data = vip(tmp_path / "data", "flat", [one, one], [square((0, 0), (0, 40), ids=(5, 9))] * 2, {5: hat, 9: hair})
+    # the prediction has both in the first frame, the hat shifted by half in the second, and no hair there
+    mine = tmp_path / "mine"
+    for name, (shift, with_hair) in {"00001": (0, True), "00026": (10, False)}.items():
+        corners = [(0, shift), *([(0, 40)] if with_hair else [])]
+        (mine / "videos1").mkdir(parents=True, exist_ok=True)
+        write_mask(mine / f"videos1/{name}.png", square(*corners))
+        (mine / "Instance_ids/videos1").mkdir(parents=True, exist_ok=True)
+        write_mask(mine / f"Instance_ids/videos1/{name}.png", square(*corners))
+        lines = f"{hat} {0.9 if with_hair else 0.8}\n{hair} 0.7\n"
+        (mine / f"Instance_ids/videos1/{name}.txt").write_text(lines)
+    code, out, err = cli(evaluate, "--dataset", "vip", "--data", data, "--predictions", mine, "--out", tmp_path / "out")
+    assert code == 0, err
+    scores = read(tmp_path / "out")
+    iou_hat, iou_hair = 600 / 1000, 400 / 800
+    # background: truth 8000; predicted 9600 - 1200 = 8400; common = 8000 - 200 (the hat shifted onto it)
+    iou_ground = 7800 / (8000 + 8400 - 7800)
+    assert scores["overall"]["mIoU"] == pytest.approx(
+        (iou_ground + iou_hat + iou_hair) / 3
+    )  # absent classes do not count
+    assert scores["per_object"]["hat"]["IoU"] == pytest.approx(iou_hat)
+    # hat: IoU 1 (score 0.9) and 1/3 (0.8) -> AP 1 up to threshold 0.3, then 1/2; hair: one of two found -> 1/2 always
+    assert scores["overall"]["AP^r_vol"] == pytest.approx(np.mean([(1 + 0.5) / 2] * 3 + [(0.5 + 0.5) / 2] * 6))
+    assert "hat" in out
+
+
+def test_average_precision_by_hand():
+    present = np.zeros(20, int)
+    present[3] = 4
+    # by score: hit, miss, hit -> precision 1, 1/2, 2/3, envelope 1, 2/3, 2/3 at recall 1/4, 1/4, 2/4
+    parts = np.array([[3, 0.2, 0.95], [3, 0.9, 0.95], [3, 0.5, 0.0], [7, 0.9, 0.9]])
+    assert evaluate.average_precision(parts, present) == pytest.approx(1 / 4 + 2 / 3 / 4)
+    parts[0, 2] = 0.5  # not above 0.5: a hit for thresholds 0.1 to 0.4 only
+    assert evaluate.average_precision(parts, present) == pytest.approx((4 * (1 / 4 + 2 / 3 / 4) + 5 * 1 / 4) / 9)
+
+
+@pytest.mark.parametrize("variant", ["flat", "fine"])
+def test_vip_runs_in_both_layouts(cli, tmp_path, variant):
+    """A video that stands still keeps its labels, semantic and instance, at the size of the annotation."""
+    mask, ids = square((8, 8), (8, 40), ids=(13, 14), side=32), square((8, 8), (8, 40), ids=(3, 4), side=32)
+    data = vip(tmp_path / "data", variant, [mask] * 3, [ids] * 3, {3: 13, 4: 14})
+    argv = ("--dataset", "vip", "--data", data, *RANDOM, "--size", "48x64", "--topk", "1")
+    code, _, err = cli(evaluate, *argv, "--out", tmp_path / "out")
+    assert code == 0, err
+    scores = read(tmp_path / "out")
+    assert scores["overall"]["mIoU"] > 0.7 and scores["overall"]["AP^r_vol"] > 0.6
+    folder = Path(scores["rows"][0]["predictions"])
+    assert sorted(p.name for p in (folder / "videos1").iterdir()) == ["00001.png", "00026.png", "00051.png"]
+    assert read_ids(folder / "videos1/00051.png").shape == (60, 80)
+    text = (folder / "Instance_ids/videos1/00051.txt").read_text().split()
+    assert [text[0], text[2]] == ["13", "14"] and 0 < float(text[1]) <= 1
+    # what it wrote can be scored as anyone's, with the same numbers
+    code, _, err = cli(
+        evaluate, "--dataset", "vip", "--data", data, "--predictions", folder, "--out", tmp_path / "again"
+    )
+    assert code == 0 and read(tmp_path / "again")["overall"] == scores["overall"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JHMDB
+
+
+def jhmdb(root: Path, joints: dict[str, np.ndarray], pictures: str = "Rename_Images") -> Path:
+    """A data set in JHMDB's layout. joints: name -> T x 15 x 2, 0-based."""
+    (root / "splits").mkdir(parents=True)
+    lines = [f"{name}.avi 2\n" for name in joints] + ["trained_on.avi 1\n"]
+    (root / "splits/wave_test_split1.txt").write_text("".join(lines))
+    for name, points in joints.items():
+        folder = root / "joint_positions/wave" / name
+        folder.mkdir(parents=True)
+        savemat(folder / "joint_positions.mat", {"pos_img": points.transpose(2, 1, 0) + 1})
+        frames = [square((5, 5 + i)) for i in range(len(points))]
+        put(root / pictures / "wave" / name, frames, first=1)
+    return root
+
+
+def grid_of_joints(frames: int) -> np.ndarray:
+    """15 joints on a 5 x 3 lattice of spacing 10 from (10, 10): box 40 x 20."""
+    y, x = np.mgrid[10:31:10, 10:51:10]
+    return np.repeat(np.stack([x.ravel(), y.ravel()], 1)[None], frames, 0).astype(float)
+
+
+def test_pck_by_hand(cli, tmp_path):
+    truth = grid_of_joints(3)
+    data = jhmdb(tmp_path / "data", {"clip": truth})
+    unit = 0.6 * math.hypot(40, 20)
+    pred = truth.copy()
+    pred[0] += 1000  # the first frame is given, not scored
+    pred[1, 0, 0] += 0.15 * unit  # joint 0: right at 0.2, wrong at 0.1, in one of two frames
+    pred[1:, 1, 0] += 0.6 * unit  # joint 1: always wrong
+    pred[2, 7] = -2  # joint 7, inside the box, is not shown in frame 2: not counted
+    folder = tmp_path / "mine/wave/clip"
+    folder.mkdir(parents=True)
+    savemat(folder / "joint_positions.mat", {"pos_img": pred.transpose(2, 1, 0) + 1})
+    code, _, err = cli(
+        evaluate, "--dataset", "jhmdb", "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out"
+    )
+    assert code == 0, err
+    scores = read(tmp_path / "out")
+    assert scores["overall"]["PCK@0.1"] == pytest.approx((0.5 + 0 + 13) / 15)
+    assert scores["overall"]["PCK@0.2"] == pytest.approx((1 + 0 + 13) / 15)
+    assert scores["overall"]["PCK@0.5"] == pytest.approx(14 / 15)
+    assert scores["per_object"]["belly"]["PCK@0.5"] == 0 and scores["per_object"]["neck"]["PCK@0.1"] == 0.5
+
+
+def test_pck_scale_is_the_box_of_the_joints_shown(tmp_path):
+    truth, pred = grid_of_joints(2), grid_of_joints(2)
+    pred[1, :5] = -5  # the row at y = 10 is lost: the box is 40 x 10
+    pred[1, 10, 1] += 1
+    for name, points in (("truth", truth), ("mine", pred)):
+        (tmp_path / name / "c").mkdir(parents=True)
+        savemat(tmp_path / name / "c/joint_positions.mat", {"pos_img": points.transpose(2, 1, 0) + 1})
+    seq = evaluate.Sequence("jhmdb", "c", tmp_path, ("1", "2"), {"1": tmp_path / "truth/c/joint_positions.mat"})
+    distance = evaluate.score_jhmdb(seq, tmp_path / "mine", None)["distance"]
+    assert distance[10, 0] == pytest.approx(1 / (0.6 * math.hypot(40, 10)))
+    assert np.isnan(distance[:5]).all() and (distance[11:] == 0).all()
+
+
+@pytest.mark.parametrize("pictures", ["Rename_Images", "Frames"])
+def test_jhmdb_runs_in_both_layouts_past_a_broken_mat(cli, tmp_path, pictures):
+    data = jhmdb(tmp_path / "data", {"bad": grid_of_joints(3), "good": grid_of_joints(3)}, pictures)
+    mat = data / "joint_positions/wave/bad/joint_positions.mat"
+    mat.write_bytes(b"not a mat file")
+    argv = ("--dataset", "jhmdb", "--data", data, *RANDOM, "--size", "48x64", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 1 and str(mat) in err and err.count("error: ") == 1
+    scores = read(tmp_path / "out")
+    assert list(scores["per_sequence"]) == ["wave/good"] and scores["overall"]["PCK@0.5"] > 0.5
+    made = Path(scores["rows"][0]["predictions"]) / "wave/good/joint_positions.mat"
+    assert loadmat(made)["pos_img"].shape == (2, 15, 3)
+
+
+def test_jhmdb_on_a_real_clip(shared, imagenet, cli, tmp_path):
+    """Joints that are propagated are far better than joints that stay where they were in the first frame."""
+    name = "catch/Goal_Keeping_Tips_catch_f_cm_np1_fr_med_2"
+    argv = ("--dataset", "jhmdb", "--data", shared / "data/JHMDB", "--split", 3, "--sequences", name)
+    small = ("--size", "120x160", "--context", 2, "--radius", 6)
+    code, _, err = cli(evaluate, *argv, "--weights", imagenet, *small, "--out", tmp_path / "out")
+    assert code == 0, err
+    truth = evaluate.read_joints(shared / "data/JHMDB/joint_positions" / name / "joint_positions.mat")
+    still = np.repeat(truth[:1], len(truth), 0)
+    (tmp_path / "still" / name).mkdir(parents=True)
+    savemat(tmp_path / "still" / name / "joint_positions.mat", {"pos_img": still.transpose(2, 1, 0) + 1})
+    code, _, err = cli(evaluate, *argv, "--predictions", tmp_path / "still", "--out", tmp_path / "out2")
+    assert code == 0, err
+    ours, theirs = read(tmp_path / "out")["overall"], read(tmp_path / "out2")["overall"]
+    assert all(ours[c] > theirs[c] for c in evaluate.PCK_COLUMNS)
+    assert ours["PCK@0.5"] > 0.5 > 5 * theirs["PCK@0.5"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running, sweeps, tables
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two short sequences of drawn objects, 96 x 64, in DAVIS's layout."""
+    root = tmp_path_factory.mktemp("davis")
+    for seed, name in enumerate(("first", "second")):
+        for t, (frame, mask) in enumerate(clip.render(6, 64, 96, objects=2, seed=seed)):
+            for kind in ("JPEGImages", "Annotations"):
+                (root / kind / "480p" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(frame).save(root / f"JPEGImages/480p/{name}/{t:05d}.jpg", quality=95)
+            write_mask(root / f"Annotations/480p/{name}/{t:05d}.png", mask)
+    for year in ("2016", "2017"):
+        (root / "ImageSets" / year).mkdir(parents=True)
+        for subset in ("val", "test-dev"):
+            (root / "ImageSets" / year / f"{subset}.txt").write_text("first\nsecond\n")
+    return root
+
+
+def command(*argv) -> list[str]:
+    return [sys.executable, str(ROOT / "evaluate.py"), *map(str, argv)]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The results of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    done = subprocess.run(command("--data", data, *RANDOM, "--out", out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "frame/s" in done.stderr and "J&F=" in done.stderr  # the progress bar
+    assert "the paper" not in done.stdout  # it has no row for this model
+    return out
+
+
+def test_a_run_writes_masks_scores_and_a_report(whole, data):
+    scores = read(whole)
+    assert scores["overall"]["J&F_M"] > 0.3
+    assert list(scores["per_object"]) == ["first_1", "first_2", "second_1", "second_2"]
+    assert scores["rows"][0]["settings"]["size"] == "64" and scores["rows"][0]["model"] == "random"
+    folder = Path(scores["rows"][0]["predictions"])
+    assert sorted(p.name for p in folder.iterdir()) == ["first", "second", "settings.json"]
+    for name in ("first", "second"):
+        assert sorted(p.name for p in (folder / name).iterdir()) == [f"{t:05d}.png" for t in range(6)]
+        first = read_ids(data / f"Annotations/480p/{name}/00000.png")
+        assert (read_ids(folder / name / "00000.png") == first).all()
+    report = (whole / "report.html").read_text()
+    assert not re.search(r"(src|href)=.?(?!.?data:)[\w./]", report)  # all of it is in the one file
+    for word in ("Best: ", "Worst: ", "J and F over time", "Settings", "radius"):
+        assert word in report
+
+
+def test_a_killed_run_goes_on_after_the_last_whole_sequence(whole, data, tmp_path):
+    argv = command("--data", data, *RANDOM, "--out", tmp_path)
+    run = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while run.poll() is None and not list(tmp_path.glob("predictions/*/first")):
+        time.sleep(0.005)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    (folder,) = tmp_path.glob("predictions/*")
+    first = folder / "first/00003.png"
+    before = first.stat().st_mtime_ns
+    (folder / ".partial/second").mkdir(parents=True, exist_ok=True)  # as after a kill in the second sequence
+    (folder / ".partial/second/00001.png").write_bytes(b"half")
+    again = subprocess.run(argv, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert first.stat().st_mtime_ns == before and not (folder / ".partial").exists()
+    assert read(tmp_path)["per_object"] == read(whole)["per_object"]
+
+
+def test_other_settings_never_take_old_masks(cli, data, tmp_path):
+    for argv in ((), ("--topk", 1), ("--dtype", "bfloat16")):
+        code, _, err = cli(evaluate, "--data", data, "--sequences", "first", *RANDOM, *argv, "--out", tmp_path)
+        assert code == 0, err
+    assert len(list(tmp_path.glob("predictions/*/first"))) == 3
+
+
+def test_half_a_sequence_is_made_again(cli, data, whole, tmp_path):
+    shutil.copytree(whole / "predictions", tmp_path / "predictions")
+    (folder,) = tmp_path.glob("predictions/*")
+    remove(folder / "second/00004.png")
+    code, _, err = cli(evaluate, "--data", data, *RANDOM, "--out", tmp_path)
+    assert code == 0, err
+    assert read(tmp_path)["per_object"] == read(whole)["per_object"]
+
+
+def test_several_folders_are_rows_of_one_table(cli, data, whole, tmp_path):
+    (folder,) = whole.glob("predictions/*")
+    code, out, err = cli(
+        evaluate, "--data", data, "--predictions", folder, data / "Annotations/480p", "--out", tmp_path
+    )
+    assert code == 0, err
+    assert re.search(rf"^{folder.name} +\d\d\.\d", out, re.M) and re.search(
+        r"^480p +100\.0 +100\.0 +100\.0 +0\.0", out, re.M
+    )
+    rows = read(tmp_path)["rows"]
+    assert [row["name"] for row in rows] == [folder.name, "480p"]
+    assert rows[0]["overall"] == read(whole)["overall"] and rows[1]["overall"]["J&F_M"] == 1
+
+
+def test_test_dev_is_predicted_and_not_scored(cli, data, tmp_path):
+    code, out, err = cli(evaluate, "--data", data, "--subset", "test-dev", *RANDOM, "--out", tmp_path)
+    assert code == 0 and "not scored" in out, err
+    assert len(list(tmp_path.glob("predictions/*/*/*.png"))) == 12 and not (tmp_path / "scores.json").exists()
+
+
+def test_a_sweep_computes_features_once_and_changes_nothing(cli, data, whole, tmp_path, monkeypatch):
+    frames, alive, most = [], weakref.WeakSet(), 0
+
+    def counted(*args, load=evaluate.load_encoder, **kwargs):
+        encoder = load(*args, **kwargs)
+
+        def forward(batch, inner=encoder.forward):
+            nonlocal most
+            frames.append(len(batch))
+            features = inner(batch)
+            alive.add(features)
+            most = max(most, len(alive))
+            return features
+
+        encoder.forward = forward
+        return encoder
+
+    monkeypatch.setattr(evaluate, "load_encoder", counted)
+    argv = ("--sweep", "topk=1,5,10", "--sweep", "temperature=0.05,1")
+    code, _, err = cli(evaluate, "--data", data, *RANDOM, *argv, "--out", tmp_path)
+    assert code == 0, err
+    assert sum(frames) == 12  # two sequences of 6 frames, once for all 4 settings
+    assert most <= 3  # features of the first frame, this one and the next: memory does not grow with the video
+    rows = {(row["settings"]["topk"], row["settings"]["temperature"]): row for row in read(tmp_path)["rows"]}
+    assert sorted(rows) == [(1, 0.05), (5, 0.05), (10, 0.05), (10, 1.0)]  # one factor at a time
+    assert rows[10, 0.05]["per_object"] == read(whole)["per_object"]
+    assert "<h2>Sweep</h2>" in (tmp_path / "report.html").read_text()
+    frames.clear()
+    code, *_ = cli(evaluate, "--data", data, *RANDOM, *argv, "--grid", "--out", tmp_path)
+    assert code == 0 and len(read(tmp_path)["rows"]) == 6
+    assert sum(frames) == 12  # for the two settings that were not there yet
+
+
+def test_curves_join_rows_that_differ_in_one_number():
+    row = lambda name, **factors: evaluate.Row(name, model="m", settings=evaluate.Propagation(**factors))  # noqa: E731
+    rows = [
+        row("a", topk=1),
+        row("b", topk=5),
+        row("c", topk=5, temperature=1.0),
+        row("d", topk=1, aggregation="per-frame"),
+    ]
+    rows += [row("e", topk=5, aggregation="per-frame")]
+    scores = {r.name: {"overall": {"J&F_M": i / 10}} for i, r in enumerate(rows)}
+    curves = evaluate.sweep_curves(rows, scores, "J&F_M")
+    lines = {dict(key[1])["aggregation"]: points for key, points in curves["topk"].items()}
+    assert lines == {"overall": [(1, 0), (5, 10)], "per-frame": [(1, 30), (5, 40)]}
+    assert list(curves["temperature"].values()) == [[(0.05, 10), (1.0, 20)]]
+
+
+def test_a_table_of_the_paper(data, imagenet, cli, tmp_path):
+    argv = ("--data", data, "--weights", imagenet, "--paper", "table4", "--size", "64", "--sequences", "first")
+    code, out, err = cli(evaluate, *argv, "--out", tmp_path)
+    assert code == 0, err
+    line = re.search(r"^\(c\) ImageNet, fixed region, overall +65.1 +(\S+) +(\S+)$", out, re.M)
+    assert float(line[2]) == pytest.approx(float(line[1]) - 65.1, abs=0.06)
+    assert re.search(r"^\(d\) UVC, none, per-frame +59.4 +- +-$", out, re.M)
+    assert re.search(r"^not run: \(c\) ImageNet, track, per-frame: localization track", out, re.M)
+    rows = {row["name"]: row for row in read(tmp_path)["rows"]}
+    assert len(rows) == 25 and rows["(c) ImageNet, none, per-frame"]["paper"] == {"J&F_M": 56.4}
+    settings = rows["(c) ImageNet, none, per-frame"]["settings"]
+    assert (settings["topk"], settings["context"], settings["temperature"], settings["size"]) == (5, 7, 0.025, "64")
+    assert rows["(e) CRW, none, overall"]["lacks"]
+
+
+def test_a_plain_run_stands_beside_the_paper(data, imagenet, cli, tmp_path):
+    code, out, err = cli(evaluate, "--data", data, "--weights", imagenet, *RANDOM[2:], "--out", tmp_path)
+    assert code == 0, err
+    assert re.search(r"^the paper, whole data set +65.8 +63.5 +75.5 +- +68.1 +80.6 +-$", out, re.M)
+    difference = float(re.search(r"^difference +(\S+)", out, re.M)[1])
+    assert difference == pytest.approx(100 * read(tmp_path)["overall"]["J&F_M"] - 65.8, abs=0.06)
+
+
+def test_the_papers_figures_are_its_own():
+    """Spot checks of paper.csv, and every row is well formed."""
+    with evaluate.PAPER.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    values = {
+        (line["table"], line["row"]): {
+            k: float(v) for k, v in line.items() if (v and k[0].isupper()) or (k == "mIoU" and v)
+        }
+        for line in lines
+    }
+    assert values["table6", "(b) CRW"] == {"J&F_M": 67.5, "J_M": 64.8, "J_O": 76.1, "F_M": 70.2, "F_O": 82.1}
+    assert values["table1", "UVC 480xfull"] == {"J_M": 56.3, "J_O": 64.9, "F_M": 59.2, "F_O": 64.0}
+    assert values["table7", "(a) UVC+"] == {"mIoU": 38.3, "AP^r_vol": 22.2}
+    assert values["table8", "VFS"] == {"PCK@0.1": 60.5, "PCK@0.2": 79.5}
+    for name, scores in values.items():
+        if "J&F_M" in scores and "J_M" in scores:  # printed figures are rounded to a tenth
+            assert scores["J&F_M"] == pytest.approx((scores["J_M"] + scores["F_M"]) / 2, abs=0.11), name
+
+
+def test_two_processes_give_the_scores_of_one(whole, data, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*torchrun, *command("--data", data, *RANDOM, "--out", tmp_path)[1:]]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("J&F_M") == 1  # one table
+    ours, theirs = read(tmp_path), read(whole)
+    assert ours["per_object"] == theirs["per_object"] and ours["overall"] == theirs["overall"]
