@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import json
 import math
 import os
 import re
@@ -1096,6 +1097,149 @@ def points_from_labels(labels: Tensor, size: tuple[int, int], best: int = 3) -> 
     x = (weight * (cell % w)).sum(1) / w * W
     y = (weight * (cell // w)).sum(1) / h * H
     return torch.where((total > 0)[:, None], torch.stack([x, y], 1), -1.0).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exported graphs (export.py), run frame by frame
+
+
+def load_engine(path: Path, device: str = "auto") -> "OnnxEngine | TensorRTEngine":
+    """A graph of export.py, ready to run: .onnx by ONNX Runtime, .engine by TensorRT.
+
+    info says what it was made from (model, settings, height, width, objects, ...). step(frame, mask) starts at an
+    annotated frame, step(frame) follows; both give the frame's mask. read("labels") and read("features") are those of
+    the last step. Raises UserError for a file that is not a graph of export.py or cannot run here.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such engine; make it with export.py")
+    if path.suffix not in (".onnx", ".engine"):
+        raise UserError(f"{path}: is neither .onnx nor .engine; give a file that export.py wrote")
+    return (OnnxEngine if path.suffix == ".onnx" else TensorRTEngine)(path, device)
+
+
+def engine_info(text: str | bytes | None, path: Path) -> dict:
+    """What export.py wrote into the file about itself."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: was not written by softcopy's export.py; make it again with export.py") from error
+
+
+class OnnxEngine:
+    """A graph run by ONNX Runtime: TensorRT, CUDA or CPU, whichever comes first of those that are there.
+
+    The memory stays on the device, twice: a step reads one copy and writes the other.
+    """
+
+    def __init__(self, path: Path, device: str = "auto"):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(f"{path}: needs the onnxruntime package; run pip install onnxruntime") from error
+        there = onnxruntime.get_available_providers()
+        order = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+        order = [name for name in order if name in there and (device != "cpu" or name.startswith("CPU"))]
+        if device.startswith("cuda") and order[0].startswith("CPU"):
+            raise UserError(f"--device {device}: this ONNX Runtime has no CUDA; run pip install onnxruntime-gpu")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=order)
+        except Exception as error:
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"{path}: ONNX Runtime cannot load it ({reason}); is it whole? Export it again") from error
+        self.info = engine_info(self.session.get_modelmeta().custom_metadata_map.get("softcopy"), path)
+        self.provider, self.seen = self.session.get_providers()[0].removesuffix("ExecutionProvider"), 0
+        place = "cpu" if self.provider == "CPU" else "cuda"
+
+        def zeros(tensor):
+            kind = {"float": "float32"}.get(name := tensor.type[7:-1], name)  # tensor(float16) -> float16
+            return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(tensor.shape, kind), place, 0)
+
+        memory = [tensor for tensor in self.session.get_inputs() if tensor.name.startswith("memory_")]
+        self.memory = [{tensor.name: zeros(tensor) for tensor in memory} for _ in range(2)]
+        self.outputs = {t.name: zeros(t) for t in self.session.get_outputs() if not t.name.startswith("new_memory_")}
+        self.binding = self.session.io_binding()
+        for name, value in self.outputs.items():
+            self.binding.bind_ortvalue_output(name, value)
+
+    def step(self, frame: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """frame H x W x 3 uint8; mask H x W uint8 starts afresh with this annotated frame -> mask H x W uint8."""
+        self.seen = 0 if mask is not None else self.seen + 1
+        self.binding.bind_cpu_input("frame", np.ascontiguousarray(frame))
+        self.binding.bind_cpu_input("mask", np.zeros(frame.shape[:2], np.uint8) if mask is None else mask)
+        self.binding.bind_cpu_input("seen", np.array([self.seen], np.int32))
+        before, after = self.memory
+        for name in before:
+            self.binding.bind_ortvalue_input(name, before[name])
+            self.binding.bind_ortvalue_output(f"new_{name}", after[name])
+        self.session.run_with_iobinding(self.binding)
+        self.memory.reverse()
+        return self.read("new_mask")
+
+    def read(self, name: str) -> np.ndarray:
+        return self.outputs[name].numpy()
+
+
+class TensorRTEngine:
+    """An engine run by TensorRT on the GPU that it was built for; the memory is handled as in OnnxEngine."""
+
+    MAGIC = b"softcopy engine\n"  # then 4 bytes, the length of the JSON that follows; then TensorRT's plan
+
+    def __init__(self, path: Path, device: str = "auto"):
+        content = path.read_bytes()
+        if content.startswith(self.MAGIC):
+            start = len(self.MAGIC) + 4
+            end = start + int.from_bytes(content[start - 4 : start], "little")
+            self.info, plan = engine_info(content[start:end], path), content[end:]
+        else:  # built by trtexec: what it is stands in the graph that it was built from
+            twin = path.with_suffix(".onnx")
+            if not twin.is_file():
+                raise UserError(f"{path}: was not written by softcopy's export.py, nor is {twin} beside it")
+            self.info, plan = OnnxEngine(twin, "cpu").info, content
+        try:
+            import tensorrt as trt
+        except ImportError as error:
+            raise UserError(
+                f"{path}: needs the tensorrt package; run pip install tensorrt, or give the .onnx"
+            ) from error
+        if device == "cpu" or not torch.cuda.is_available():
+            raise UserError(f"{path}: a TensorRT engine needs an NVIDIA GPU; give the .onnx to run elsewhere")
+        here, built = torch.cuda.get_device_name(), self.info.get("hardware")
+        self.engine = None
+        if built in (None, here):
+            self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+            self.engine = self.runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            made = f"{built or 'another GPU'} and TensorRT {self.info.get('tensorrt', '(unknown)')}"
+            raise UserError(f"{path}: was built for {made}, here is {here} and {trt.__version__}; build it again here")
+        self.provider, self.seen, self.context = "TensorRT", 0, self.engine.create_execution_context()
+        self.stream, self.tensors = torch.cuda.Stream(), {}
+        for name in (self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)):
+            kind, shape = trt.nptype(self.engine.get_tensor_dtype(name)), tuple(self.engine.get_tensor_shape(name))
+            self.tensors[name] = torch.from_numpy(np.zeros(shape, kind)).cuda()
+            self.context.set_tensor_address(name, self.tensors[name].data_ptr())
+
+    def step(self, frame: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """frame H x W x 3 uint8; mask H x W uint8 starts afresh with this annotated frame -> mask H x W uint8."""
+        self.seen = 0 if mask is not None else self.seen + 1
+        with torch.cuda.stream(self.stream):
+            self.tensors["frame"].copy_(torch.from_numpy(np.ascontiguousarray(frame)))
+            self.tensors["seen"].fill_(self.seen)
+            if mask is not None:
+                self.tensors["mask"].copy_(torch.from_numpy(mask))
+            self.context.execute_async_v3(self.stream.cuda_stream)
+        for name in ("memory_features", "memory_labels"):  # what was written is read next
+            a, b = self.tensors[name], self.tensors[f"new_{name}"]
+            self.tensors[name], self.tensors[f"new_{name}"] = b, a
+            self.context.set_tensor_address(name, b.data_ptr())
+            self.context.set_tensor_address(f"new_{name}", a.data_ptr())
+        return self.read("new_mask")
+
+    def read(self, name: str) -> np.ndarray:
+        self.stream.synchronize()
+        return self.tensors[name].cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

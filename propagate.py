@@ -4,6 +4,7 @@
     python propagate.py --model imagenet --video frames/ --points points.csv --context 7
     python propagate.py --model imagenet --video clip.mp4 --mask a.png --mask-frame 0 --mask b.png --mask-frame 40
     python propagate.py --model imagenet --video 0 --pick --show
+    python propagate.py --engine tracker.onnx --video clip.mp4 --mask f0.png
 
 Writes --out (results/<video name>/): masks/*.png (indexed PNG) or points.csv, overlay.mp4, contact_sheet.jpg and
 run.json. Stopped and started again, it goes on after the last whole frame.
@@ -45,6 +46,8 @@ class Args:
     """Whose features: a name from --list-models."""
     weights: Path | None = None
     """Weights file; without it weights/ and torch hub's cache are searched, then it is fetched."""
+    engine: Path | None = None
+    """A graph of export.py (.onnx or .engine) to run instead of a model; it holds model and settings."""
     video: str = ""
     """A film, a folder or a quoted glob of pictures, or the number of a camera."""
     mask: Annotated[list[Path], tyro.conf.UseAppendAction] = field(default_factory=list)
@@ -466,6 +469,70 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
                     break
 
 
+def open_engine(args: Args, size: tuple[int, int], annotations: dict, ids: list):
+    """Load --engine; refuse what it was not made for."""
+    engine = common.load_engine(args.engine, args.device)
+    info, default = engine.info, Args()
+    try:
+        settings = Propagation(**info["settings"])
+    except TypeError as error:
+        raise UserError(
+            f"{args.engine}: was made by softcopy {info['version']}, which this {common.__version__} cannot read; "
+            "make it again with export.py"
+        ) from error
+    for flag in ("model", "weights", "dtype"):
+        if (value := getattr(args, flag)) not in (getattr(default, flag), info.get(flag)):
+            raise UserError(
+                f"--{flag} {value}: is fixed in {args.engine} ({info.get(flag)}); leave it away or export anew"
+            )
+    for flag, value in asdict(args.propagation).items():
+        if value not in (getattr(MODELS[args.model].settings, flag), getattr(settings, flag)):
+            flag, own = flag.replace("_", "-"), getattr(settings, flag)
+            raise UserError(f"--{flag} {value}: is fixed in {args.engine} ({own}); leave it away or export anew")
+    if args.points:
+        raise UserError(f"--points: {args.engine} follows masks; give --mask, or run without --engine")
+    if len(annotations) > 1:
+        raise UserError(f"--mask: {args.engine} starts from one annotated frame, not {len(annotations)}; give one")
+    if size != (info["height"], info["width"]):
+        raise UserError(
+            f"{args.video}: is {size[1]}x{size[0]}, {args.engine} was made for {info['width']}x{info['height']}; "
+            f"export with --height {size[0]} --width {size[1]}"
+        )
+    if len(ids) > info["objects"]:
+        raise UserError(
+            f"--mask: has {len(ids)} objects, {args.engine} follows {info['objects']}; export with --objects {len(ids)}"
+        )
+    return engine, settings
+
+
+def track_engine(args: Args, video, order, annotations: dict[int, np.ndarray], results: Results, engine, clock) -> None:
+    """As track, by an exported graph. annotations: the annotated frame -> its mask H x W. A stopped run computes a
+    stretch again from its annotated frame, since the graph's memory is not on disk."""
+    live, ids = isinstance(video, Camera), np.array([0, *results.ids], np.uint8)
+    number = np.zeros(256, np.uint8)  # the graph's ids are 1, 2, ...
+    number[ids] = np.arange(len(ids))
+    done = 1 if live else sum(map(results.has, order))
+    with tqdm(total=None if live else len(order), initial=done, unit="frame", desc=video.source) as bar:
+        for stretch in [order] if live else segments(order, annotations):
+            if not live and all(map(results.has, stretch)):
+                continue
+            frames = prefetch(video.frames(stretch))
+            while True:
+                with clock.time("read"):
+                    index, frame = next(frames, (None, None))
+                if index is None:
+                    break
+                with clock.time("extract and propagate"):
+                    answer = ids[engine.step(frame, number[annotations[index]] if index in annotations else None)]
+                if index in annotations or results.has(index):
+                    continue
+                bar.update()
+                with clock.time("write"):
+                    results.add(index, answer)
+                if args.show and not show(draw(frame, answer, results)):
+                    break
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What people look at
 
@@ -570,18 +637,24 @@ def main(args: Args) -> None:
             raise UserError(f"--mask-frame {index}: is not among the frames used ({min(order)} to {max(order)})")
     if args.points and args.propagation.localization == "track":
         raise UserError("--localization track: follows masks, these are key points; take --localization none or fixed")
-    check_topk(args.propagation, video.size, len(annotations))
-    encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
+    engine = None
+    if args.engine:
+        engine, args.propagation = open_engine(args, video.size, annotations, ids)
+    else:
+        check_topk(args.propagation, video.size, len(annotations))
+        encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
     job = {
         "video": video.source,
         "frames": [args.start, args.end, args.every, args.reverse],
         "annotations": {str(k): hashlib.sha256(v.tobytes()).hexdigest()[:16] for k, v in annotations.items()},
         "ids": ids,
-        "model": args.model,
+        "model": engine.info["model"] if engine else args.model,
         "weights": digest(args.weights),
-        "dtype": args.dtype,
+        "dtype": engine.info["dtype"] if engine else args.dtype,
         "settings": asdict(args.propagation),
     }
+    if engine:
+        job["engine"] = digest(args.engine)
     open_job(out, job, args.overwrite or live)
 
     keep = args.propagation.context
@@ -599,7 +672,10 @@ def main(args: Args) -> None:
     before = len(annotations) if live else sum(map(results.has, order))
     try:
         with torch.inference_mode():
-            track(args, video, order, labels, results, encoder, clock)
+            if engine:
+                track_engine(args, video, order, annotations, results, engine, clock)
+            else:
+                track(args, video, order, labels, results, encoder, clock)
     except KeyboardInterrupt:
         if not live:  # a camera is stopped this way
             raise

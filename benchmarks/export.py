@@ -1,0 +1,98 @@
+"""The exported graph on ONNX Runtime against the PyTorch path: the same clip, machine, threads and run.
+
+    python benchmarks/export.py          # a few minutes on two cores; the table is printed and kept in export.md
+
+480 x 854, one object, 20 context frames; the clip is drawn here. Each path runs in a process of its own, in turns; time
+is the median of whole frames (extraction, Algorithm 1, mask at full size) once the context is full. The weights are
+random, which changes no time.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import clip  # noqa: E402
+
+import common  # noqa: E402
+import export  # noqa: E402
+
+SETTINGS, SIZE, FRAMES = common.Propagation(), (480, 854), 25
+
+
+def work(path: str, folder: Path) -> None:
+    """One path over the clip: print the seconds of a frame, and the peak memory of this process in MiB."""
+    frames = (frame for _, frame in common.Video(folder / "clip.mp4").frames(range(FRAMES)))
+    mask, times = common.read_ids(folder / "f0.png"), []
+    if path == "onnx":
+        engine = common.load_engine(folder / "tracker.onnx")
+        engine.step(next(frames), mask)
+        answers = (engine.step(frame) for frame in frames)
+    else:
+        encoder = common.load_encoder("random", None, SETTINGS)
+        features = (encoder(torch.from_numpy(frame).to(encoder.mean.device)[None])[0] for frame in frames)
+        labels = common.labels_from_mask(torch.from_numpy(mask), [1], SETTINGS.grid(*SIZE)).to(encoder.mean.device)
+        labelled = common.propagate_video(features, [(next(features), labels)], SETTINGS)
+        answers = (common.mask_from_labels(z, [1], SIZE).cpu().numpy() for z in labelled)
+    while True:
+        start = time.perf_counter()
+        if next(answers, None) is None:
+            break
+        times.append(time.perf_counter() - start)
+    status = Path("/proc/self/status").read_text()  # Linux; getrusage would count the parent's peak
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+    print(float(np.median(times[SETTINGS.context :])), peak)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        clip.write_clip(folder, frames=FRAMES, height=SIZE[0], width=SIZE[1], objects=1)
+        start = time.perf_counter()
+        args = export.Args(height=SIZE[0], width=SIZE[1], propagation=SETTINGS)
+        export.write_onnx(folder / "tracker.onnx", args, common.load_encoder("random", None, SETTINGS, "cpu"), {})
+        tracing, nodes = time.perf_counter() - start, len(onnx.load(folder / "tracker.onnx").graph.node)
+        megabytes = (folder / "tracker.onnx").stat().st_size / 1e6
+        results = {"torch": [], "onnx": []}
+        for path in (*results, *results):
+            command = [sys.executable, __file__, "--work", path, "--folder", str(folder)]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results[path].append([float(value) for value in out.split()])
+            print(f"{path}: {results[path][-1][0]:.2f} s/frame, {results[path][-1][1]:.0f} MiB", file=sys.stderr)
+    (torch_time, torch_peak), (onnx_time, onnx_peak) = (np.min(results[path], 0) for path in results)
+    load = os.getloadavg()[0]
+    lines = [
+        "# The exported graph: last measured",
+        "",
+        f"`python benchmarks/export.py`, {platform.machine()}, {os.cpu_count()} cores (load {load:.1f}), torch "
+        f"{torch.__version__}, ONNX Runtime {onnxruntime.__version__}; the better of two runs in turns",
+        "",
+        "| path, 480 x 854, n = 20 | s/frame | against PyTorch | peak memory, MiB |",
+        "|---|---:|---:|---:|",
+        f"| PyTorch | {torch_time:.2f} | 1.00 x | {torch_peak:.0f} |",
+        f"| ONNX Runtime | {onnx_time:.2f} | {torch_time / onnx_time:.2f} x | {onnx_peak:.0f} |",
+        "",
+        f"The graph: {nodes} nodes, {megabytes:.1f} MB, traced and written in {tracing:.0f} s.",
+    ]
+    (ROOT / "benchmarks" / "export.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", choices=["torch", "onnx"])
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    with torch.inference_mode():
+        work(given.work, given.folder) if given.work else main()

@@ -1,0 +1,485 @@
+"""The whole tracker as one graph: extractor, Algorithm 1, memory update and full-size mask in one ONNX file.
+
+    python export.py --model imagenet --height 480 --width 854 --objects 1 --context 20 --out tracker.onnx
+    python export.py --model imagenet --height 480 --width 854 --fp16 --tensorrt --out tracker.engine
+    python propagate.py --engine tracker.onnx --video clip.mp4 --mask f0.png
+
+A program calls the graph once a frame and hands the memory back; it needs a runtime and nothing else:
+
+    inputs    frame  H x W x 3 uint8 RGB      mask  H x W uint8, ids 0 to --objects; read where seen is 0
+              seen   1 int32: 0 for the annotated frame, then 1, 2, ...: how much of the memory is filled
+              memory_features  (1 + n) x h x w x C      memory_labels  (1 + n) x h x w x L; any content at first
+    outputs   new_mask  H x W uint8           labels  L x h x w           features  C x h x w
+              new_memory_features, new_memory_labels: the next call's memory
+
+After writing, the graph is run against the PyTorch path on --video and --mask, or on a clip made here. One that
+differs is removed, with exit code 1. The file's metadata say what made it (model, settings, sizes, version).
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+from common import Propagation, UserError, Video
+
+
+@dataclass
+class Args:
+    model: str = "imagenet"
+    """Whose features: a name from propagate.py --list-models."""
+    weights: Path | None = None
+    """Weights file; without it weights/ and torch hub's cache are searched, then it is fetched."""
+    height: int | None = None
+    """Height of the frames in pixels; default that of --video, else 480."""
+    width: int | None = None
+    """Width of the frames in pixels; default that of --video, else 854."""
+    objects: int = 1
+    """Most objects that the graph can follow, 1 to 255; fewer is fine."""
+    out: Path = Path("tracker.onnx")
+    """The graph to write."""
+    opset: int = 18
+    """ONNX operator set, 18 to 20."""
+    fp16: bool = False
+    """Features, affinities and memory in half precision, for GPUs; labels stay float32."""
+    tensorrt: bool = False
+    """Also build a TensorRT engine (.engine, beside --out) for the GPU of this machine; implies --fp16."""
+    video: str | None = None
+    """Check on this film or folder of pictures instead of a clip made here; needs --mask."""
+    mask: Path | None = None
+    """The mask of the first frame of --video."""
+    frames: int | None = None
+    """Frames that the check runs; default --context and 5 more, so that the memory goes round."""
+    overwrite: bool = False
+    """Replace --out if it exists."""
+    propagation: Propagation = field(default_factory=Propagation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step, with static shapes
+
+
+class Step(nn.Module):
+    """What the graph computes: common.propagate_labels and what stands around it, in operators that runtimes have.
+
+    Every shape is fixed when it is built. A tile of target cells meets the context cells that the regions of its
+    cells cover; the keys of all frames at these cells are gathered, so the (h w) x (n h w) affinity is never formed.
+    A slot of the memory that is not filled yet is read as slot 0 and its entries are dropped before the softmax.
+    """
+
+    def __init__(self, encoder: common.Encoder, size: tuple[int, int], objects: int, tile: tuple[int, int] = (12, 16)):
+        super().__init__()
+        s = encoder.settings
+        self.encoder, self.settings, self.size, self.objects = encoder, s, size, objects
+        self.slots, self.grid = 1 + s.context, s.grid(*size)
+        self.overall = s.aggregation == "overall"
+        self.norm = s.softmax if s.softmax != "auto" else ("topk" if self.overall else "frame")
+        fixed = s.localization == "fixed"
+        exempt = 1 if s.exempt_first and fixed else 0
+        self.parts = [(a, b, local) for a, b, local in ((0, exempt, False), (exempt, self.slots, fixed)) if a < b]
+
+        (h, w), (ty, tx) = self.grid, tile
+        whole = self.norm == "frame" or not all(local for *_, local in self.parts)
+        while whole and h * w * self.slots * ty * tx > 2**26:  # as in propagate_labels: at most 256 MiB a tile
+            ty, tx = math.ceil(ty / 2), math.ceil(tx / 2)
+        everywhere, patterns = torch.arange(h * w, dtype=torch.int32), {}
+        self.tiles = []  # rows of tiles: (place in the grid, for each part its cells and which of them are outside)
+        for y0, y1 in common.cuts(h, ty):
+            self.tiles.append([])
+            for x0, x1 in common.cuts(w, tx):
+                window = []
+                for *_, local in self.parts:
+                    cells, outside = everywhere, None
+                    if local:
+                        outside = common.beyond(s, (y0, y1, x0, x1), (0, h, 0, w), "cpu").T  # Q cells
+                        if self.norm != "frame":
+                            cells = everywhere[~outside.all(0)]
+                            outside = outside[:, ~outside.all(0)]
+                        key = outside.shape, outside.numpy().tobytes()  # tiles inside the grid share one pattern
+                        outside = patterns.setdefault(key, outside.contiguous())
+                    window.append((cells, outside))
+                self.tiles[-1].append(((y0, y1, x0, x1), window))
+
+        # Bilinear reduction reads 2 x 2 pixels of the mask for a cell: which, and with which weights.
+        self.pixels, weights = [], []
+        for pixels, cells in zip(size, self.grid, strict=True):
+            at = ((torch.arange(cells) + 0.5) * pixels / cells - 0.5).clamp(min=0)
+            low = at.floor().int()
+            self.pixels.append(torch.stack([low, (low + 1).clamp(max=pixels - 1)], 1).flatten())
+            weights.append(torch.stack([1 - (at - low), at - low], 1).flatten())
+        self.pixel_weights = weights[0][:, None] * weights[1]  # 2h 2w
+
+    def forward(
+        self, frame: Tensor, mask: Tensor, seen: Tensor, memory_features: Tensor, memory_labels: Tensor
+    ) -> tuple[Tensor, ...]:
+        (h, w), n = self.grid, self.settings.context
+        frames = frame.to(memory_features.dtype)[None]  # TensorRT knows uint8 as an input alone: cast first
+        features = self.encoder(frames)[0]  # C h w
+        query = features.permute(1, 2, 0)  # h w C
+        keys, values = memory_features.flatten(0, 2), memory_labels.flatten(0, 2)  # an entry is (slot, cell)
+        slot = torch.arange(self.slots, dtype=torch.int32)
+        filled = (slot < seen) | (slot == 0)
+        first = torch.where(filled, slot, 0) * (h * w)  # entry of each slot's cell 0
+        memory = keys, values, first, filled
+        rows = [
+            [self.search(query[y0:y1, x0:x1], window, *memory) for (y0, y1, x0, x1), window in row]
+            for row in self.tiles
+        ]
+        z = torch.cat([torch.cat(row, 1) for row in rows])  # h w L
+        start = seen == 0
+        z = torch.where(start, self.labels_from_mask(mask), z)
+        winner = torch.where(start, mask.int(), self.winner(z.permute(2, 0, 1)))
+        if n:  # slot 0 is the annotated frame's for good, the others are a ring
+            place = (torch.where(start, 0, 1 + (seen - 1) % n).long(),)
+            memory = memory_features.index_put(place, query[None]), memory_labels.index_put(place, z[None])
+        else:
+            memory = torch.where(start, query[None], memory_features), torch.where(start, z[None], memory_labels)
+        return winner.to(torch.uint8), z.permute(2, 0, 1), features, *memory
+
+    def search(
+        self, query: Tensor, windows: list, keys: Tensor, values: Tensor, first: Tensor, filled: Tensor
+    ) -> Tensor:
+        """Algorithm 1 for a tile: query ty x tx x C -> soft labels ty x tx x L."""
+        s, q, found = self.settings, query.flatten(0, 1), []
+        unfilled = torch.where(filled, 0.0, -math.inf).to(q.dtype)
+        for (a, b, _), (cells, outside) in zip(self.parts, windows, strict=True):
+            entry = cells[:, None] + first[a:b]  # cells n
+            A = (q @ keys.index_select(0, entry.flatten()).T).unflatten(1, entry.shape)  # Eq. 1: Q cells n
+            k, inside = min(s.topk, len(cells)), A
+            if outside is not None and not (self.overall and self.norm == "topk"):
+                inside = A.masked_fill(outside[:, :, None], -math.inf)
+            if self.overall:  # the k best entries lie in the k best cells by their best frame
+                peak = A.amax(2)
+                peak, cell = (peak if outside is None else peak.masked_fill(outside, -math.inf)).topk(k)
+                kept = A.gather(1, cell[:, :, None].expand(-1, -1, b - a)) + unfilled[a:b]  # Q k n
+                kept = kept.masked_fill((peak == -math.inf)[:, :, None], -math.inf).flatten(1)
+                best, place = kept.topk(min(s.topk, k * (b - a)))
+                entry = entry.index_select(0, cell.flatten()).view_as(kept).gather(1, place)
+                axes = (1, 2)
+            else:
+                best, cell = inside.transpose(1, 2).topk(k)  # Q n k
+                entry = cells.index_select(0, cell.flatten()).view_as(cell) + first[a:b, None]
+                axes = 1
+            best, total = best.float() / s.temperature, None
+            if self.norm != "topk":
+                over = (inside if self.norm == "region" else A).float() / s.temperature
+                total = (over + unfilled[a:b] if self.overall else over).logsumexp(axes)[..., None]
+            found.append((best, entry, total))
+        best, entry, total = zip(*found, strict=True)
+        if self.overall:
+            best, entry = torch.cat(best, 1), torch.cat(entry, 1)
+            if len(found) > 1:  # the k best of the parts' k best
+                best, place = best.topk(min(s.topk, best.shape[1]))
+                entry = entry.gather(1, place)
+            if self.norm == "topk":
+                weight = best.softmax(1)
+            else:
+                weight = (best - torch.cat(total, 1).logsumexp(1, keepdim=True)).exp()
+        else:  # line 36: the mean over the frames
+            share = filled.float() / filled.float().sum()
+            weight = [b.softmax(2) if t is None else (b - t).exp() for b, t in zip(best, total, strict=True)]
+            weight = [w * share[a:b, None] for w, (a, b, _) in zip(weight, self.parts, strict=True)]
+            weight, entry = (torch.cat([each.flatten(1) for each in part], 1) for part in (weight, entry))
+        copied = weight[:, None] @ F.embedding(entry, values)  # the soft copy, line 33: Q 1 L
+        return copied.view(*query.shape[:2], -1)
+
+    def labels_from_mask(self, mask: Tensor) -> Tensor:
+        """As common.labels_from_mask, for ids 1, 2, ...; another id is background. mask H x W -> h x w x L."""
+        rows, cols = self.pixels
+        ids = mask.int().index_select(0, rows).index_select(1, cols)  # 2h 2w
+        ids = torch.where(ids > self.objects, 0, ids)
+        one_hot = (ids[..., None] == torch.arange(self.objects + 1, dtype=torch.int32)).float()
+        weighted = (one_hot * self.pixel_weights[..., None]).unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
+        return weighted.sum((1, 3))
+
+    def winner(self, labels: Tensor, chunk: int = 8) -> Tensor:
+        """As common.mask_from_labels: up-sampled, then the arg-max. labels L x h x w -> H x W int32."""
+        best = winner = None
+        for start in range(0, len(labels), chunk):
+            full = F.interpolate(labels[None, start : start + chunk], size=self.size, mode="bilinear")[0]
+            if self.settings.minmax:
+                low, high = full.amin((1, 2), keepdim=True), full.amax((1, 2), keepdim=True)
+                full = torch.where(high > 0, (full - low) / (high - low).clamp(min=1e-12), full)
+            value, index = full.amax(0), full.argmax(0).int() + start
+            winner = index if best is None else torch.where(value > best, index, winner)
+            best = value if best is None else torch.maximum(value, best)
+        return winner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing the graph and the engine
+
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot be exported, and say why."""
+    s = args.propagation
+    known = "size upsample layer stride l2 aggregation softmax temperature topk context localization shape radius"
+    for factor in fields(Propagation):
+        name, value = factor.name, getattr(s, factor.name)
+        if name not in [*known.split(), "exempt_first", "minmax"] and value != factor.default:
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: cannot be exported, the graph has no such step; leave it"
+            )
+    if s.localization not in ("none", "fixed"):
+        raise UserError(
+            f"--localization {s.localization}: cannot be exported, its regions follow the data and the graph's shapes "
+            "are fixed; take fixed or none"
+        )
+    if s.topk >= 3840:
+        raise UserError(f"--topk {s.topk}: cannot be exported, TensorRT's TopK ends below 3840; give 3839 or less")
+    if not 18 <= args.opset <= 20:
+        raise UserError(f"--opset {args.opset}: give 18 to 20, which the exporter writes and TensorRT 10 reads")
+    if not 1 <= args.objects <= 255:
+        raise UserError(
+            f"--objects {args.objects}: give 1 to 255; a mask has one byte a pixel, and 0 is the background"
+        )
+    if min(args.height, args.width) < 16:
+        raise UserError(f"--height {args.height} --width {args.width}: give 16 pixels or more")
+    if bool(args.video) != bool(args.mask):
+        raise UserError("--video and --mask: give both to check on a clip of your own, or none")
+    if args.out.suffix != ".onnx":
+        raise UserError(f"--out {args.out}: give a name that ends in .onnx; --tensorrt adds the .engine beside it")
+    for path in (args.out, args.out.with_suffix(".engine"))[: 1 + args.tensorrt]:
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path}: is there already; add --overwrite or choose another --out")
+
+
+def check_packages(args: Args) -> None:
+    """Refuse to start without what the export needs."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if missing:
+        raise UserError(f"{missing[0]}: is not installed; run pip install {' '.join(missing)}")
+    if args.tensorrt and not (find_spec("tensorrt") and torch.cuda.is_available()):
+        lacks = "the tensorrt package (pip install tensorrt)" if not find_spec("tensorrt") else "an NVIDIA GPU"
+        raise UserError(
+            f"--tensorrt: needs {lacks}; or export with --fp16 and build the engine where there is one: trtexec "
+            f"--onnx={args.out} --saveEngine={args.out.with_suffix('.engine')} --stronglyTyped"
+        )
+
+
+def resize_weights(size: int, length: int) -> Tensor:
+    """Antialiased bilinear reduction along one axis as a matrix, size x length."""
+    return F.interpolate(torch.eye(length)[None, None], size=(size, length), mode="bilinear", antialias=True)[0, 0]
+
+
+def resize_by_matmul(self, output_size, align_corners, scales_h=None, scales_w=None):
+    """The antialiased reduction of the input, which TensorRT's Resize lacks, as two matrix products (exact)."""
+    import onnx_ir
+    from onnxscript import opset18 as op
+
+    (H, W), (h, w) = self.shape[-2:], output_size
+    down, across = resize_weights(int(h), int(H)).numpy(), resize_weights(int(w), int(W)).T.contiguous().numpy()
+    down, across = (op.Constant(value=onnx_ir.tensor(m.astype(self.dtype.numpy()))) for m in (down, across))
+    return op.MatMul(op.MatMul(down, self), across)
+
+
+def write_onnx(path: Path, args: Args, encoder: common.Encoder, info: dict) -> None:
+    """Trace one step and write it, with what a runner must know in its metadata."""
+    import onnx
+
+    half = args.fp16 or args.tensorrt
+    size, dtype = (args.height, args.width), torch.float16 if half else torch.float32
+    step = Step(encoder, size, args.objects, tile=(24, 32) if half else (12, 16)).eval()  # a GPU likes few launches
+    with torch.inference_mode():
+        channels = encoder(torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).shape[1]
+    encoder.to(dtype)
+    example = {
+        "frame": torch.zeros(*size, 3, dtype=torch.uint8),
+        "mask": torch.zeros(size, dtype=torch.uint8),
+        "seen": torch.zeros(1, dtype=torch.int32),
+        "memory_features": torch.zeros(step.slots, *step.grid, channels, dtype=dtype),
+        "memory_labels": torch.zeros(step.slots, *step.grid, args.objects + 1),
+    }
+    program = torch.onnx.export(
+        step,
+        tuple(example.values()),
+        input_names=list(example),
+        output_names=["new_mask", "labels", "features", "new_memory_features", "new_memory_labels"],
+        opset_version=args.opset,
+        custom_translation_table={torch.ops.aten._upsample_bilinear2d_aa.default: resize_by_matmul},
+        verbose=False,
+    )
+    graph = program.model_proto
+    onnx.helper.set_model_props(graph, {"softcopy": json.dumps(info)})
+    onnx.save(graph, path)
+
+
+def write_engine(path: Path, graph: Path, info: dict) -> None:
+    """Build a TensorRT engine from the graph for this machine's GPU; timings are kept beside it for the next build."""
+    import tensorrt as trt
+
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    # The graph says where half precision is meant; TensorRT 11 always takes it so, 10 when told.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph.read_bytes()):
+        raise UserError(
+            f"{graph}: TensorRT {trt.__version__} cannot read it ({parser.get_error(0).desc()}); try --opset 18"
+        )
+    config = builder.create_builder_config()
+    timings = path.with_suffix(".timing")
+    cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UserError(
+            f"{path}: TensorRT could not build the engine (its reasons stand above); try a smaller --height"
+        )
+    with common.atomic(timings) as temporary:
+        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+    info = info | {"hardware": torch.cuda.get_device_name(), "tensorrt": trt.__version__}
+    head = json.dumps(info).encode()
+    path.write_bytes(common.TensorRTEngine.MAGIC + len(head).to_bytes(4, "little") + head + bytes(plan))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The check
+
+
+def moving_clip(frames: int, size: tuple[int, int], objects: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Textured discs on a moving background: (frame, true mask) of each frame, always the same."""
+    H, W = size
+    rng = np.random.default_rng(0)
+
+    def cloth() -> np.ndarray:
+        coarse = rng.integers(0, 256, (H // 12 + 2, W // 12 + 2, 3), np.uint8)
+        return cv2.resize(coarse, (2 * W, 2 * H), interpolation=cv2.INTER_CUBIC)
+
+    ground, skins = cloth(), [cloth() for _ in range(min(objects, 8))]
+    across = math.ceil(math.sqrt(objects))
+    radius = max(2, round(min(H, W) / (3 * across)))
+    ys, xs = np.mgrid[:H, :W]
+    for t in range(frames):
+        shift = t * min(H, W) // 160
+        frame, mask = ground[shift : shift + H, 2 * shift : 2 * shift + W].copy(), np.zeros(size, np.uint8)
+        for i in range(objects):
+            angle = 0.15 * t + i
+            y = (i // across + 0.5) * H / across + 0.3 * radius * math.sin(angle)
+            x = (i % across + 0.5) * W / across + 0.3 * radius * math.cos(angle)
+            own = (ys - y) ** 2 + (xs - x) ** 2 < radius**2
+            frame[own] = np.roll(skins[i % len(skins)], (round(y), round(x)), (0, 1))[:H, :W][own]
+            mask[own] = i + 1
+        noise = rng.normal(0, 2, frame.shape)  # no two cells are equal, so that the nearest are well defined
+        yield np.clip(frame + noise, 0, 255).astype(np.uint8), mask
+
+
+def read_clip(args: Args, frames: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The frames to check on, and the mask of the first one with ids 1 to --objects."""
+    if not args.video:
+        clip = list(moving_clip(frames, (args.height, args.width), args.objects))
+        return [frame for frame, _ in clip], clip[0][1]
+    video, (mask, _) = Video(args.video), common.read_mask(args.mask)
+    for what, size in ((args.video, video.size), (args.mask, mask.shape)):
+        if size != (args.height, args.width):
+            raise UserError(f"{what}: is {size[1]}x{size[0]}, the graph {args.width}x{args.height}; give its own size")
+    ids = np.unique(mask[mask > 0])
+    if len(ids) > args.objects:
+        raise UserError(f"{args.mask}: holds {len(ids)} objects, the graph {args.objects}; give --objects {len(ids)}")
+    renumber = np.zeros(256, np.uint8)
+    renumber[ids] = np.arange(1, len(ids) + 1)
+    return [frame for _, frame in video.frames(range(min(frames, len(video))))], renumber[mask]
+
+
+@torch.inference_mode()
+def run_reference(
+    encoder: common.Encoder, clip: list[np.ndarray], mask: np.ndarray, objects: int
+) -> tuple[list, float]:
+    """The PyTorch path: (mask, labels, features) of each frame after the first, and frames/s."""
+    s, ids, device = encoder.settings, range(1, objects + 1), encoder.mean.device
+    results, seconds = [], []
+    features = (encoder(torch.from_numpy(frame).to(device)[None])[0] for frame in clip)
+    latest: list[Tensor] = []
+
+    def remembered() -> Iterator[Tensor]:
+        for each in features:
+            latest[:] = [each]
+            yield each
+
+    first = common.labels_from_mask(torch.from_numpy(mask), ids, s.grid(*mask.shape)).to(device)
+    labelled = common.propagate_video(remembered(), [(next(features), first)], s)
+    while True:
+        start = time.perf_counter()
+        if (z := next(labelled, None)) is None:
+            return results, 1 / float(np.median(seconds))
+        winner = common.mask_from_labels(z, ids, mask.shape, s.minmax).cpu().numpy()
+        seconds.append(time.perf_counter() - start)
+        results.append((winner, z.cpu().numpy(), latest[0].cpu().numpy()))
+
+
+def check(path: Path, clip: list[np.ndarray], mask: np.ndarray, reference: list, rate: float, least: float) -> bool:
+    """Run the graph on the clip, print how it differs from the PyTorch path; whether it agrees well enough."""
+    engine = common.load_engine(path)
+    engine.step(clip[0], mask)
+    agree, features, labels, seconds = [], 0.0, 0.0, []
+    for frame, (winner, z, f) in zip(clip[1:], reference, strict=True):
+        start = time.perf_counter()
+        answer = engine.step(frame)
+        seconds.append(time.perf_counter() - start)
+        agree.append(float((answer == winner).mean()))
+        features = max(features, float(np.abs(engine.read("features") - f).max()))
+        labels = max(labels, float(np.abs(engine.read("labels") - z).max()))
+    share, good = float(np.mean(agree)), float(np.mean(agree)) >= least
+    print(
+        f"check: {len(agree)} frames on {engine.provider}: {share:.4%} of the mask pixels agree with PyTorch ("
+        f"{least:.1%} wanted); largest difference of the features {features:.2g}, of the labels {labels:.2g}; "
+        f"{1 / float(np.median(seconds)):.2f} frames/s, PyTorch {rate:.2f}"
+    )
+    return good
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    height, width = Video(args.video).size if args.video and args.mask else (480, 854)
+    args.height = height if args.height is None else args.height
+    args.width = width if args.width is None else args.width
+    check_args(args)
+    check_packages(args)
+    half = args.fp16 or args.tensorrt
+    frames = args.propagation.context + 6 if args.frames is None else args.frames
+    if frames < 2:
+        raise UserError(f"--frames {frames}: give 2 or more; the first one is given")
+    clip, mask = read_clip(args, frames)
+    if len(clip) < 2:
+        raise UserError(f"{args.video}: holds one frame; a check needs 2 or more")
+    encoder = common.load_encoder(args.model, args.weights, args.propagation)
+    info = {"version": common.__version__, "model": args.model, "weights": args.weights and args.weights.name}
+    info |= {"height": args.height, "width": args.width, "objects": args.objects, "ids": [*range(args.objects + 1)]}
+    info |= {"dtype": "float16" if half else "float32", "settings": asdict(args.propagation)}
+
+    print(f"{args.out}: running PyTorch on {len(clip)} frames", file=sys.stderr)
+    reference, rate = run_reference(encoder, clip, mask, args.objects)
+    print(f"{args.out}: tracing one step", file=sys.stderr)
+    least = 0.99 if half else 0.999
+    with ExitStack() as files:
+        graph = files.enter_context(common.atomic(args.out))
+        write_onnx(graph, args, encoder.cpu(), info)
+        good = check(graph, clip, mask, reference, rate, least)
+        if good and args.tensorrt:
+            engine = files.enter_context(common.atomic(args.out.with_suffix(".engine")))
+            write_engine(engine, graph, info)
+            good = check(engine, clip, mask, reference, rate, least)
+        if not good:
+            print(f"{args.out}: the check failed, nothing is left behind", file=sys.stderr)
+            sys.exit(1)
+    print(
+        f"{args.out}: {args.height}x{args.width}, {args.objects} object(s), {args.propagation.context} context frames"
+    )
+
+
+if __name__ == "__main__":
+    common.run(main, lambda: common.parse_args(Args))

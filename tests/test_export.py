@@ -1,0 +1,460 @@
+"""export.py: the graph computes what the PyTorch path computes, searches locally, and keeps to what runtimes read."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import clip
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import export
+import propagate
+from common import Propagation, read_ids, write_mask
+
+ROOT = Path(export.__file__).parent
+SMALL = Propagation(context=3, radius=4, topk=5)
+FLAGS = ("--model", "random", "--context", "3", "--radius", "4", "--topk", "5")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+# What runs: one graph of the small clip for all tests, made through the command line.
+
+
+@pytest.fixture(scope="module")
+def tracker(small_clip, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tracker") / "tracker.onnx"
+    flags = ["--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--objects", 3, "--out", path]
+    result = subprocess.run(
+        [sys.executable, "export.py", *FLAGS, *map(str, flags)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "check: 8 frames on CPU: 100.0000% of the mask pixels agree with PyTorch (99.9% wanted)" in result.stdout
+    assert "frames/s, PyTorch" in result.stdout
+    return path
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory) -> Path:
+    """A graph of four tiles whose frames are reduced first: 300 x 200 pixels to 240 x 160, a grid of 20 x 30."""
+    path = tmp_path_factory.mktemp("reduced") / "tracker.onnx"
+    settings = replace(SMALL, size="160", radius=3)
+    args = export.Args(height=200, width=300, objects=2, propagation=settings)
+    export.write_onnx(path, args, common.load_encoder("random", None, settings, "cpu"), {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    """A half-precision graph of another flavour, of the newest operator set."""
+    path = tmp_path_factory.mktemp("half") / "tracker.onnx"
+    flags = ["--fp16", "--height", 50, "--width", 77, "--objects", 9, "--opset", 20, "--frames", 4, "--minmax"]
+    flags += ["--aggregation", "per-frame", "--softmax", "region", "--exempt-first", "--out", path]
+    code = subprocess.run([sys.executable, "export.py", *FLAGS, *map(str, flags)], cwd=ROOT).returncode
+    assert code == 0
+    return path
+
+
+# One step
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {},
+        {"context": 0},
+        {"context": 1},
+        {"topk": 60},
+        {"shape": "square"},
+        {"localization": "none"},
+        {"exempt_first": True},
+        {"softmax": "region"},
+        {"softmax": "frame", "exempt_first": True},
+        {"aggregation": "per-frame"},
+        {"aggregation": "per-frame", "softmax": "topk"},
+        {"aggregation": "per-frame", "softmax": "region", "exempt_first": True},
+        {"minmax": True},
+        {"l2": False, "temperature": 5.0},
+        {"stride": 4, "layer": "res2"},
+        {"size": "32", "upsample": 2},
+    ],
+    ids=lambda factors: ",".join(f"{key}={value}" for key, value in factors.items()) or "default",
+)
+@torch.inference_mode()
+def test_a_step_is_the_pytorch_path(factors):
+    """For frames whose sides the stride does not divide, over many tiles, while the ring fills and goes round. What
+    an unfilled slot holds (here nan) has no influence."""
+    torch.manual_seed(0)
+    s, size, objects = replace(SMALL, **factors), (50, 77), 2
+    encoder = common.load_encoder("random", None, s, "cpu")
+    step, grid = export.Step(encoder, size, objects, tile=(4, 5)).eval(), s.grid(*size)
+    frames = torch.randint(0, 255, (6, *size, 3), dtype=torch.uint8)
+    mask = torch.zeros(size, dtype=torch.uint8)
+    mask[5:30, 10:40], mask[20:45, 35:70], mask[0, 0] = 1, 2, 7  # 7 is no object: background
+    features = [encoder(frame[None])[0] for frame in frames]
+    first = common.labels_from_mask(mask, (1, 2), grid)
+    first[0] = common.labels_from_mask(torch.where(mask > objects, 0, mask), (1, 2), grid)[0]
+    expected = [first, *common.propagate_video(features[1:], [(features[0], first)], s)]
+    memory = (torch.full((1 + s.context, *grid, n), torch.nan) for n in (len(features[0]), objects + 1))
+    for seen, (frame, wanted) in enumerate(zip(frames, expected, strict=True)):
+        winner, labels, own, *memory = step(frame, mask, torch.tensor([seen], dtype=torch.int32), *memory)
+        torch.testing.assert_close(own, features[seen])
+        torch.testing.assert_close(labels, wanted, atol=1e-4, rtol=0)
+        full = common.mask_from_labels(wanted, (1, 2), size, s.minmax) if seen else mask
+        assert (winner == full).float().mean() > 0.999
+
+
+def test_the_reduction_is_exact():
+    """Antialiased bilinear reduction is two matrix products."""
+    picture = torch.rand(1, 3, 61, 83)
+    product = export.resize_weights(24, 61) @ picture @ export.resize_weights(30, 83).T
+    expected = torch.nn.functional.interpolate(picture, size=(24, 30), mode="bilinear", antialias=True)
+    torch.testing.assert_close(product, expected, atol=1e-5, rtol=1e-5)
+
+
+# The graph in runtimes
+
+
+def test_the_reduced_graph_is_the_pytorch_path(reduced):
+    session = onnxruntime.InferenceSession(reduced)
+    frames = [frame for frame, _ in clip.render(frames=2, height=200, width=300, objects=2)]
+    mask = next(clip.render(frames=1, height=200, width=300, objects=2))[1]
+    feed = {i.name: np.zeros(i.shape, np.float32) for i in session.get_inputs() if i.name.startswith("memory_")}
+    encoder = common.load_encoder("random", None, replace(SMALL, size="160", radius=3), "cpu")
+    for seen, frame in enumerate(frames):
+        feed |= {"frame": frame, "mask": mask, "seen": np.array([seen], np.int32)}
+        _, _, features, *memory = session.run(None, feed)
+        feed |= dict(zip(("memory_features", "memory_labels"), memory, strict=True))
+        with torch.inference_mode():
+            expected = encoder(torch.from_numpy(frame)[None])[0]
+        np.testing.assert_allclose(features, expected, atol=1e-4)
+
+
+def test_unfilled_slots_have_no_influence(tracker):
+    session = onnxruntime.InferenceSession(tracker)
+    rng, feed = np.random.default_rng(0), {}
+    for i in session.get_inputs():
+        if i.name.startswith("memory_"):
+            feed[i.name] = rng.random(i.shape, np.float32)
+    frame = rng.integers(0, 255, (96, 160, 3), np.uint8)
+    feed |= {"frame": frame, "mask": np.zeros((96, 160), np.uint8)}
+    for filled in (1, 2, 3, 4):
+        feed["seen"] = np.array([filled], np.int32)
+        labels = session.run(["labels"], feed)[0]
+        for junk in (1e6, -1e6, np.inf):
+            other = {name: value.copy() for name, value in feed.items()}
+            for name in ("memory_features", "memory_labels"):
+                other[name][filled:] = junk
+            assert (session.run(["labels"], other)[0] == labels).all()
+    feed["memory_features"] = feed["memory_features"][:, ::-1].copy()
+    assert (session.run(["labels"], feed)[0] != labels).any()  # what is filled has
+
+
+def test_the_memory_is_a_ring(tracker):
+    """Slot 0 keeps the annotated frame, the others hold the latest frames; nothing else is written."""
+    session = onnxruntime.InferenceSession(tracker)
+    shape = {i.name: i.shape for i in session.get_inputs()}
+    feed = {name: np.zeros(shape[name], np.float32) for name in ("memory_features", "memory_labels")}
+    feed |= {"frame": np.full((96, 160, 3), 99, np.uint8), "mask": np.zeros((96, 160), np.uint8)}
+    for seen, slot in ((0, 0), (1, 1), (2, 2), (3, 3), (4, 1), (1000, 1), (1001, 2)):
+        _, labels, features, *memory = session.run(None, {**feed, "seen": np.array([seen], np.int32)})
+        for after, own in zip(memory, (features, labels), strict=True):
+            np.testing.assert_array_equal(after[slot], own.transpose(1, 2, 0))
+            assert not np.delete(after, slot, 0).any()
+
+
+def test_metadata_say_what_made_it(tracker):
+    info = common.load_engine(tracker).info
+    assert info["version"] == common.__version__ and info["model"] == "random" and info["weights"] is None
+    assert (info["height"], info["width"], info["objects"], info["ids"]) == (96, 160, 3, [0, 1, 2, 3])
+    assert Propagation(**info["settings"]) == SMALL and info["dtype"] == "float32"
+
+
+# What TensorRT reads (its ONNX parser's published list, opsets 9 to 20): the operators used here, with restrictions.
+
+PLAIN = """
+    Add And ArgMax Cast Clip Concat Constant Conv Div Equal Exp Expand Gather GatherElements GatherND Greater Less Log
+    MatMul Max Min Mod Mul Neg Not Or Pow Reciprocal Relu Reshape Softmax Split Sqrt Sub Tile Transpose Where
+"""
+CONSTANT_AXES = "ReduceMax ReduceMin ReduceSum ReduceL2 ReduceLogSumExp Slice Squeeze Unsqueeze"
+ARITHMETIC = "Add Div MatMul Mod Mul Pow ReduceMax ReduceSum Sub Where"
+
+
+def assert_tensorrt_reads(path: Path) -> None:
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True).graph
+    kinds = {v.name: v.type.tensor_type for v in [*graph.value_info, *graph.input, *graph.output]}
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    constants |= {
+        n.output[0]: onnx.helper.get_node_attr_value(n, "value") for n in graph.node if n.op_type == "Constant"
+    }
+    ends = {v.name for v in [*graph.input, *graph.output]}
+
+    def kind(name: str) -> int:
+        return (
+            onnx.helper.np_dtype_to_tensor_dtype(constants[name].dtype) if name in constants else kinds[name].elem_type
+        )
+
+    for name, value in kinds.items():
+        assert value.elem_type not in (onnx.TensorProto.DOUBLE, 0), name
+        assert all(d.HasField("dim_value") and d.dim_value > 0 for d in value.shape.dim), f"{name} is not static"
+    for node in graph.node:
+        here, attributes = f"{node.op_type} {node.name}", {a.name: a for a in node.attribute}
+        assert node.domain == "", here
+        inputs = [name for name in node.input if name]
+        for name in [*inputs, *node.output]:
+            assert kind(name) != onnx.TensorProto.UINT8 or (name in ends and node.op_type == "Cast"), here
+        if node.op_type in ARITHMETIC.split():
+            assert kind(node.output[0]) != onnx.TensorProto.INT64, f"{here}: 64-bit arithmetic"
+        if node.op_type in CONSTANT_AXES.split():
+            assert all(name in constants for name in node.input[1:]), here
+        elif node.op_type == "TopK":
+            assert attributes["sorted"].i == 1 if "sorted" in attributes else True, here
+            assert node.input[1] in constants and constants[node.input[1]].item() < 3840, here
+        elif node.op_type == "ScatterND":
+            assert "reduction" not in attributes or attributes["reduction"].s == b"none", here
+        elif node.op_type == "MaxPool":
+            assert len(node.output) == 1 and set(attributes["dilations"].ints or [1]) == {1}, here
+        elif node.op_type == "Resize":
+            assert attributes["mode"].s in (b"linear", b"nearest"), here
+            assert attributes["coordinate_transformation_mode"].s in (b"half_pixel", b"pytorch_half_pixel"), here
+            assert "antialias" not in attributes or attributes["antialias"].i == 0, here
+            assert node.input[-1] in constants, here
+        else:
+            assert node.op_type in PLAIN.split(), here
+
+
+@pytest.mark.parametrize("graph", ["tracker", "reduced", "half"])
+def test_tensorrt_reads_the_graph(graph, request):
+    assert_tensorrt_reads(request.getfixturevalue(graph))
+
+
+def test_the_walk_finds_what_tensorrt_does_not_read(tracker, tmp_path):
+    for change in ("topk", "operator", "float64"):
+        model = onnx.load(tracker)
+        if change == "topk":
+            k = next(node for node in model.graph.node if node.op_type == "TopK").input[1]
+            next(i for i in model.graph.initializer if i.name == k).CopyFrom(
+                onnx.numpy_helper.from_array(np.array([4000]), k)
+            )
+        elif change == "operator":
+            next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Det"
+        else:
+            model.graph.value_info.append(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.DOUBLE, [1]))
+        onnx.save(model, tmp_path / "changed.onnx")
+        with pytest.raises((AssertionError, onnx.shape_inference.InferenceError)):
+            assert_tensorrt_reads(tmp_path / "changed.onnx")
+
+
+def test_the_graph_searches_locally(reduced):
+    """Its multiplications are the extractor's, the windows', the reduction's and the soft copy's; far from hw x nhw."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(reduced)).graph
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*graph.value_info, *graph.output]}
+    shapes |= {i.name: list(i.dims) for i in graph.initializer}
+    flops = {"Conv": 0, "MatMul": 0, "Gemm": 0}
+    for node in graph.node:
+        if node.op_type == "Conv":
+            flops["Conv"] += 2 * np.prod(shapes[node.output[0]]) * np.prod(shapes[node.input[1]][1:])
+        elif node.op_type in flops:
+            flops[node.op_type] += 2 * np.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
+
+    settings = replace(SMALL, size="160", radius=3)
+    encoder = common.load_encoder("random", None, settings, "cpu")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        encoder(torch.zeros(1, 200, 300, 3, dtype=torch.uint8))
+    assert flops["Conv"] == counter.get_total_flops()
+
+    step = export.Step(encoder, (200, 300), 2)
+    tiles = [(q, window) for row in step.tiles for q, window in row]
+    windows = sum((y1 - y0) * (x1 - x0) * len(cells) for (y0, y1, x0, x1), [(cells, _)] in tiles) * step.slots
+    resize = 3 * (160 * 200 * 300 + 160 * 300 * 240)
+    copy = 20 * 30 * settings.topk * 3
+    assert flops["MatMul"] == 2 * (windows * 256 + resize + copy)
+    assert len(tiles) == 4 and windows < 0.45 * (20 * 30) ** 2 * step.slots
+    for (y0, y1, x0, x1), [(cells, outside)] in tiles:  # every cell of a window is of use to a cell of the tile
+        assert not outside.all(0).any() and outside.shape == ((y1 - y0) * (x1 - x0), len(cells))
+
+
+# The command line
+
+
+def test_propagate_runs_it_to_the_same_masks(tracker, small_clip, tmp_path, cli):
+    for start in ((), ("--mask-frame", 5)):  # from a frame in the middle it runs both ways
+        job = ["--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", *start, "--overwrite"]
+        code, out, err = cli(propagate, *job, "--engine", tracker, "--out", tmp_path / "engine")
+        assert code == 0 and "12 masks" in out, err
+        assert cli(propagate, *job, *FLAGS, "--device", "cpu", "--out", tmp_path / "torch")[0] == 0
+        for path in sorted((tmp_path / "torch" / "masks").iterdir()):
+            a, b = read_ids(path), read_ids(tmp_path / "engine" / "masks" / path.name)
+            assert (a == b).mean() > 0.9995
+    job = json.loads((tmp_path / "engine" / "run.json").read_text())["job"]
+    assert job["model"] == "random" and job["settings"]["context"] == 3 and job["engine"]
+
+
+def test_propagate_keeps_the_ids_and_goes_on(tracker, small_clip, tmp_path, cli):
+    mask = read_ids(small_clip / "f0.png")
+    write_mask(tmp_path / "own.png", np.array([0, 200, 0, 7], np.uint8)[mask])  # two objects, ids 200 and 7
+    job = ["--engine", tracker, "--video", small_clip / "clip.mp4", "--mask", tmp_path / "own.png"]
+    assert cli(propagate, *job, "--out", tmp_path / "out")[0] == 0
+    masks = sorted((tmp_path / "out" / "masks").iterdir())
+    before = [path.read_bytes() for path in masks]
+    assert set(np.unique([read_ids(path) for path in masks])) == {0, 7, 200}
+    for path in masks[6:]:  # as if it had been stopped
+        path.unlink()
+    code, out, _ = cli(propagate, *job, "--out", tmp_path / "out")
+    assert code == 0 and "12 masks" in out
+    assert [path.read_bytes() for path in masks] == before
+
+
+def test_the_example_gives_the_same_masks(tracker, small_clip, tmp_path, cli):
+    cv2.imwrite(str(tmp_path / "grey.png"), read_ids(small_clip / "f0.png"))
+    command = [sys.executable, "examples/run_onnx.py", tracker, small_clip / "clip.mp4", tmp_path / "grey.png"]
+    result = subprocess.run([*map(str, command), str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = (ROOT / "examples" / "run_onnx.py").read_text().splitlines()
+    assert len(lines) < 60
+    engine, mask = common.load_engine(tracker), read_ids(small_clip / "f0.png")
+    for index, frame in common.Video(small_clip / "clip.mp4").frames(range(12)):
+        answer = engine.step(frame, None if index else mask)
+        own = cv2.imread(str(tmp_path / "out" / f"{index:05d}.png"), cv2.IMREAD_GRAYSCALE)
+        assert (own == answer).mean() > 0.999  # OpenCV's decoder rounds colours in its own way
+
+
+def test_half_precision_is_checked_too(half):
+    graph = onnx.load(half).graph
+    kinds = {i.name: i.type.tensor_type.elem_type for i in graph.input}
+    assert kinds["memory_features"] == onnx.TensorProto.FLOAT16 and kinds["memory_labels"] == onnx.TensorProto.FLOAT
+    assert onnx.load(half).opset_import[0].version == 20
+    assert common.load_engine(half).info["dtype"] == "float16"
+
+
+def test_many_objects_and_no_context(tmp_path, cli):
+    out = tmp_path / "tracker.onnx"
+    size = ("--height", 48, "--width", 64, "--objects", 200, "--frames", 3, "--radius", 2, "--context", 0)
+    code, text, err = cli(export, "--model", "random", *size, "--out", out)
+    assert code == 0 and "100.0000%" in text, err
+    assert common.load_engine(out).info["objects"] == 200
+
+
+def test_a_graph_that_fails_its_check_is_not_left(tracker, small_clip, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(export, "write_onnx", lambda path, *_: shutil.copy(tracker, path))
+    flags = ["--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--objects", 3, "--radius", 1]
+    code, text, err = cli(export, *FLAGS, *flags, "--topk", 1, "--out", tmp_path / "tracker.onnx")
+    assert code == 1 and "the check failed, nothing is left behind" in err
+    assert "of the mask pixels agree with PyTorch (99.9% wanted)" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_video(shared, imagenet, tmp_path, cli):
+    folder = shared / "data" / "DAVIS_train_256"
+    frames = next(iter(folder.glob("JPEGImages/*/bear")))
+    mask = next(iter(folder.glob("Annotations/*/bear"))) / "00000.png"
+    flags = ["--weights", imagenet, "--video", frames, "--mask", mask, "--size", 128, "--context", 4, "--frames", 8]
+    code, text, err = cli(export, *flags, "--out", tmp_path / "tracker.onnx")
+    assert code == 0 and "check: 7 frames" in text, err + text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objects", 0], "--objects 0: give 1 to 255"),
+        (["--objects", 256], "--objects 256: give 1 to 255"),
+        (["--topk", 3840], "--topk 3840: cannot be exported, TensorRT's TopK ends below 3840"),
+        (["--opset", 13], "--opset 13: give 18 to 20"),
+        (["--height", 0], "--height 0 --width 854: give 16 pixels or more"),
+        (["--context", -1], "--context -1: give 0 or more"),
+        (["--frames", 1], "--frames 1: give 2 or more"),
+        (["--video", "clip.mp4"], "--video and --mask: give both"),
+        (["--video", "clip.mp4", "--mask", "f0.png"], "clip.mp4: no such video"),
+        (["--out", "tracker.engine"], "give a name that ends in .onnx"),
+        (["--out", __file__.replace(".py", ".onnx"), "--model", "none"], "unknown model 'none'"),
+    ],
+)
+def test_bad_flags(flags, message, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli(export, "--model", "random", *flags)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_kept(tmp_path, cli):
+    (tmp_path / "tracker.onnx").write_bytes(b"mine")
+    code, _, err = cli(export, "--model", "random", "--out", tmp_path / "tracker.onnx")
+    assert code == 2 and "is there already; add --overwrite" in err
+    assert (tmp_path / "tracker.onnx").read_bytes() == b"mine"
+
+
+def test_a_clip_that_does_not_fit_the_graph(small_clip, cli, tmp_path):
+    job = ["--model", "random", "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
+    job += ["--out", tmp_path / "tracker.onnx"]
+    assert "is 160x96, the graph 170x96; give its own size" in cli(export, *job, "--height", 96, "--width", 170)[2]
+    assert "holds 3 objects, the graph 2; give --objects 3" in cli(export, *job, "--objects", 2)[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_tensorrt_that_is_not_there(cli, tmp_path):
+    code, _, err = cli(export, "--model", "random", "--tensorrt", "--out", tmp_path / "tracker.onnx")
+    assert code == 2 and err.count("\n") == 1 and "--tensorrt: needs" in err
+    assert f"trtexec --onnx={tmp_path}/tracker.onnx --saveEngine={tmp_path}/tracker.engine --stronglyTyped" in err
+
+
+def test_engines_that_cannot_run(tracker, small_clip, tmp_path, cli):
+    def complaint(engine, *flags, video=small_clip / "clip.mp4", mask=small_clip / "f0.png") -> str:
+        job = ["--engine", engine, "--video", video, "--mask", mask, "--out", tmp_path / "out", *flags]
+        code, out, err = cli(propagate, *job)
+        assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        return err
+
+    assert "none.onnx: no such engine" in complaint(tmp_path / "none.onnx")
+    assert "is neither .onnx nor .engine" in complaint(__file__)
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    foreign = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), opset_imports=opsets, ir_version=10)
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    assert "was not written by softcopy's export.py" in complaint(tmp_path / "foreign.onnx")
+    (tmp_path / "damaged.onnx").write_bytes(tracker.read_bytes()[:1000])
+    assert "cannot load it" in complaint(tmp_path / "damaged.onnx")
+    (tmp_path / "plan.engine").write_bytes(b"ftrt")
+    assert "was not written by softcopy's export.py, nor is" in complaint(tmp_path / "plan.engine")
+
+    clip.write_clip(tmp_path / "other", frames=2, height=64, width=80)
+    other = {"video": tmp_path / "other" / "clip.mp4", "mask": tmp_path / "other" / "f0.png"}
+    assert "is 80x64" in (said := complaint(tracker, **other)) and "export with --height 64 --width 80" in said
+    many = np.arange(96 * 160, dtype=np.uint8).reshape(96, 160) // 50
+    write_mask(tmp_path / "many.png", many)
+    assert "has 5 objects" in (said := complaint(tracker, mask=tmp_path / "many.png")) and "--objects 5" in said
+    assert "--topk 7: is fixed in" in complaint(tracker, "--topk", 7)
+    assert "--weights w.pth: is fixed in" in complaint(tracker, "--weights", "w.pth")
+    assert "starts from one annotated frame, not 2" in complaint(
+        tracker, "--mask", small_clip / "f0.png", "--mask-frame", 0, "--mask-frame", 4
+    )
+
+
+def test_an_engine_says_what_it_needs(tmp_path, cli, monkeypatch):
+    head = json.dumps({"hardware": "NVIDIA Test GPU"}).encode()
+    path = tmp_path / "tracker.engine"
+    path.write_bytes(common.TensorRTEngine.MAGIC + len(head).to_bytes(4, "little") + head + b"plan")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it fails
+    with pytest.raises(common.UserError, match=r"needs the tensorrt package; run pip install tensorrt"):
+        common.load_engine(path)
