@@ -13,6 +13,7 @@ are scored; 2: nothing could be done.
 """
 
 import base64
+import contextlib
 import csv
 import hashlib
 import html
@@ -62,6 +63,7 @@ from common import (
     overlay,
     parse_args,
     points_from_labels,
+    preset,
     propagate_video,
     read_ids,
     run,
@@ -73,7 +75,14 @@ matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in any script t
 warnings.filterwarnings("ignore", "Glyph")
 import matplotlib.pyplot as plt  # noqa: E402
 
-FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2")  # a change in these means new features
+FEATURE_FACTORS = (
+    "size",
+    "upsample",
+    "layer",
+    "stride",
+    "l2",
+    "sampling",
+)  # a change in these means new features or first labels
 
 
 @dataclass(frozen=True)
@@ -520,7 +529,7 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     model = model or args.model
     weights = args.weights if args.weights and model == args.model else find_weights(model)
     fits(model, weights, settings.layer, settings.stride)
-    own = asdict(MODELS[model].settings)
+    own = asdict(preset(model, args.dataset))
     changed = [f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value]
     record = {"model": model, "weights": weights and file_digest(weights), "dtype": args.dtype}
     record |= {"dataset": [args.dataset, str(root.resolve())], "settings": asdict(settings)}
@@ -532,7 +541,8 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
 @lru_cache
 def fits(model: str, weights: Path | None, layer: str, stride: int) -> None:
     """UserError, before any long work, if the weights do not hold what these settings need."""
-    load_encoder(model, weights, replace(MODELS[model].settings, layer=layer, stride=stride), "cpu")
+    with contextlib.redirect_stderr(io.StringIO()):  # what the file is taken for is said when it is used
+        load_encoder(model, weights, replace(preset(model), layer=layer, stride=stride), "cpu")
 
 
 @lru_cache
@@ -620,11 +630,13 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
             sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*size, *video.size)
             raise UserError(f"{seq.truth[seq.names[0]]}: {sizes}; they must show the same pixels")
         ids, parts, kinds = [i for i in np.unique(given).tolist() if i], [], {}
-        labels = labels_from_mask(torch.from_numpy(given).to(device), ids, grid)
+        labels = labels_from_mask(torch.from_numpy(given).to(device), ids, grid, rows[0].settings.sampling)
         if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
             given_parts, kinds = read_instances(seq.instances / f"{seq.names[0]}.png")
             parts = [i for i in np.unique(given_parts).tolist() if i in kinds]
-            part_labels = labels_from_mask(torch.from_numpy(given_parts.copy()).to(device), parts, grid)
+            part_labels = labels_from_mask(
+                torch.from_numpy(given_parts.copy()).to(device), parts, grid, rows[0].settings.sampling
+            )
             labels = torch.cat([labels, part_labels])
 
     folders, tracks = [row.folder / ".partial" / seq.name for row in rows], [[] for _ in rows]
@@ -769,12 +781,12 @@ TEMPERATURES = {  # section 4.3 and the caption of Figure 4: per-frame, overall
     "imagenet": (1 / 40, 1.0),
     "rotation": (1 / 40, 1.0),
     "deepcluster": (1 / 40, 1.0),
-    "moco": (1 / 50, 1.0),
+    "moco-r18": (1 / 50, 1.0),
     "uvc": (1.0, 1.0),
     "uvc+": (1.0, 1.0),
     "crw": (1 / 50, 1 / 20),
 }
-FIGURE_MODELS = ("rotation", "moco", "imagenet", "uvc", "crw")
+FIGURE_MODELS = ("rotation", "moco-r18", "imagenet", "uvc", "crw")
 FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the captions
     "figure4": {
         "temperature": [1 / t for t in (1, 5, 10, 20, 30, 40, 50)],
@@ -790,7 +802,7 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
     """The rows of a table or figure, in the paper's order; what cannot run says what it lacks."""
     wanted = []  # name, models, settings, figures
     for model, way in itertools.product(FIGURE_MODELS, ("overall", "per-frame")) if args.paper in FIGURE_AXES else ():
-        models = [f"{model}-finetuned", model] if model in ("imagenet", "moco", "rotation") else [model]
+        models = [f"{model}-finetuned", model] if model in ("imagenet", "moco-r18", "rotation") else [model]
         fixed = [way, "none", *(["topk=10", "context=1"] if args.dataset == "vip" else [])]
         for factor, values in FIGURE_AXES[args.paper].items():
             wanted += [(f"{model}, {way}, {factor} {show(v)}", models, [*fixed, f"{factor}={v}"], {}) for v in values]
@@ -834,11 +846,14 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     if not models:
         raise UserError("printed in the paper from another one")
     if not (known := [m for m in models if m in MODELS]):
-        raise UserError(f"model {models[-1]} is not in --model's list")
+        raise UserError(
+            f"weights of {models[-1].replace('-', ' ')} after the stride change (section 4.2); none are released"
+        )
     chosen = [m for m in known if m == "random" or (args.weights and m == args.model) or find_weights(m, fetch=False)]
     if not chosen:
-        raise UserError(f"weights of {known[0]}: download {MODELS[known[0]].url} to weights/, or give --weights")
-    factors = {"size": SIZES.get(args.dataset, "480"), "upsample": 1, "softmax": "auto", "topk": 5, "context": 7}
+        raise UserError(f"weights of {known[0]} ({MODELS[known[0]].source}); put them in weights/, or give --weights")
+    own = preset(chosen[0], args.dataset)
+    factors = {"size": SIZES.get(args.dataset, own.size), "upsample": 1, "softmax": "auto", "topk": 5, "context": 7}
     factors |= {"shape": "circle", "radius": 12, "exempt_first": False}
     for word in words:
         factor, _, text = word.partition("=")
@@ -850,9 +865,7 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
             raise UserError(f"{factor} {text} is not among the factors of Propagation") from error
     per_frame = factors["aggregation"] == "per-frame"
     temperature = TEMPERATURES.get(chosen[0].removesuffix("-finetuned"), (1.0, 1.0))[not per_frame]
-    return chosen[0], replace(
-        MODELS[chosen[0]].settings, **{"temperature": temperature, "minmax": per_frame, **factors}
-    )
+    return chosen[0], replace(own, **{"temperature": temperature, "minmax": per_frame, **factors})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1206,7 +1219,7 @@ def worker_pool(processes: int):
 
 def main(args: Args) -> None:
     typed = {arg.split("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for arg in sys.argv if arg[:2] == "--"}
-    own = asdict(MODELS[args.model].settings)
+    own = asdict(preset(args.model, args.dataset))
     given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in typed}
     if args.paper:
         args = replace(args, dataset={"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis"))
@@ -1221,11 +1234,11 @@ def main(args: Args) -> None:
     elif args.paper:
         rows = paper_rows(args, root, out, given)
     else:
-        size = {"size": SIZES[args.dataset]} if args.dataset in SIZES and "size" not in given else {}
-        base = replace(args.propagation, **size)
-        chosen = sweep_settings(args, base) if args.sweep else [base]
+        chosen = sweep_settings(args, args.propagation) if args.sweep else [args.propagation]
         rows = [make_row(args, root, out, settings) for settings in chosen]
         rows = rows if args.sweep else [paper_best(args, row) for row in rows]
+    if args.dataset == "jhmdb" and any(row.settings and row.settings.localization == "track" for row in rows):
+        raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
     can_run = [row for row in rows if not row.lacks]
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
