@@ -62,6 +62,7 @@ from common import (
     overlay,
     parse_args,
     points_from_labels,
+    preset,
     propagate_video,
     read_ids,
     run,
@@ -73,7 +74,7 @@ matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in any script t
 warnings.filterwarnings("ignore", "Glyph")
 import matplotlib.pyplot as plt  # noqa: E402
 
-FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2")  # a change in these means new features
+FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2", "sampling")  # a change means new features or labels
 
 
 @dataclass(frozen=True)
@@ -520,7 +521,7 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     model = model or args.model
     weights = args.weights if args.weights and model == args.model else find_weights(model)
     fits(model, weights, settings.layer, settings.stride)
-    own = asdict(MODELS[model].settings)
+    own = asdict(preset(model, args.dataset))
     changed = [f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value]
     record = {"model": model, "weights": weights and file_digest(weights), "dtype": args.dtype}
     record |= {"dataset": [args.dataset, str(root.resolve())], "settings": asdict(settings)}
@@ -532,7 +533,7 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
 @lru_cache
 def fits(model: str, weights: Path | None, layer: str, stride: int) -> None:
     """UserError, before any long work, if the weights do not hold what these settings need."""
-    load_encoder(model, weights, replace(MODELS[model].settings, layer=layer, stride=stride), "cpu")
+    load_encoder(model, weights, replace(preset(model), layer=layer, stride=stride), "cpu")
 
 
 @lru_cache
@@ -611,6 +612,8 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     first = next(features)
     grid = tuple(first.shape[1:])
     if seq.dataset == "jhmdb":
+        if any(row.settings.localization == "track" for row in rows):
+            raise UserError("--localization track: follows masks, JHMDB has key points; take none or fixed")
         given, size = read_joints(next(iter(seq.truth.values())))[0], video.size
         labels, ids, parts, kinds = labels_from_points(given, size, grid).to(device), [], [], {}
     else:
@@ -620,11 +623,13 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
             sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*size, *video.size)
             raise UserError(f"{seq.truth[seq.names[0]]}: {sizes}; they must show the same pixels")
         ids, parts, kinds = [i for i in np.unique(given).tolist() if i], [], {}
-        labels = labels_from_mask(torch.from_numpy(given).to(device), ids, grid)
+        labels = labels_from_mask(torch.from_numpy(given).to(device), ids, grid, rows[0].settings.sampling)
         if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
             given_parts, kinds = read_instances(seq.instances / f"{seq.names[0]}.png")
             parts = [i for i in np.unique(given_parts).tolist() if i in kinds]
-            part_labels = labels_from_mask(torch.from_numpy(given_parts.copy()).to(device), parts, grid)
+            part_labels = labels_from_mask(
+                torch.from_numpy(given_parts.copy()).to(device), parts, grid, rows[0].settings.sampling
+            )
             labels = torch.cat([labels, part_labels])
 
     folders, tracks = [row.folder / ".partial" / seq.name for row in rows], [[] for _ in rows]
@@ -837,7 +842,7 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
         raise UserError(f"model {models[-1]} is not in --model's list")
     chosen = [m for m in known if m == "random" or (args.weights and m == args.model) or find_weights(m, fetch=False)]
     if not chosen:
-        raise UserError(f"weights of {known[0]}: download {MODELS[known[0]].url} to weights/, or give --weights")
+        raise UserError(f"weights of {known[0]}: {MODELS[known[0]].source}; put them in weights/, or give --weights")
     factors = {"size": SIZES.get(args.dataset, "480"), "upsample": 1, "softmax": "auto", "topk": 5, "context": 7}
     factors |= {"shape": "circle", "radius": 12, "exempt_first": False}
     for word in words:
@@ -1206,7 +1211,7 @@ def worker_pool(processes: int):
 
 def main(args: Args) -> None:
     typed = {arg.split("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for arg in sys.argv if arg[:2] == "--"}
-    own = asdict(MODELS[args.model].settings)
+    own = asdict(preset(args.model, args.dataset))
     given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in typed}
     if args.paper:
         args = replace(args, dataset={"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis"))
@@ -1221,9 +1226,7 @@ def main(args: Args) -> None:
     elif args.paper:
         rows = paper_rows(args, root, out, given)
     else:
-        size = {"size": SIZES[args.dataset]} if args.dataset in SIZES and "size" not in given else {}
-        base = replace(args.propagation, **size)
-        chosen = sweep_settings(args, base) if args.sweep else [base]
+        chosen = sweep_settings(args, args.propagation) if args.sweep else [args.propagation]
         rows = [make_row(args, root, out, settings) for settings in chosen]
         rows = rows if args.sweep else [paper_best(args, row) for row in rows]
     can_run = [row for row in rows if not row.lacks]
