@@ -833,7 +833,8 @@ def correlate(query: Tensor, keys: Tensor, R: int, y0: int = 0) -> Tensor:
     query = F.pad(query, (0, 0, 0, -w % width)).unflatten(1, (-1, width))  # rows tiles width C
     out = torch.empty(*query.shape[:3], 2 * R + 1, 2 * R + 1, device=query.device)
     for dy, band in enumerate(bands(keys, R, y0, rows, width)):
-        out[..., dy, :] = diagonals(query @ band.transpose(2, 3), R)
+        A = torch.bmm(query.flatten(0, 1), band.flatten(0, 1).transpose(1, 2))  # copies cells whole
+        out[..., dy, :] = diagonals(A, R).view(out[..., dy, :].shape)
     return out.flatten(1, 2)[:, :w]
 
 
