@@ -272,7 +272,7 @@ MODELS = {
         Propagation(temperature=0.07, sampling="nearest", minmax=True, radius=18),
         **VFS, mark=rf"^backbone\.{R50.replace('.weight', '.conv.weight')}|^meta$(?s:.*)^{R50}",
         source=VFS_FILES + "r50_nc_sgd_cos_100e_r5_1xNx2_k400-d7ce3ad0.pth"),
-    "random": Model("resnet18", "no training: random weights from seed 0", licence="-"),
+    "random": Model("resnet18", "no training: random weights from seed 0", **STILL, licence="-"),
 }
 # fmt: on
 
@@ -473,7 +473,11 @@ def load_encoder(
         ]
         if missing or wrong:
             why = wrong[0] if wrong else f"lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
-            hint = f"; it looks like {guess}: say --model {guess}" if guess and guess != name else ""
+            hint = (
+                f"; it looks like {guess} ({MODELS[guess].arch}): say --model {guess}"
+                if guess and guess != name
+                else ""
+            )
             raise UserError(f"{path}: does not fit {name} ({model.arch} up to {settings.layer}): it {why}{hint}")
         encoder.net.load_state_dict(state, strict=False)
         if weights:
@@ -542,7 +546,7 @@ def find_weights(name: str, fetch: bool = True) -> Path | None:
         for path in (folder / file, folder / f"{name}.pth", folder / f"{name}.pth.tar"):
             if path.is_file():
                 return path
-    if not fetch:
+    if not fetch or name == "random" or name.startswith("timm:"):  # timm fetches its own
         return None
     if not link:
         raise UserError(
@@ -832,7 +836,8 @@ def correlate(query: Tensor, keys: Tensor, R: int, y0: int = 0) -> Tensor:
     query = F.pad(query, (0, 0, 0, -w % width)).unflatten(1, (-1, width))  # rows tiles width C
     out = torch.empty(*query.shape[:3], 2 * R + 1, 2 * R + 1, device=query.device)
     for dy, band in enumerate(bands(keys, R, y0, rows, width)):
-        out[..., dy, :] = diagonals(query @ band.transpose(2, 3), R)
+        A = torch.bmm(query.flatten(0, 1), band.flatten(0, 1).transpose(1, 2))  # copies cells whole
+        out[..., dy, :] = diagonals(A, R).view(out[..., dy, :].shape)
     return out.flatten(1, 2)[:, :w]
 
 

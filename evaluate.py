@@ -75,14 +75,7 @@ matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in any script t
 warnings.filterwarnings("ignore", "Glyph")
 import matplotlib.pyplot as plt  # noqa: E402
 
-FEATURE_FACTORS = (
-    "size",
-    "upsample",
-    "layer",
-    "stride",
-    "l2",
-    "sampling",
-)  # a change in these means new features or first labels
+FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2", "sampling")  # a change means new features or labels
 
 
 @dataclass(frozen=True)
@@ -852,9 +845,16 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     chosen = [m for m in known if m == "random" or (args.weights and m == args.model) or find_weights(m, fetch=False)]
     if not chosen:
         raise UserError(f"weights of {known[0]} ({MODELS[known[0]].source}); put them in weights/, or give --weights")
-    own = preset(chosen[0], args.dataset)
-    factors = {"size": SIZES.get(args.dataset, own.size), "upsample": 1, "softmax": "auto", "topk": 5, "context": 7}
-    factors |= {"shape": "circle", "radius": 12, "exempt_first": False}
+    own, paper, factors = preset(chosen[0], args.dataset), chosen[0].removesuffix("-finetuned") in TEMPERATURES, {}
+    if paper:  # run by the paper's own code; the other systems by their authors', as in their presets
+        factors |= {
+            "size": SIZES.get(args.dataset, own.size),
+            "upsample": 1,
+            "softmax": "auto",
+            "topk": 5,
+            "context": 7,
+        }
+        factors |= {"shape": "circle", "radius": 12, "exempt_first": False}
     for word in words:
         factor, _, text = word.partition("=")
         if not text:
@@ -863,9 +863,11 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
             factors[factor] = parse_value(factor, text)
         except ValueError as error:
             raise UserError(f"{factor} {text} is not among the factors of Propagation") from error
-    per_frame = factors["aggregation"] == "per-frame"
-    temperature = TEMPERATURES.get(chosen[0].removesuffix("-finetuned"), (1.0, 1.0))[not per_frame]
-    return chosen[0], replace(own, **{"temperature": temperature, "minmax": per_frame, **factors})
+    if paper:
+        per_frame = factors["aggregation"] == "per-frame"
+        temperature = TEMPERATURES[chosen[0].removesuffix("-finetuned")][not per_frame]
+        factors = {"temperature": temperature, "minmax": per_frame, **factors}
+    return chosen[0], replace(own, **factors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

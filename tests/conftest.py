@@ -10,7 +10,6 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import clip  # noqa: E402
-
 import common  # noqa: E402
 
 

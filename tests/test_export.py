@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import clip
 import cv2
 import numpy as np
 import onnx
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import clip
 import common
 import export
 import propagate

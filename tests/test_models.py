@@ -470,7 +470,7 @@ def test_what_is_missing_or_of_the_wrong_shape_is_named(tmp_path):
 
 def test_a_file_of_another_system_says_whose_it_is(tmp_path):
     path = save(tmp_path / "w.pth", system("crw")[1])
-    with pytest.raises(UserError, match="looks like crw: say --model crw"):
+    with pytest.raises(UserError, match=r"looks like crw \(resnet18\): say --model crw"):
         load_encoder("imagenet", path, device="cpu")
 
 
