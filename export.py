@@ -1,14 +1,14 @@
 """The whole tracker as one graph: extractor, Algorithm 1, memory update and full-size mask in one ONNX file.
 
     python export.py --model imagenet --height 480 --width 854 --objects 1 --context 20 --out tracker.onnx
-    python export.py --model imagenet --height 480 --width 854 --fp16 --tensorrt --out tracker.engine
+    python export.py --model imagenet --video clip.mp4 --mask f0.png --tensorrt --out tracker.onnx  # and tracker.engine
     python propagate.py --engine tracker.onnx --video clip.mp4 --mask f0.png
 
 A program calls the graph once a frame and hands the memory back; it needs a runtime and nothing else:
 
     inputs    frame  H x W x 3 uint8 RGB      mask  H x W uint8, ids 0 to --objects; read where seen is 0
               seen   1 int32: 0 for the annotated frame, then 1, 2, ...: how much of the memory is filled
-              memory_features  (1 + n) x h x w x C      memory_labels  (1 + n) x h x w x L; any content at first
+              memory_features  (1 + n) x h x w x C      memory_labels  (1 + n) x h x w x L; zeros at first
     outputs   new_mask  H x W uint8           labels  L x h x w           features  C x h x w
               new_memory_features, new_memory_labels: the next call's memory
 

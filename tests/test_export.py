@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import clip
 import cv2
 import numpy as np
 import onnx
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import clip
 import common
 import export
 import propagate
@@ -69,8 +69,7 @@ def half(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("half") / "tracker.onnx"
     flags = ["--fp16", "--height", 50, "--width", 77, "--objects", 9, "--opset", 20, "--frames", 4, "--minmax"]
     flags += ["--aggregation", "per-frame", "--softmax", "region", "--exempt-first", "--out", path]
-    code = subprocess.run([sys.executable, "export.py", *FLAGS, *map(str, flags)], cwd=ROOT).returncode
-    assert code == 0
+    export.main(common.parse_args(export.Args, [str(flag) for flag in (*FLAGS, *flags)]))
     return path
 
 
