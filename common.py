@@ -11,16 +11,17 @@ Matter" (2022). Words and shapes, the same everywhere:
 import argparse
 import contextlib
 import glob
+import hashlib
 import json
 import math
 import os
 import re
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -66,55 +67,94 @@ class Propagation:
     """
 
     size: str = "480"
-    """Network input: short side in pixels (never enlarging), HxW exactly, or full (section 4.2)."""
+    """Network input: short side in pixels (never enlarging), HxW exactly, or full (section 4.2). With /M the long
+    side is rounded down to a multiple of M (480/64: UVC)."""
     upsample: int = 1
     """Enlarge the input this many times for a finer grid (Table 6c)."""
-    layer: Literal["res2", "res3", "res4"] = "res3"
-    """Output stage: res2, res3, res4 are torchvision's layer2, layer3, layer4 (Table 2)."""
-    stride: Literal[4, 8] = 8
-    """Pixels per grid cell; 4 removes the max-pool (section 4.2)."""
+    layer: Literal["res2", "res3", "res4", "conv10", "conv13", "last"] = "res3"
+    """Output stage: res2, res3, res4 are torchvision's layer2, layer3, layer4; convN is a VGG's N-th convolution
+    (Table 2); last is the last stage, a ViT's last block."""
+    stride: int = 8
+    """Pixels per grid cell: a ResNet keeps its stages at it, 4 removes the max-pool (section 4.2); a ViT's patch."""
     l2: bool = True
     """L2-normalise the feature vectors (section 4.2)."""
+    sampling: Literal["bilinear", "nearest"] = "bilinear"
+    """How the annotated mask is brought to the grid."""
     aggregation: Literal["overall", "per-frame"] = "overall"
     """The k nearest over all context frames together, or k in each frame, averaged (section 2)."""
     softmax: Literal["auto", "topk", "region", "frame"] = "auto"
     """Normalise affinities over the k kept, the searched region (softmax after the mask), or the whole frame (softmax
-    before the mask). auto is Algorithm 1: topk for overall, frame for per-frame."""
+    before the mask). auto: region for window and predicted, else Algorithm 1: topk for overall, frame for per-frame."""
     temperature: float = 0.05
     """Affinities are divided by it before the softmax (the paper's 1/Temp is its inverse)."""
     topk: int = 10
     """Nearest neighbours kept, k."""
     context: int = 20
     """Latest frames in the context, n; the annotated frames come on top."""
-    localization: Literal["none", "fixed"] = "fixed"
-    """Search the whole frame, or a fixed region around the target cell (section 4.3)."""
+    memory: Literal["latest", "spaced"] = "latest"
+    """Context of the latest n frames, or every second one of them and the video's frame 5 (MAST)."""
+    keep_first: bool = True
+    """The annotated frames stay in the context; otherwise they leave it as the others do (CorrFlow)."""
+    pad: bool = False
+    """Begin with a full context: copies of the first annotated frame (CRW, TimeCycle)."""
+    carry: Literal["soft", "minmax", "hard"] = "soft"
+    """Labels enter the context as predicted, stretched to 0..1 over the frame (TimeCycle), or as the arg-max (CorrFlow,
+    MAST)."""
+    localization: Literal["none", "fixed", "window", "predicted", "track"] = "fixed"
+    """Where to search: the whole frame; a fixed region around the target cell (section 4.3); window, the square region
+    with the softmax over it (CorrFlow); predicted, in frames more than 15 back the square is centred by a coarse
+    search (MAST); track, a box for each object limits where its label comes from and goes to (UVC)."""
     shape: Literal["circle", "square"] = "circle"
     """Fixed region: distance < radius, or |dx|, |dy| <= radius."""
     radius: int = 12
     """Radius of the fixed region, in grid cells."""
     exempt_first: bool = False
-    """Search annotated frames as a whole, whatever the localization (as CRW's code does)."""
+    """Search annotated frames as a whole, whatever the fixed region (as CRW's code does)."""
     minmax: bool = False
     """Stretch each label to 0..1 over the frame before the arg-max."""
 
     def __post_init__(self):
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?|full", self.size):
+        if not re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?|full)(/[1-9]\d*)?", self.size):
             raise UserError(f"--size {self.size!r}: give the short side (480), height x width (480x854), or full")
-        for flag, least in (("upsample", 1), ("topk", 1), ("context", 0), ("radius", 1)):
+        for flag, least in (("upsample", 1), ("stride", 1), ("topk", 1), ("context", 0), ("radius", 1)):
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag} {getattr(self, flag)}: give {least} or more")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature {self.temperature}: give a number above 0; affinities are divided by it")
+        if self.context < 1 and not self.keep_first:
+            raise UserError(
+                "--context 0 --no-keep-first: nothing is left to copy labels from; give --context 1 or more"
+            )
+        if self.localization in ("window", "predicted") and self.norm == "frame":
+            raise UserError(f"--localization {self.localization}: sees windows alone; take --softmax region or topk")
+        if self.localization == "track" and (self.aggregation, self.norm) != ("per-frame", "frame"):
+            raise UserError("--localization track: needs --aggregation per-frame and --softmax auto (section 4.3)")
+
+    @property
+    def history(self) -> bool:
+        """Whether a target depends on more than the annotated and the latest frames."""
+        return self.memory == "spaced" or self.localization in ("predicted", "track")
+
+    @property
+    def norm(self) -> str:
+        """What the softmax is over: topk, region or frame."""
+        if self.softmax == "auto" and self.localization in ("window", "predicted"):
+            return "region"
+        return {"overall": "topk", "per-frame": "frame"}[self.aggregation] if self.softmax == "auto" else self.softmax
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the network's input for a frame of height x width pixels."""
-        if self.size == "full":
+        size, _, multiple = self.size.partition("/")
+        multiple = int(multiple or 1)
+        if size == "full":
             scaled = height, width
-        elif "x" in self.size:
-            scaled = tuple(int(side) for side in self.size.split("x"))
+        elif "x" in size:
+            scaled = tuple(int(side) for side in size.split("x"))
         else:
-            scale = min(1.0, int(self.size) / min(height, width))
-            scaled = round(height * scale), round(width * scale)
+            short, least = min(height, width), min(int(size), height, width)
+            exact = [Fraction(side * least, short) for side in (height, width)]
+            scaled = tuple(math.floor(side) if multiple > 1 else round(side) for side in exact)
+        scaled = tuple(side if side == min(scaled) else max(side // multiple, 1) * multiple for side in scaled)
         return scaled[0] * self.upsample, scaled[1] * self.upsample
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -130,51 +170,262 @@ class Propagation:
 class Model:
     """A row of MODELS: what a system's features are, where its weights come from, how its authors propagate."""
 
-    arch: str  # torchvision's name
+    arch: str  # torchvision's name, or timm:NAME
     about: str
-    url: str | None = None  # a stable link; its file name ends in the first 8 digits of the SHA-256
-    licence: str = ""
-    paper: float | None = None  # best J&F on DAVIS 2017 val in the paper, grid 1x (Table 6)
-    settings: Propagation = Propagation()
+    settings: Propagation = Propagation()  # on DAVIS
+    vip: dict = field(default_factory=dict)  # what differs on VIP
+    jhmdb: dict = field(default_factory=dict)  # and on JHMDB
+    input: Literal["rgb", "unit", "lightness", "lab", "sobel"] = "rgb"  # pre-processing, see Encoder
+    padding: str = "zeros"
+    slim: bool = False  # layer4 has 256 channels
+    head: Callable[[], dict[str, nn.Module]] = dict  # layers after the output stage, where that is settings.layer
+    keys: tuple[tuple[str, str], ...] = ()  # (regex, replacement), in turn: names in the released file -> torchvision's
+    mark: str = (
+        ""  # regex that tells this system's file by its lines: "entry" of the container, "name shape" of tensors
+    )
+    source: str = ""  # a stable link to the file, which is fetched, or where else to get it
+    digest: str = ""  # algorithm:first digits; "": the file name ends in the first 8 digits of its SHA-256, or unknown
+    licence: str = "none stated"
+    paper: float | None = None  # J&F on DAVIS 2017 val in the paper, best without up-sampling (Tables 2, 4, 6)
 
 
-TORCHVISION = "https://download.pytorch.org/models/"
+# fmt: off
+R18, R50 = r"layer1\.0\.conv1\.weight 64x64x3x3", r"layer1\.0\.conv1\.weight 64x64x1x1"  # which ResNet a file holds
+TORCHVISION, META = "https://download.pytorch.org/models/", "https://dl.fbaipublicfiles.com/"
+VFS_FILES = "https://github.com/xvjiarui/VFS/releases/download/v0.1-rc1/"
+STILL = {"vip": {"size": "560x560", "context": 4},  # Tables 7b and 8
+         "jhmdb": {"size": "240x240", "context": 7, "localization": "none"}}
+BEST = Propagation(topk=5, temperature=1.0)  # Table 6b: overall, circle of 12 cells, n = 20
+MOCO = {**STILL, "settings": BEST, "keys": ((r"^encoder_q\.", ""),)}
+TIMECYCLE = {
+    "settings": Propagation(size="480x480", aggregation="per-frame", temperature=512**-0.5, topk=5, context=7, pad=True,
+                            carry="minmax", localization="none"),
+    "vip": {"size": "560x560", "topk": 20, "context": 1}, "jhmdb": {"size": "320x320"},
+    "keys": ((r"^encoderVideo\.", ""),)}
+UVC = {  # the released code, with boxes; the coordinates, the lost rule and the rest in track_boxes
+    "settings": Propagation(size="480/64", layer="res4", l2=False, sampling="nearest", aggregation="per-frame",
+                            temperature=1.0, topk=5, context=7, localization="track", minmax=True),
+    "vip": {"size": "560x560", "context": 1, "localization": "none"},
+    "jhmdb": {"size": "320x320", "topk": 20, "localization": "none", "pad": True, "carry": "minmax", "minmax": False},
+    "input": "lightness", "keys": ((r"^gray_encoder\.", ""),)}
+COLOUR = {  # CorrFlow and MAST have one net: stride 4, layer4 as wide as layer3, a convolution to 64 channels
+    "slim": True, "head": lambda: {"post_convolution": nn.Conv2d(256, 64, 3, padding=1)},
+    "vip": {"size": "560x560"}, "jhmdb": {"size": "240x240"},
+    "keys": ((r"^feature_extraction\.", ""), (r"^conv1\.0\.", "conv1."), (r"^conv1\.1\.", "bn1."),
+             (r"\.left\.0\.", ".conv1."), (r"\.left\.1\.", ".bn1."), (r"\.left\.3\.", ".conv2."),
+             (r"\.left\.4\.", ".bn2."), (r"\.shortcut\.", ".downsample."))}
+WINDOWS = Propagation(layer="res4", stride=4, l2=False, sampling="nearest", temperature=1.0, carry="hard")
+VFS = {"vip": {"size": "560x560", "context": 8}, "jhmdb": {"size": "240x240", "context": 4}, "licence": "Apache-2.0",
+       "keys": ((r"^backbone\.", ""), (r"conv(\d)\.conv\.", r"conv\1."), (r"conv(\d)\.bn\.", r"bn\1."),
+                (r"downsample\.conv\.", "downsample.0."), (r"downsample\.bn\.", "downsample.1."))}
+
 MODELS = {
-    "imagenet": Model(
-        "resnet18", "ImageNet classification", TORCHVISION + "resnet18-f37072fd.pth", "none stated", paper=65.8
-    ),
-    "imagenet-r50": Model("resnet50", "ImageNet classification", TORCHVISION + "resnet50-0676ba61.pth", "none stated"),
-    "random": Model("resnet18", "no training: random weights from seed 0, for comparison"),
+    "imagenet": Model("resnet18", "ImageNet classification", **STILL, paper=65.8, mark=r"^fc\.weight 1000x512$",
+        source=TORCHVISION + "resnet18-f37072fd.pth"),
+    "imagenet-r50": Model("resnet50", "ImageNet classification", **STILL, mark=r"^fc\.weight 1000x2048$",
+        source=TORCHVISION + "resnet50-0676ba61.pth"),
+    "rotation": Model("resnet18", "rotation prediction", BEST, **STILL, paper=62.3, mark=r"^fc\.weight 4x512$",
+        source="train_finetune.py makes them", licence="your own"),
+    "moco": Model("resnet50", "momentum contrast v2, 800 epochs", **MOCO, mark=r"^(module\.)?encoder_q\." + R50,
+        source=META + "moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", digest="md5:a04e12f8",
+        licence="MIT (its README: CC BY-NC 4.0)"),
+    "moco-r18": Model("resnet18", "momentum contrast", **MOCO, paper=62.7, mark=r"^(module\.)?encoder_q\." + R18,
+        source="train_finetune.py makes them", licence="your own"),
+    "deepcluster": Model("vgg16_bn", "DeepCluster", **STILL, paper=50.7, input="sobel",
+        settings=Propagation(layer="conv10", aggregation="per-frame", temperature=0.025, topk=5, context=7,
+                             localization="none", minmax=True),
+        keys=((r"^features\.module\.", "features."),), mark=r"^(module\.)?(features\.module|top_layer)\.",
+        source=META + "deepcluster/vgg16/checkpoint.pth.tar", licence="CC BY-NC 4.0"),
+    "timecycle": Model("resnet50", "cycle-consistency of time", **TIMECYCLE, paper=48.2,
+        head=lambda: {"afterconv1": nn.Conv2d(1024, 512, 1, bias=False), "relu1": nn.ReLU()},
+        mark=r"^(module\.)?encoderVideo\." + R50,
+        source="https://drive.google.com/file/d/1jKwP6qOoEFhhr9WFL_mfXvk0IHtElsmB (checkpoint_14.pth.tar)"),
+    "timecycle-r18": Model("resnet18", "cycle-consistency of time", **TIMECYCLE,
+        head=lambda: {"afterconv1": nn.Conv2d(256, 512, 1, bias=False), "relu1": nn.ReLU()},
+        mark=r"^(module\.)?encoderVideo\." + R18,
+        source="not released; https://github.com/xiaolonw/TimeCycle trains it"),
+    "corrflow": Model("resnet18", "CorrFlow, grid 2x", **COLOUR, paper=50.3, input="unit",
+        # its reader cuts frames to multiples of 8; scaling them to that size instead moves no label
+        settings=replace(WINDOWS, size="480/8", localization="window", radius=6, topk=13**2, context=1,
+                         keep_first=False),
+        mark=r"^module\.feature_extraction\.conv1\.0\.weight",
+        source="https://drive.google.com/file/d/1hBufOBoKmHWWKy2-BJObMbYrqDAUJrs7 (OxUvA weights)"),
+    "mast": Model("resnet18", "MAST, grid 2x", **COLOUR, paper=65.5, input="lab",
+        settings=replace(WINDOWS, localization="predicted", topk=5 * 25**2, context=5, memory="spaced"),
+        mark=r"^feature_extraction\.conv1\.0\.weight",
+        source="https://drive.google.com/file/d/1vjiBdom75QzwCF5jnMRsxz897XyotVO8"),
+    "uvc": Model("resnet18", "joint-task learning", **UVC, paper=59.5, mark=r"^(module\.)?gray_encoder\.conv1\.weight",
+        source="https://github.com/Liusifei/UVC (weights/checkpoint_latest.pth.tar)", licence="MIT"),
+    "uvc+": Model("resnet18", "UVC and an image loss", **{**UVC, "settings": replace(UVC["settings"], context=10)},
+        paper=66.0, source="train_uvc_plus.py makes them", licence="your own"),
+    "crw": Model("resnet18", "contrastive random walk", Propagation(exempt_first=True, pad=True), paper=67.5,
+        padding="reflect", vip={"size": "560x560", "context": 4}, jhmdb={"size": "320x320", "context": 7},
+        keys=((r"^encoder\.model\.", ""), (r"(conv[12])\.1\.weight$", r"\1.weight")),
+        mark=r"^(module\.)?encoder\.model\.conv1\.", licence="MIT",
+        source="https://github.com/ajabri/videowalk (pretrained.pth)"),
+    "vfs": Model("resnet18", "frame-level similarity", Propagation(temperature=0.07, sampling="nearest", minmax=True),
+        **VFS, paper=66.7, mark=rf"^backbone\.{R18.replace('.weight', '.conv.weight')}|^meta$(?s:.*)^{R18}",
+        source=VFS_FILES + "r18_nc_sgd_cos_100e_r2_1xNx8_k400-db1a4c0d.pth"),
+    "vfs-r50": Model("resnet50", "frame-level similarity",
+        Propagation(temperature=0.07, sampling="nearest", minmax=True, radius=18),
+        **VFS, mark=rf"^backbone\.{R50.replace('.weight', '.conv.weight')}|^meta$(?s:.*)^{R50}",
+        source=VFS_FILES + "r50_nc_sgd_cos_100e_r5_1xNx2_k400-d7ce3ad0.pth"),
+    "random": Model("resnet18", "no training: random weights from seed 0", licence="-"),
 }
+# fmt: on
+
+
+def find_model(name: str) -> Model:
+    """The row of a name: one of MODELS, torchvision:NAME (a ResNet or VGG), or timm:NAME (a ResNet or ViT)."""
+    kind, _, arch = name.partition(":")
+    if name in MODELS:
+        return MODELS[name]
+    if kind == "torchvision":
+        if not re.match(r"(wide_)?resne|vgg", arch) or arch not in torchvision.models.list_models(torchvision.models):
+            raise UserError(f"--model {name}: torchvision has no ResNet or VGG of this name; take resnet34, vgg16, ...")
+        layer = "res3" if "resne" in arch else "last" if arch.startswith("vgg11") else "conv10"
+        url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
+        return Model(arch, "ImageNet classification", Propagation(layer=layer), source=url, **STILL)
+    if kind == "timm":
+        settings, source = Propagation(), "timm fetches them from its hub"
+        if patch := re.search(r"patch(\d+)", arch):  # a ViT: the settings of DINO's authors
+            settings = Propagation(
+                **{"size": "480/64", "layer": "last", "stride": int(patch[1]), "sampling": "nearest"},
+                **{"temperature": 0.1, "topk": 5, "context": 7, "shape": "square", "minmax": True},
+            )
+        return Model(name, "see its card in timm's hub", settings, source=source, licence="see there", **STILL)
+    raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}, torchvision:NAME or timm:NAME")
+
+
+def preset(name: str, dataset: str = "davis") -> Propagation:
+    """How a system's authors propagate its features on davis, vip or jhmdb."""
+    model = find_model(name)
+    return replace(model.settings, **{"vip": model.vip, "jhmdb": model.jhmdb}.get(dataset, {}))
+
+
+def build_net(model: Model, s: Propagation, net: nn.Module | None = None) -> nn.Module:
+    """The network of a row up to its output stage, the stages beyond the wanted stride no longer reducing (section
+    4.2). net: the whole network, if it is there already. UserError if it has no such layer at such a stride."""
+    unfit = UserError(f"--layer {s.layer} --stride {s.stride}: not to be had of {model.arch}; see --list-models")
+    if hasattr(net, "patch_embed"):
+        if s.layer != "last" or s.stride != net.patch_embed.patch_size[0]:
+            raise unfit
+        return Tokens(net)
+    if model.arch.startswith("vgg"):
+        with torch.device("meta"):  # the classifier, dropped here, has 10^8 weights
+            features = torchvision.models.get_model(model.arch).features
+        convs = [i for i, part in enumerate(features) if isinstance(part, nn.Conv2d)]
+        number = len(convs) if s.layer == "last" else int(s.layer[4:]) if s.layer.startswith("conv") else 99
+        if number > len(convs):
+            raise unfit
+        stop = next(i for i in range(convs[number - 1], len(features)) if isinstance(features[i], nn.ReLU)) + 1
+        features, reduction = features[:stop], 1
+        for i, part in enumerate(features):
+            if isinstance(part, nn.MaxPool2d) and reduction < s.stride:
+                part.ceil_mode, reduction = True, reduction * 2  # a grid of ceil(side / stride), as ResNets have
+            elif isinstance(part, nn.MaxPool2d):
+                features[i] = nn.Identity()  # keeps the numbers of the layers after it
+        parts = {"features": features}
+        if model.input == "sobel":  # grey, then its two derivatives; the file holds their weights
+            parts = {"sobel": nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1)), **parts}
+            features[0] = nn.Conv2d(2, 64, 3, padding=1)
+        features.to_empty(device="cpu")
+    else:
+        net = net or torchvision.models.get_model(model.arch)
+        if model.slim:
+            net.layer4 = nn.Sequential(*(torchvision.models.resnet.BasicBlock(256, 256) for _ in range(2)))
+        parts = dict(net.named_children())  # conv1, bn1, relu, maxpool, layer1, ...
+        layer = "layer4" if s.layer == "last" else s.layer.replace("res", "layer")
+        if layer not in parts:
+            raise unfit
+        parts = dict(list(parts.items())[: list(parts).index(layer) + 1])
+        reduction = 4
+        if s.stride < 8:
+            parts.pop("maxpool")
+            reduction = 2
+        for stage in (parts[name][0] for name in ("layer2", "layer3", "layer4") if name in parts):
+            if reduction < s.stride:
+                reduction *= 2
+                continue
+            for part in stage.modules():
+                if isinstance(part, nn.Conv2d):
+                    part.stride = (1, 1)
+                elif isinstance(part, nn.AvgPool2d):  # timm's shortcuts
+                    part.kernel_size = part.stride = 1
+    if reduction != s.stride:
+        raise unfit
+    net = nn.Sequential(OrderedDict(parts | (model.head() if s.layer == model.settings.layer else {})))
+    for conv in net.modules():
+        if isinstance(conv, nn.Conv2d) and any(conv.padding):
+            conv.padding_mode = model.padding
+    return net
+
+
+class Tokens(nn.Module):
+    """The patch tokens of a ViT's last block, after the final norm, as a grid."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit, self.patch = vit, vit.patch_embed.patch_size[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens :]
+        return tokens.transpose(1, 2).unflatten(2, [side // self.patch for side in x.shape[-2:]])
 
 
 class Encoder(nn.Module):
-    """Frames in, features out. Resizing and normalisation are inside, so an exported graph needs nothing else."""
+    """Frames in, features out. Resizing and colours are inside, so an exported graph needs nothing else.
 
-    def __init__(self, arch: str, settings: Propagation):
+    input    rgb, sobel: 0..1, less ImageNet's mean, over its deviation; unit: 0..1 as it is (CorrFlow);
+             lightness: OpenCV's 8-bit L, exactly, / 256, in three channels, normalised as rgb (UVC);
+             lab: float Lab as (L / 50 - 1, a / 127, b / 127) (MAST); OpenCV's own, interpolated, is within 0.2 in L
+             and 0.5 in a, b of it.
+    """
+
+    def __init__(self, net: nn.Module, settings: Propagation, input: str = "rgb", mean=None, std=None):
         super().__init__()
-        self.settings = settings
-        resnet = torchvision.models.get_model(arch, weights=None)
-        stages = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
-        stages = stages[: stages.index(settings.layer.replace("res", "layer")) + 1]
-        for stage in stages[6:]:  # at stride 8 the stages after layer2 no longer reduce (section 4.2)
-            for conv in getattr(resnet, stage)[0].modules():
-                if isinstance(conv, nn.Conv2d):
-                    conv.stride = (1, 1)
-        if settings.stride == 4:
-            stages.remove("maxpool")
-        self.net = nn.Sequential(OrderedDict((stage, getattr(resnet, stage)) for stage in stages))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.net, self.settings, self.input = net, settings, input
+        self.multiple = getattr(net, "patch", 1)  # a ViT wants whole patches
+        self.register_buffer("mean", torch.tensor(mean or (0.485, 0.456, 0.406)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or (0.229, 0.224, 0.225)).view(3, 1, 1), persistent=False)
+        # OpenCV's integer arithmetic: sRGB -> 8 x linear light -> luminance Y in 1 / 8 -> cube root -> 8-bit L
+        level = np.arange(256) / 255
+        linear = np.rint(2040 * np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4))
+        Y = np.arange(2041) / 2040
+        root = np.rint(2**15 * np.where(Y < 0.008856, 7.787 * Y + 16 / 116, np.cbrt(Y)))
+        lightness = (296 * root - (16 * 255 * 2**15 + 50) // 100 + 2**14) // 2**15
+        self.register_buffer("linear", torch.from_numpy(linear).int(), persistent=False)
+        self.register_buffer("lightness", torch.from_numpy(lightness).int(), persistent=False)
 
     def forward(self, frames: Tensor) -> Tensor:
         """frames B x H x W x 3 uint8 RGB -> features B x C x h x w in the encoder's precision."""
         height, width = frames.shape[1:3]
-        x = frames.permute(0, 3, 1, 2).to(self.mean.dtype) / 255  # B 3 H W
-        if (size := self.settings.input_size(height, width)) != (height, width):
+        x = frames.permute(0, 3, 1, 2)  # B 3 H W
+        x = x.to(torch.float32 if self.input in ("lightness", "lab") else self.mean.dtype) / 255
+        size = tuple(math.ceil(n / self.multiple) * self.multiple for n in self.settings.input_size(height, width))
+        if size != (height, width):
             x = F.interpolate(x, size=size, mode="bilinear", antialias=size[0] < height)
-        x = self.net((x - self.mean) / self.std)
+        if self.input == "lightness":
+            r, g, b = self.linear[(x * 255).round().long()].unbind(1)
+            Y = torch.div(871 * r + 2929 * g + 296 * b + 2048, 4096, rounding_mode="floor")
+            x = (self.lightness[Y.long()] / 256)[:, None].expand(-1, 3, -1, -1)
+        if self.input == "lab":
+            light = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+            X, Y, Z = torch.einsum("dc,bchw->dbhw", light.new_tensor(XYZ), light).unbind()
+            fx, fy, fz = (
+                torch.where(v > 0.008856, v.clamp_min(1e-9) ** (1 / 3), 7.787 * v + 16 / 116) for v in (X, Y, Z)
+            )
+            x = torch.stack([(116 * fy - 66) / 50, 500 / 127 * (fx - fy), 200 / 127 * (fy - fz)], 1)
+        x = x.to(self.mean.dtype)
+        x = self.net(x if self.input in ("unit", "lab") else (x - self.mean) / self.std)
         return F.normalize(x, dim=1) if self.settings.l2 else x
+
+
+XYZ = (  # linear sRGB -> X, Y, Z of D65, each over its white
+    (0.412453 / 0.950456, 0.357580 / 0.950456, 0.180423 / 0.950456),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334 / 1.088754, 0.119193 / 1.088754, 0.950227 / 1.088754),
+)
 
 
 def load_encoder(
@@ -184,37 +435,87 @@ def load_encoder(
     device: str = "auto",
     dtype: str = "float32",
 ) -> Encoder:
-    """The extractor of a system of MODELS, in eval mode, BatchNorm folded into the convolutions.
+    """The extractor of a system (find_model), in eval mode, BatchNorm folded into the convolutions.
 
-    weights: a file; without it weights/, then torch hub's cache are searched, then the system's link is fetched.
-    Files may lack the stages after settings.layer. Raises UserError for what is unknown, missing or does not fit.
+    weights: a file as it was released; without it weights/, then torch hub's cache are searched, then the system's
+    link is fetched. Files may lack the stages after settings.layer. What a given file is taken for, and what of it is
+    not used, is said in one line on stderr. Raises UserError for what is unknown, missing or does not fit.
     """
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    model, device, dtype = MODELS[name], pick_device(device), getattr(torch, dtype)
-    if name == "random" and weights is None:
+    model, device, dtype = find_model(name), pick_device(device), getattr(torch, dtype)
+    settings = settings or model.settings
+    if model.arch.startswith("timm:"):
+        net, mean, std = timm_model(model.arch[5:], weights and Path(weights))
+        encoder = Encoder(build_net(model, settings, net), settings, model.input, mean, std)
+    elif name == "random" and weights is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            encoder = Encoder(model.arch, settings or model.settings)
+            encoder = Encoder(build_net(model, settings), settings)
     else:
         path = Path(weights) if weights else find_weights(name)
-        state = read_weights(path)
-        arch = {"resnet18": "resnet50", "resnet50": "resnet18"}[model.arch]
-        if ("layer1.0.conv3.weight" in state) != (model.arch == "resnet50"):
-            raise UserError(f"{path}: holds a {arch}, but {name} is a {model.arch}; take a --model of that size")
-        encoder = Encoder(model.arch, settings or model.settings)
-        missing, wrong = [], []
-        for key, value in encoder.net.state_dict().items():
-            if key not in state:
-                missing += [] if key.endswith("num_batches_tracked") else [key]
-            elif state[key].shape != value.shape:
-                wrong.append(f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}")
+        released, rest = read_weights(path)
+        guess, state = recognise(released, rest), {}
+        for key, value in released.items():
+            key = key.removeprefix("module.")
+            for pattern, replacement in model.keys:
+                key = re.sub(pattern, replacement, key)
+            state[key] = value.squeeze(2) if value.dim() == 5 else value  # convolutions over time of one frame
+        with torch.device("meta"):  # no initial weights, the file has them
+            net = build_net(model, settings)
+        encoder = Encoder(net.to_empty(device="cpu"), settings, model.input)
+        wanted = encoder.net.state_dict()
+        missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+        wrong = [
+            f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in state and state[key].shape != value.shape
+        ]
         if missing or wrong:
-            why = f"lacks {len(missing)} entries, such as {missing[0]}" if missing else wrong[0]
-            raise UserError(f"{path}: does not fit {name} ({model.arch} up to {encoder.settings.layer}): it {why}")
+            why = wrong[0] if wrong else f"lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
+            hint = f"; it looks like {guess}: say --model {guess}" if guess and guess != name else ""
+            raise UserError(f"{path}: does not fit {name} ({model.arch} up to {settings.layer}): it {why}{hint}")
         encoder.net.load_state_dict(state, strict=False)
+        if weights:
+            unused = Counter(key.split(".")[0] for key in state if key not in wanted)
+            ignored = [*(f"{key} ({count})" for key, count in unused.items()), *rest]
+            what = f"recognised as {guess}" if guess else "names no system"
+            what += f", used as {name}" if guess != name else ""
+            print(f"note: {path}: {what}; ignored: {', '.join(ignored) or 'nothing'}", file=sys.stderr)
     fold_batchnorm(encoder.eval().requires_grad_(False))
     return encoder.to(device, dtype).to(memory_format=torch.channels_last)
+
+
+def timm_model(arch: str, path: Path | None) -> tuple[nn.Module, tuple, tuple]:
+    """A whole ResNet or ViT of timm with its weights (from a file, timm's cache or its hub), its mean and deviation."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"--model timm:{arch}: timm is not installed; pip install timm") from error
+    if not timm.is_model(arch.split(".")[0]):
+        near = ", ".join(timm.list_models(f"*{arch.split('_')[0]}*")[:5]) or "see timm.list_models()"
+        raise UserError(f"--model timm:{arch}: timm has no model of this name; such as {near}")
+    kind = {"dynamic_img_size": True} if "patch" in arch else {}
+    try:
+        net = timm.create_model(arch, pretrained=path is None, num_classes=0, **kind)
+    except Exception as error:  # of its hub client: many kinds
+        raise UserError(
+            f"weights of timm:{arch}: could not be fetched ({str(error).splitlines()[0]}); give --weights FILE"
+        ) from error
+    if not (hasattr(net, "num_prefix_tokens") or hasattr(net, "layer3")):
+        raise UserError(f"--model timm:{arch}: is neither a ResNet nor a ViT; take one of these")
+    if path:
+        state = {
+            re.sub(r"^(module|backbone)\.", "", re.sub(r"^module\.", "", k)): v
+            for k, v in read_weights(path)[0].items()
+        }
+        convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", lambda state, net: state)
+        try:
+            missing = net.load_state_dict(convert(state, net), strict=False).missing_keys
+        except (RuntimeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: does not fit timm:{arch}: {str(error).splitlines()[-1].strip()}") from error
+        if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
+            raise UserError(f"{path}: does not fit timm:{arch}: it lacks {len(missing)} entries, such as {missing[0]}")
+        print(f"note: {path}: used as timm:{arch}", file=sys.stderr)
+    return net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -229,44 +530,72 @@ def pick_device(name: str) -> torch.device:
 
 
 def find_weights(name: str, fetch: bool = True) -> Path | None:
-    """The weights file of a model: weights/, torch hub's cache, or fetched (with progress, and its hash checked)."""
-    url = MODELS[name].url
+    """The weights file of a model, under its released name or NAME.pth: in weights/, torch hub's cache, or fetched
+    (with progress, and its hash checked). None if it is not here and not to be fetched."""
+    model = find_model(name)
+    link = model.source if re.fullmatch(r"https://\S+\.(pth|tar)", model.source) else ""
     hub = Path(torch.hub.get_dir()) / "checkpoints"
+    file = Path(link).name if link and not link.endswith("/checkpoint.pth.tar") else f"{name}.pth"
     for folder in (Path("weights"), Path(__file__).parent / "weights", hub):
-        if (path := folder / Path(url or f"{name}.pth").name).is_file():
-            return path
-    if not fetch or not url:
+        for path in (folder / file, folder / f"{name}.pth", folder / f"{name}.pth.tar"):
+            if path.is_file():
+                return path
+    if not fetch:
         return None
-    print(f"fetching the weights of {name} from {url}", file=sys.stderr)
-    path = hub / Path(url).name
+    if not link:
+        raise UserError(
+            f"weights of {name}: neither in weights/ nor in {hub}; get them ({model.source}) and give --weights FILE"
+        )
+    print(f"fetching the weights of {name} from {link} (licence: {model.licence})", file=sys.stderr)
+    suffix = re.search(r"-([0-9a-f]{8})\.pth$", file)
+    algorithm, _, digits = (model.digest or f"sha256:{suffix[1] if suffix else ''}").partition(":")
+    path, part = hub / file, hub / f"{file}.part"
     try:
         hub.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1])
+        torch.hub.download_url_to_file(link, str(part))
+        got = hashlib.new(algorithm, part.read_bytes()).hexdigest()
+        if not got.startswith(digits):
+            raise OSError(f"its {algorithm} is {got[: len(digits)]}..., not {digits}...")
+        part.replace(path)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"weights of {name}: could not be fetched ({error}); download {url} to weights/ or give --weights FILE"
+            f"weights of {name}: could not be fetched ({error}); download {link} to weights/ or give --weights FILE"
         ) from error
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, under torchvision's key names. Never runs code from the file."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a checkpoint, names as they are, and what else it holds. Never runs code from the file."""
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; check --weights")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # CRW's file keeps its arguments
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if "GLOBAL" in str(error):  # the unpickler's word for a function or class that it will not touch
             raise UserError(
                 f"{path}: refused, it holds pickled code beside tensors; save its state_dict alone"
             ) from error
         raise UserError(f"{path}: is not a PyTorch checkpoint, or is damaged; download it again") from error
-    for key in ("state_dict", "model"):
+    rest = []
+    for key in ("state_dict", "model", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
+            rest = [str(other) for other in state if other != key]
             state = state[key]
+            break
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, rest
+
+
+def recognise(state: dict[str, Tensor], rest: Sequence[str] = ()) -> str | None:
+    """The system of MODELS that a released file is of, by its entries; None where these do not tell."""
+    entries = {key: value.squeeze(2) if value.dim() == 5 else value for key, value in state.items()}
+    lines = [*rest, *(f"{key} {'x'.join(map(str, value.shape))}" for key, value in entries.items())]
+    text = "\n".join(lines)
+    return next((name for name, row in MODELS.items() if row.mark and re.search(row.mark, text, re.M)), None)
 
 
 def fold_batchnorm(module: nn.Module) -> None:
@@ -283,13 +612,21 @@ def fold_batchnorm(module: nn.Module) -> None:
 
 
 def propagate_labels(
-    target: Tensor, features: Tensor, labels: Tensor, settings: Propagation, annotated: int = 1
+    target: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    settings: Propagation,
+    annotated: int = 1,
+    ages: Sequence[int] | None = None,
+    boxes: np.ndarray | None = None,
 ) -> Tensor:
     """Algorithm 1 of the paper for one target frame: each cell copies the labels of its k nearest context cells.
 
     target    C x h x w      features of the target frame
     features  n x C x h x w  features of the context frames, the `annotated` ones first
     labels    n x L x h x w  their soft labels
+    ages      n              how many frames each lies before the target (default: n, ..., 1)
+    boxes     n x L x 4      track: their objects' boxes, see label_boxes (default: found in the labels)
     returns   L x h x w      soft labels of the target frame, float32
 
     Exact, but the (h w) x (n h w) affinity matrix is never formed: a tile of target cells meets only the window of
@@ -298,8 +635,14 @@ def propagate_labels(
     """
     s = settings
     n, C, h, w = features.shape
-    overall = s.aggregation == "overall"
-    norm = s.softmax if s.softmax != "auto" else ("topk" if overall else "frame")
+    ages = list(range(n, 0, -1)) if ages is None else ages
+    if s.localization in ("window", "predicted"):
+        return propagate_windows(target, features, labels, s, ages)
+    if s.localization == "track":
+        if boxes is None:
+            boxes = np.stack([label_boxes(each, s) for each in labels])
+        return propagate_boxes(target, features, labels, s, annotated, ages, boxes)
+    overall, norm = s.aggregation == "overall", s.norm
     query = target.permute(1, 2, 0)  # h w C
     keys = features.permute(2, 3, 0, 1).contiguous()  # h w n C: the n frames of a cell side by side
     values = labels.permute(2, 3, 0, 1).reshape(h * w * n, -1).float()  # an entry is (cell, frame), cell-major
@@ -311,9 +654,11 @@ def propagate_labels(
     parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in pairwise(edges) if a < b]
     parts = [(a, part.contiguous() if part.shape[2] > 1 else part, local) for a, part, local in parts]
 
+    most = max(part.shape[2] for _, part, _ in parts)
     ty, tx = (12, 16) if target.device.type == "cpu" else (24, 32)  # caches like it small, a GPU few launches
-    while (norm == "frame" or not all(local for *_, local in parts)) and h * w * n * ty * tx > 2**26:
+    while (norm == "frame" or not all(local for *_, local in parts)) and h * w * most * ty * tx > 2**26:
         ty, tx = math.ceil(ty / 2), math.ceil(tx / 2)  # a window of the whole frame: keep the tile under 256 MiB
+    query = query if norm == "topk" else query / s.temperature
     z = torch.empty(h, w, values.shape[1], device=target.device)
     scratch = query.new_empty(0)
     for y0, y1 in cuts(h, ty):
@@ -321,16 +666,26 @@ def propagate_labels(
             q = query[y0:y1, x0:x1].reshape(-1, C)  # q C
             found = []
             for first, part, local in parts:
-                reach = s.radius - (s.shape == "circle") if local and norm != "frame" else max(h, w)
+                reach = s.radius - (s.shape == "circle") if local else max(h, w)
                 ya, yb, xa, xb = max(y0 - reach, 0), min(y1 + reach, h), max(x0 - reach, 0), min(x1 + reach, w)
-                rows, cols, m = yb - ya, xb - xa, part.shape[2]
+                top, bottom, left, right = (0, h, 0, w) if norm == "frame" else (ya, yb, xa, xb)
+                rows, cols, m = bottom - top, right - left, part.shape[2]
                 if scratch.numel() < rows * cols * m * len(q):
                     scratch = query.new_empty(rows * cols * m * len(q))
                 A = scratch[: rows * cols * m * len(q)].view(rows, cols * m, len(q))
-                torch.bmm(part[ya:yb, xa:xb].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)  # Eq. 1
+                torch.bmm(part[top:bottom, left:right].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)  # Eq. 1
+                A = A.view(rows, cols, m, len(q)) if norm == "topk" else A.view(rows, cols, m, len(q)).float()
+                near = A[ya - top : yb - top, xa - left : xb - left].flatten(0, 1)  # cells m q
                 outside = beyond(s, (y0, y1, x0, x1), (ya, yb, xa, xb), A.device) if local else None
-                best, cell, frame, total = nearest(A.view(rows * cols, m, len(q)), outside, s, norm)
-                found.append((best, ((ya + cell // cols) * w + xa + cell % cols) * n + first + frame, total))
+                if norm == "region" and local:
+                    near.masked_fill_(outside[:, None], -math.inf)
+                best, cell, frame = nearest(near, outside, s.topk)
+                if norm == "topk":
+                    best = total = best.float() / s.temperature
+                else:
+                    peak = A.amax((0, 1, 2))
+                    total = A.sub_(peak).exp_().sum((0, 1, 2)).log_().add_(peak)[None]  # log-sum-exp
+                found.append((best, ((ya + cell // (xb - xa)) * w + xa + cell % (xb - xa)) * n + first + frame, total))
             if overall and len(found) > 1:  # the k best of the parts' k best
                 best, entry, total = (torch.cat(each) for each in zip(*found, strict=True))
                 best, order = best.topk(min(s.topk, len(best)), dim=0)
@@ -361,32 +716,258 @@ def beyond(s: Propagation, tile: tuple, window: tuple, device) -> Tensor:
     return outside.flatten(0, 1).flatten(1, 2)
 
 
-def nearest(A: Tensor, outside: Tensor | None, s: Propagation, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k largest affinities of each query. A: cells x frames x q, overwritten; outside: cells x q or None.
-
-    Returns best (affinity / T), cell, frame, each k x q, and total, 1 x q: the log-sum-exp of affinity / T over
-    the cells that the softmax is normalised over (unused where these are the k kept).
+def nearest(A: Tensor, outside: Tensor | None, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest affinities of each query. A: cells x frames x q; outside: cells x q or None. -> value, cell, frame,
+    each k x q.
 
     The region does not depend on the frame, so the k best entries lie in the k best cells by their best frame: mask
     and search the cells' maxima, then only the k x frames entries behind the k best.
     """
-    if norm != "topk":
-        A = A.float()
-    if norm == "region" and outside is not None:
-        A.masked_fill_(outside[:, None], -math.inf)
     peak = A.amax(1)  # cells q
-    top = peak.amax(0)
     if outside is not None:
         peak.masked_fill_(outside, -math.inf)
-    k = min(s.topk, len(peak))
+    k, frames = min(topk, len(peak)), A.shape[1]
     peak, cell = peak.topk(k, dim=0)
-    frames = A.shape[1]
     kept = A.gather(0, cell[:, None].expand(-1, frames, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)
-    best, entry = kept.flatten(0, 1).topk(min(s.topk, k * frames), dim=0)
-    total = best[:1].float()
-    if norm != "topk":
-        total = A.sub_(top).div_(s.temperature).exp_().sum((0, 1)).log_().add_(top / s.temperature)[None]
-    return best.float() / s.temperature, cell.gather(0, entry // frames), entry % frames, total
+    best, entry = kept.flatten(0, 1).topk(min(topk, k * frames), dim=0)
+    return best, cell.gather(0, entry // frames), entry % frames
+
+
+def propagate_windows(target: Tensor, features: Tensor, labels: Tensor, s: Propagation, ages: Sequence[int]) -> Tensor:
+    """propagate_labels where each context frame is searched in a square window of (2 radius + 1)^2 cells.
+
+    window: about the target cell, without what lies beyond the frame (CorrFlow). predicted (MAST): in frames more than
+    15 back the window is centred where a search of the same size over cells D apart, D = 2, 3 or 4 by the frame's age,
+    expects the target cell. It is read bilinearly; beyond the frame features and labels are 0.
+    """
+    n, _, h, w = features.shape
+    R, S = s.radius, 2 * s.radius + 1
+    query = (target / s.temperature).permute(1, 2, 0)  # h w C
+    keys, values = features.permute(0, 2, 3, 1), labels.permute(0, 2, 3, 1).float()  # n h w C, n h w L
+    d = torch.arange(-R, R + 1, device=target.device)
+    ys, xs = torch.arange(h, device=d.device), torch.arange(w, device=d.device)
+    beyond_y, beyond_x = (((i[:, None] + d < 0) | (i[:, None] + d >= len(i))) for i in (ys, xs))  # h S, w S
+    far = {}  # context frame -> the middle of each target cell's window, h x w x (y, x)
+    for i, age in enumerate(ages):
+        if s.localization == "predicted" and age > 15:
+            far[i] = torch.stack(torch.meshgrid(ys, xs, indexing="ij"), -1).float()
+            D = min(4, age // 15 + 1)
+            for y, x in product(range(min(D, h)), range(min(D, w))):  # the cells D apart are a frame of their own
+                P = correlate(query[y::D, x::D], keys[i, y::D, x::D], R).flatten(2).softmax(-1).unflatten(2, (S, S))
+                far[i][y::D, x::D] += D * torch.stack([P.sum(3) @ d.float(), P.sum(2) @ d.float()], -1)
+    z = torch.zeros(h, w, values.shape[3], device=d.device)
+    for y0, y1 in cuts(h, max(1, 2**24 // (w * n * S * S))):
+        A, places = [], {}  # affinities of rows y0..y1, each S x S
+        for i in range(n):
+            if i not in far:
+                A.append(correlate(query[y0:y1], keys[i], R, y0))
+                continue
+            places[i] = corners(far[i][y0:y1].flatten(0, 1), R, (h, w))
+            cell, inside, part_y, part_x = places[i]
+            q, flat = query[y0:y1].flatten(0, 1)[:, :, None], keys[i].flatten(0, 1)
+            a = [flat[c.flatten(1)] @ each for c, each in zip(cell.split(256), q.split(256), strict=True)]
+            a = torch.cat(a).float().view(cell.shape) * inside  # targets S+1 S+1
+            a = a[:, :-1] * (1 - part_y) + a[:, 1:] * part_y
+            A.append((a[:, :, :-1] * (1 - part_x) + a[:, :, 1:] * part_x).view(y1 - y0, w, S, S))
+        A = torch.stack(A, 2)  # rows w n S S
+        if s.localization == "window":
+            A.masked_fill_(beyond_y[y0:y1, None, None, :, None] | beyond_x[None, :, None, None, :], -math.inf)
+        shape, A = A.shape, A.flatten(2) if s.aggregation == "overall" else A.flatten(3)
+        if s.topk < A.shape[-1]:
+            best, entry = A.topk(s.topk, dim=-1)
+            total = (A if s.norm == "region" else best).logsumexp(-1, keepdim=True)
+            A = torch.zeros_like(A).scatter_(-1, entry, (best - total).exp())
+        else:
+            A = A.softmax(-1)
+        A = A.view(shape) / (1 if s.aggregation == "overall" else n)
+        for i in range(n):
+            if i not in far:
+                z[y0:y1] += gather(A[:, :, i], values[i], R, y0)
+                continue
+            cell, inside, part_y, part_x = places[i]
+            a = A[:, :, i].flatten(0, 1)  # targets S S
+            a = F.pad(a * (1 - part_x), (0, 1)) + F.pad(a * part_x, (1, 0))
+            a = F.pad(a * (1 - part_y), (0, 0, 0, 1)) + F.pad(a * part_y, (0, 0, 1, 0))
+            a = (a * inside).flatten(1)[:, None]
+            flat = values[i].flatten(0, 1)
+            z[y0:y1] += torch.cat(
+                [b @ flat[c.flatten(1)] for b, c in zip(a.split(256), cell.split(256), strict=True)]
+            ).view(y1 - y0, w, -1)
+    return z.permute(2, 0, 1)
+
+
+def corners(centre: Tensor, R: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What bilinear windows of (2R + 1)^2 cells about `centre` (q x (y, x)) are read from: the numbers of the cells and
+    whether they are in the grid, q x (2R + 2)^2, and the parts of the lower and the right one, q x 1 x 1."""
+    base = centre.floor()
+    y, x = (base.long()[:, :, None] + torch.arange(-R, R + 2, device=centre.device)).unbind(1)
+    inside = ((y >= 0) & (y < grid[0]))[:, :, None] & ((x >= 0) & (x < grid[1]))[:, None]
+    cell = y.clamp(0, grid[0] - 1)[:, :, None] * grid[1] + x.clamp(0, grid[1] - 1)[:, None]
+    part = (centre - base)[:, :, None, None]
+    return cell, inside, part[:, 0], part[:, 1]
+
+
+def bands(x: Tensor, R: int, y0: int, rows: int, width: int) -> Iterator[Tensor]:
+    """For each dy in -R..R what `width` neighbouring cells of rows y0.. have within R in row y + dy of x (h x w x C), 0
+    beyond the frame: rows x tiles x (width + 2R) x C."""
+    h, w, _ = x.shape
+    x = x[max(y0 - R, 0) : y0 + rows + R]
+    x = F.pad(x, (0, 0, R, R + -w % width, max(R - y0, 0), max(y0 + rows + R - h, 0)))
+    for dy in range(2 * R + 1):
+        yield x[dy : dy + rows].unfold(1, width + 2 * R, width).transpose(2, 3)
+
+
+def diagonals(A: Tensor, R: int) -> Tensor:
+    """A view of A, ... x B x (B + 2R), that has for each of the B rows the 2R + 1 entries from the diagonal on."""
+    return A.as_strided((*A.shape[:-1], 2 * R + 1), (*A.stride()[:-2], A.stride(-2) + 1, 1))
+
+
+def correlate(query: Tensor, keys: Tensor, R: int, y0: int = 0) -> Tensor:
+    """Dot products of each cell of `query` (rows y0.. of a frame, rows x w x C) with the cells within R of it in `keys`
+    (h x w x C), 0 beyond the frame: rows x w x (2R + 1) x (2R + 1) float."""
+    rows, w, _ = query.shape
+    width = 2 * R
+    query = F.pad(query, (0, 0, 0, -w % width)).unflatten(1, (-1, width))  # rows tiles width C
+    out = torch.empty(*query.shape[:3], 2 * R + 1, 2 * R + 1, device=query.device)
+    for dy, band in enumerate(bands(keys, R, y0, rows, width)):
+        out[..., dy, :] = diagonals(query @ band.transpose(2, 3), R)
+    return out.flatten(1, 2)[:, :w]
+
+
+def gather(weights: Tensor, values: Tensor, R: int, y0: int) -> Tensor:
+    """Sums of the values (h x w x L) within R of each cell of rows y0.., by `weights` (rows x w x (2R + 1) x (2R + 1)):
+    rows x w x L."""
+    rows, w = weights.shape[:2]
+    width = 2 * R
+    weights = F.pad(weights, (0, 0, 0, 0, 0, -w % width)).unflatten(1, (-1, width))
+    A = torch.zeros(*weights.shape[:3], width + 2 * R, device=weights.device)
+    out = torch.zeros(*weights.shape[:3], values.shape[2], device=weights.device)
+    for dy, band in enumerate(bands(values, R, y0, rows, width)):
+        diagonals(A, R).copy_(weights[..., dy, :])
+        out += A @ band
+    return out.flatten(1, 2)[:, :w]
+
+
+def propagate_boxes(
+    target: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    s: Propagation,
+    annotated: int,
+    ages: Sequence[int],
+    boxes: np.ndarray,
+) -> Tensor:
+    """propagate_labels where an object's label comes from its box in the context frame and goes to its box in the
+    target frame (UVC's track, as released: github.com/Liusifei/UVC at c448a26). A context frame in which, or from
+    which, any object is lost is used without boxes."""
+    n, _, h, w = features.shape
+    L, query = labels.shape[1], target.flatten(1) / s.temperature  # C hw
+    values = labels.flatten(2).float()
+    # Where the objects go: the cells of each in the newest frame, each to the mean of its affinities.
+    newest = int(np.argmin(ages))
+    hard = values[newest].argmax(0)
+    y, x = torch.arange(h * w, device=target.device) // w, torch.arange(h * w, device=target.device) % w
+    places = torch.stack([x * w / max(w - 1, 1), y * h / max(h - 1, 1)], 1)  # hw (x, y), the corners aligned
+    goal = np.full((L, 4), np.nan)
+    goal[0] = 0, w, 0, h
+    for l in range(1, L):
+        cells = (hard == l).nonzero()[:, 0]
+        if len(cells) > 1 and not np.isnan(boxes[newest, l, 0]):
+            moved = [
+                (features[newest].flatten(1)[:, part].T @ query).float().softmax(1) @ places
+                for part in cells.split(max(1, 2**26 // (h * w)))
+            ]
+            goal[l] = smooth_box(box_around(torch.cat(moved).cpu().numpy(), 5, 1.0, w, h), boxes[newest, l], w, h)
+    z = torch.zeros(L, h * w, device=target.device)
+
+    def small(box: np.ndarray) -> bool:
+        return not (box[1] - box[0] >= 3 and box[3] - box[2] >= 3)  # true for nan, there is no box
+
+    lost = [
+        i >= annotated and any(values[i, l].sum() < 3 or small(boxes[i, l]) or small(goal[l]) for l in range(L))
+        for i in range(n)
+    ]
+    for a, b in cuts(h * w, 192):
+        for i in range(n):
+            A = (features[i].flatten(1).T @ query[:, a:b]).float()  # hw q
+            total = A.logsumexp(0)
+            if lost[i]:
+                best, cell = A.topk(min(s.topk, h * w), dim=0)
+                z[:, a:b] += (values[i][:, cell] * (best - total).exp()).sum(1)
+                continue
+            for l in range(L):
+                if np.isnan(boxes[i, l, 0]) or np.isnan(goal[l, 0]):
+                    continue
+                (left, right, top, bottom), box = boxes[i, l].astype(int), goal[l]
+                into = ((x[a:b] >= box[0]) & (x[a:b] < box[1]) & (y[a:b] >= box[2]) & (y[a:b] < box[3])).nonzero()[:, 0]
+                near = A.view(h, w, -1)[top:bottom, left:right][..., into].flatten(0, 1)
+                best, cell = near.topk(min(s.topk, len(near)), dim=0)
+                copied = values[i, l].view(h, w)[top:bottom, left:right].flatten()[cell]
+                z[l, a + into] += (copied * (best - total[into]).exp()).sum(0)
+    return z.view(L, h, w) / n
+
+
+def label_boxes(labels: Tensor, s: Propagation, before: np.ndarray | None = None) -> np.ndarray:
+    """The box of each label of a frame (labels L x h x w) for `track`, L x (left, right, top, bottom) in cells: of an
+    annotated frame, or after a frame whose boxes are `before`. nan: there is none, now or before."""
+    (L, h, w), p = labels.shape, s.stride
+    full = F.interpolate((labels if before is None else stretch(labels))[None].float(), scale_factor=p, mode="bilinear")
+    hard = full[0].argmax(0).cpu().numpy()
+    boxes = np.full((L, 4), np.nan)
+    boxes[0] = 0, w, 0, h
+    for l in range(1, L):
+        points = np.argwhere(hard == l)[:, ::-1].astype(float)  # (x, y) in pixels of the network's input
+        if len(points) and before is None:
+            (left, top), (right, bottom) = points.min(0), points.max(0)
+            boxes[l] = grow_box(np.array([left, right, top, bottom]), 0.6, w * p, h * p) // p
+        elif len(points):
+            boxes[l] = smooth_box(box_around(points, 20, 0.6, w * p, h * p) // p, before[l], w * p, h * p)
+    return boxes
+
+
+def grow_box(box: np.ndarray, margin: float, w: float, h: float) -> np.ndarray:
+    """A box (left, right, top, bottom) grown by margin / 2 of its size on each side, to whole cells of the frame."""
+    left, right, top, bottom = box
+    x, y = margin / 2 * (right - left), margin / 2 * (bottom - top)
+    grown = [np.floor(left - x), np.ceil(right + x), np.floor(top - y), np.ceil(bottom + y)]
+    return np.clip(grown, 0, [w, w, h, h])
+
+
+def box_around(points: np.ndarray, reach: float, margin: float, w: float, h: float) -> np.ndarray:
+    """The box about the mode of the points (q x (x, y)), twice their mean distance from it to each side, grown.
+
+    The mode is that of a mean shift from the point nearest to the mean: points within reach, Gaussian of sigma 4.
+    """
+    centre = points[((points - points.mean(0)) ** 2).sum(1).argmin()]
+    moved = np.array([1.0, 0.0])
+    while moved.sum() >= 0.1:  # signed, as released: a step to the left or up is the last
+        distance = ((points - centre) ** 2).sum(1)
+        near = distance <= reach**2
+        weight = np.exp(-distance[near] / 32)
+        moved = weight @ points[near] / weight.sum() - centre
+        centre = centre + moved
+    x, y = 2 * np.abs(points - centre).mean(0)
+    box = np.clip([centre[0] - x, centre[0] + x, centre[1] - y, centre[1] + y], 0, [w, w, h, h])
+    return grow_box(box, margin, w, h)
+
+
+def smooth_box(box: np.ndarray, before: np.ndarray, w: float, h: float) -> np.ndarray:
+    """A box of the middle of `box`, whose size is a tenth the new and nine tenths the old one; nan if it had none."""
+    left, right, top, bottom = box
+    x = (0.1 * (right - left) + 0.9 * (before[1] - before[0])) / 2
+    y = (0.1 * (bottom - top) + 0.9 * (before[3] - before[2])) / 2
+    return grow_box(
+        np.array([(left + right) / 2 - x, (left + right) / 2 + x, (top + bottom) / 2 - y, (top + bottom) / 2 + y]),
+        0,
+        w,
+        h,
+    )
+
+
+def stretch(labels: Tensor) -> Tensor:
+    """Each label that occurs (L x h x w) stretched to 0..1 over the frame."""
+    low, high = labels.amin((1, 2), keepdim=True), labels.amax((1, 2), keepdim=True)
+    return torch.where(high > 0, (labels - low) / (high - low).clamp_min(1e-12), labels)
 
 
 def propagate_video(
@@ -397,42 +978,72 @@ def propagate_video(
 ) -> Iterator[Tensor]:
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
 
-    annotated: (features, labels) of the annotated frames, which stay in the context for good; the targets come
-    after them. recent: the last targets and their labels, oldest first, to go on with an earlier run. The context
-    lives in one ring buffer, so memory does not grow with the video. Each target is pulled only when it is due, so
-    that several settings can share one pass over the frames (itertools.tee).
+    annotated: (features, labels) of the annotated frames, frame 0; the targets come after them, from frame 1 on.
+    recent: the last targets and their labels, oldest first, to go on with an earlier run: the last settings.context, or
+    all where settings.history. The context lives in one ring buffer, so memory does not grow with the video. Each
+    target is pulled only when it is due, so that several settings can share one pass over the frames (itertools.tee).
     """
+    s = settings
     (C, h, w), L, device = annotated[0][0].shape, len(annotated[0][1]), annotated[0][0].device
-    fixed, size = len(annotated), len(annotated) + settings.context
-    keys = torch.zeros(h, w, size, C, device=device, dtype=annotated[0][0].dtype)  # the layout propagate_labels reads
-    values = torch.zeros(h, w, size, L, device=device)
+    fixed, spaced = len(annotated) if s.keep_first else 0, s.memory == "spaced"
+    ring = fixed + spaced  # slots: the annotated frames, frame 5 if spaced, the latest frames
+    keys = torch.zeros(
+        h, w, ring + s.context, C, device=device, dtype=annotated[0][0].dtype
+    )  # as propagate_labels reads
+    values = torch.zeros(h, w, ring + s.context, L, device=device)
+    number: dict[int, int] = {}  # slot -> the frame in it
+    boxes = np.zeros((ring + s.context, L, 4))
 
-    def remember(slot: int, f: Tensor, z: Tensor) -> None:
-        keys[:, :, slot], values[:, :, slot] = f.permute(1, 2, 0), z.permute(1, 2, 0)
+    def remember(slot: int, t: int, f: Tensor, z: Tensor, box: np.ndarray | None = None) -> None:
+        keys[:, :, slot], values[:, :, slot], number[slot] = f.permute(1, 2, 0), z.permute(1, 2, 0), t
+        if box is not None:
+            boxes[slot] = box
 
-    for slot, (f, z) in enumerate(annotated):
-        remember(slot, f, z)
-    recent = list(recent)[-settings.context :] if settings.context else []
-    for t, (f, z) in enumerate(recent):
-        remember(fixed + t, f, z)
-    for t, f in enumerate(features, len(recent)):
-        filled = min(fixed + t, size)
-        context = keys[:, :, :filled].permute(2, 3, 0, 1), values[:, :, :filled].permute(2, 3, 0, 1)
-        z = propagate_labels(f, *context, settings, annotated=fixed)
+    def remember_target(t: int, f: Tensor, z: Tensor) -> None:
+        box = None
+        if s.localization == "track":
+            box = label_boxes(z, s, boxes[max(number, key=number.get)])
+        if s.carry == "hard":
+            z = F.one_hot(z.argmax(0), L).permute(2, 0, 1).float()
+        if spaced and t == 5:
+            remember(fixed, t, f, z, box)
+        if s.context:
+            remember(ring + (t - 1) % s.context, t, f, z, box)
+
+    first = [(f, z, label_boxes(z, s) if s.localization == "track" else None) for f, z in annotated]
+    for slot in range(fixed):
+        remember(slot, 0, *first[slot])
+    for i, each in enumerate(first[:1] * s.context if s.pad else () if s.keep_first else first[: s.context]):
+        remember(ring + (-1 - i) % s.context, 0, *each)  # in the places of frames 0, -1, ...
+    recent = list(recent)
+    for t, (f, z) in enumerate(recent, 1):
+        remember_target(t, f, z)
+    for t, f in enumerate(features, len(recent) + 1):
+        slots = sorted(number)
+        if spaced:  # frame 5 unless the ring gives it, and every second frame of the ring
+            latest = [i for i in slots if i >= ring and (t - number[i]) % 2 == 1]
+            slots = [i for i in slots if i < fixed or (i < ring and 5 not in (number[j] for j in latest))] + latest
+        whole = slots == list(range(len(slots)))  # then the buffer is read in place
+        k, v = (x[:, :, : len(slots)] if whole else x[:, :, slots] for x in (keys, values))
+        ages = [t - number[i] for i in slots]
+        z = propagate_labels(f, k.permute(2, 3, 0, 1), v.permute(2, 3, 0, 1), s, fixed, ages, boxes[slots])
+        if s.carry == "minmax":
+            z = stretch(z)
         yield z
-        if settings.context:
-            remember(fixed + t % settings.context, f, z)
+        remember_target(t, f, z)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels on the grid, masks and points at full size
 
 
-def labels_from_mask(mask: Tensor, ids: Sequence[int], grid: tuple[int, int]) -> Tensor:
-    """Mask H x W -> soft labels L x h x w: one-hot (background, then each id of `ids`), bilinear to the grid."""
+def labels_from_mask(mask: Tensor, ids: Sequence[int], grid: tuple[int, int], sampling: str = "bilinear") -> Tensor:
+    """Mask H x W -> soft labels L x h x w: one-hot (background, then each id of `ids`), bilinear or nearest to the
+    grid."""
+    mode = {"bilinear": "bilinear", "nearest": "nearest-exact"}[sampling]
     one_hot = [mask == number for number in ids]
     one_hot = [~torch.stack(one_hot).any(0), *one_hot]
-    small = [F.interpolate(m[None, None].float(), size=grid, mode="bilinear")[0, 0] for m in one_hot]
+    small = [F.interpolate(m[None, None].float(), size=grid, mode=mode)[0, 0] for m in one_hot]
     return torch.stack(small)
 
 
@@ -447,8 +1058,7 @@ def mask_from_labels(
     for start in range(0, len(labels), chunk):
         full = F.interpolate(labels[None, start : start + chunk].float(), size=size, mode="bilinear")[0]
         if minmax:
-            low, high = full.amin((1, 2), keepdim=True), full.amax((1, 2), keepdim=True)
-            full = torch.where(high > 0, (full - low) / (high - low).clamp_min(1e-12), full)
+            full = stretch(full)
         value, index = full.max(0)
         if best is None:
             best, winner = value, index
@@ -880,12 +1490,14 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: np.ndarray = PALETTE, 
 
 
 def parse_args(args_type, argv: Sequence[str] | None = None):
-    """Parse a script's Args (a dataclass with `model` and `propagation`); the defaults are those of its --model."""
+    """Parse a script's Args (a dataclass with `model`, `weights` and `propagation`). The defaults are those of its
+    --model, without one those of the system that --weights is recognised as."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model", default=args_type().model)
-    name = peek.parse_known_args(argv)[0].model
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    default = replace(args_type(), propagation=MODELS[name].settings)
+    peek.add_argument("--model")
+    peek.add_argument("--weights", type=Path)
+    peek.add_argument("--dataset", default="davis")
+    given = peek.parse_known_args(argv)[0]
+    name = given.model or (given.weights and recognise(*read_weights(given.weights))) or args_type().model
+    default = replace(args_type(), model=name, propagation=preset(name, given.dataset))
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
     return tyro.cli(args_type, args=argv, default=default, config=config)

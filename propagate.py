@@ -151,13 +151,15 @@ def read_points(path: Path, size: tuple[int, int]) -> tuple[list[str], np.ndarra
 
 def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> None:
     """Refuse a k beyond the context cells that there are to choose from."""
+    if settings.localization in ("window", "predicted"):  # their presets take all there is
+        return
     h, w = settings.grid(*size)
     reach = np.arange(-settings.radius, settings.radius + 1)
     inside = (
         reach[:, None] ** 2 + reach**2 < settings.radius**2 if settings.shape == "circle" else reach == reach[:, None]
     )
     region = (
-        h * w if settings.localization == "none" else int(inside.sum() if settings.shape == "circle" else inside.size)
+        h * w if settings.localization != "fixed" else int(inside.sum() if settings.shape == "circle" else inside.size)
     )
     frames = annotated + settings.context if settings.aggregation == "overall" else 1
     if settings.topk > min(region, h * w) * frames:
@@ -430,7 +432,7 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
                 for index, labels in annotations.items():
                     frame = next(video.frames([index]))[1]
                     annotated[index] = encode(frame), labels.to(device)
-            back = rest[max(0, done - s.context) : done]
+            back = rest[0 if s.history else max(0, done - s.context) : done]
             if not all(results.state_path(index).is_file() for index in back):
                 back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
             recent = [
@@ -484,7 +486,7 @@ def open_engine(args: Args, size: tuple[int, int], annotations: dict, ids: list)
                 f"--{flag} {value}: is fixed in {args.engine} ({info.get(flag)}); leave it away or export anew"
             )
     for flag, value in asdict(args.propagation).items():
-        if value not in (getattr(MODELS[args.model].settings, flag), getattr(settings, flag)):
+        if value not in (getattr(common.find_model(args.model).settings, flag), getattr(settings, flag)):
             flag, own = flag.replace("_", "-"), getattr(settings, flag)
             raise UserError(f"--{flag} {value}: is fixed in {args.engine} ({own}); leave it away or export anew")
     if args.points:
@@ -577,13 +579,15 @@ def make_film(out: Path, video: Video, order: list[int], results: Results, every
 
 
 def list_models() -> None:
-    """Print the table of models."""
+    """Print the table of models; the paper's score is J&F on DAVIS 2017 val, best without up-sampled input."""
     print(f"{'name':14} {'features':34} {'stride':>6}  {'paper J&F':>9}  weights")
     for name, model in MODELS.items():
         s = model.settings
-        where = "needs none" if name == "random" else common.find_weights(name, fetch=False) or f"not here; {model.url}"
-        features = f"{model.arch} {s.layer}" + (", L2" if s.l2 else "")
-        print(f"{name:14} {features:34} {s.stride:6}  {model.paper or '-':>9}  {where}")
+        where = common.find_weights(name, fetch=False)
+        where = f"found: {where}" if where else "-" if name == "random" else f"not here: {model.source}"
+        features = ", ".join([f"{model.arch} {s.layer}", *list(model.head())[:1], *(["L2"] if s.l2 else [])])
+        print(f"{name:14} {features:34} {s.stride:6}  {model.paper or '-':>9}  {where}; licence: {model.licence}")
+    print("torchvision:NAME  any ResNet or VGG of torchvision     timm:NAME  any ResNet or ViT of timm (DINO, ...)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -631,6 +635,8 @@ def main(args: Args) -> None:
     for index in annotations:
         if index not in order:
             raise UserError(f"--mask-frame {index}: is not among the frames used ({min(order)} to {max(order)})")
+    if args.points and args.propagation.localization == "track":
+        raise UserError("--localization track: follows masks, these are key points; take --localization none or fixed")
     engine = None
     if args.engine:
         engine, args.propagation = open_engine(args, video.size, annotations, ids)
@@ -659,7 +665,7 @@ def main(args: Args) -> None:
         if args.points:
             labels[index] = common.labels_from_points(known, video.size, grid)
         else:
-            labels[index] = common.labels_from_mask(torch.from_numpy(known), ids, grid)
+            labels[index] = common.labels_from_mask(torch.from_numpy(known), ids, grid, args.propagation.sampling)
         if not results.has(index):
             results.add(index, known)
     results.flush()

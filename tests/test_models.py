@@ -1,0 +1,661 @@
+"""Every system of MODELS: a file with the released names, shapes and container gives the features of a plain second
+implementation, from uint8 frames on. The weights are random: what is tested is the net, its input and the loading."""
+
+import argparse
+import copy
+import functools
+import hashlib
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import common
+import propagate
+from common import MODELS, Propagation, UserError, find_weights, load_encoder, parse_args, preset, recognise
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random weights under torchvision's names
+
+
+class Weights(dict):
+    """name -> tensor, filled at random; every BatchNorm with statistics of its own."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def conv(self, name, out, into, k, bias=False):
+        gain = math.sqrt(2 / (into * k * k))
+        self[f"{name}.weight"] = torch.randn(out, into, k, k, generator=self.generator) * gain
+        if bias:
+            self[f"{name}.bias"] = torch.randn(out, generator=self.generator) * 0.1
+
+    def norm(self, name, channels):
+        for part, scale, shift in (("weight", 0.2, 0.8), ("bias", 0.1, 0), ("running_mean", 0.1, 0)):
+            self[f"{name}.{part}"] = torch.randn(channels, generator=self.generator) * scale + shift
+        self[f"{name}.running_var"] = torch.rand(channels, generator=self.generator) + 0.5
+        self[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+
+def resnet_weights(deep=False, stages=4, last=512):
+    return copy.copy(make_resnet_weights(deep, stages, last))
+
+
+@functools.cache
+def make_resnet_weights(deep, stages, last):
+    """A ResNet-18 (or -50) up to stage `stages`, the fourth `last` channels wide."""
+    p = Weights()
+    p.conv("conv1", 64, 3, 7)
+    p.norm("bn1", 64)
+    into = 64
+    for s, blocks in enumerate((3, 4, 6, 3)[:stages] if deep else (2, 2, 2, 2)[:stages], 1):
+        width = (64, 128, 256, last)[s - 1]
+        out = width * 4 if deep else width
+        for b in range(blocks):
+            name = f"layer{s}.{b}"
+            if deep:
+                shapes = ((width, into, 1), (width, width, 3), (out, width, 1))
+            else:
+                shapes = ((width, into, 3), (width, width, 3))
+            for i, (o, c, k) in enumerate(shapes, 1):
+                p.conv(f"{name}.conv{i}", o, c, k)
+                p.norm(f"{name}.bn{i}", o)
+            if into != out:
+                p.conv(f"{name}.downsample.0", out, into, 1)
+                p.norm(f"{name}.downsample.1", out)
+            into = out
+    return p
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks, written out
+
+
+def conv(p, x, name, stride=1, padding=0, mode="constant"):
+    x = F.pad(x, (padding,) * 4, mode=mode) if padding else x
+    return F.conv2d(x, p[f"{name}.weight"], p.get(f"{name}.bias"), stride)
+
+
+def norm(p, x, name):
+    mean, var, weight, bias = (
+        p[f"{name}.{k}"][:, None, None] for k in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+
+def resnet(p, x, stages=3, strides=(1, 2, 1, 1), pool=True, mode="constant"):
+    """torchvision's ResNet up to a stage with other strides: the stage's is that of its first block."""
+    x = norm(p, conv(p, x, "conv1", 2, 3, mode), "bn1").relu()
+    x = F.max_pool2d(x, 3, 2, 1) if pool else x
+    for s in range(1, stages + 1):
+        for b in range(next(b for b in range(9) if f"layer{s}.{b}.conv1.weight" not in p)):
+            name, stride = f"layer{s}.{b}", strides[s - 1] if b == 0 else 1
+            if f"{name}.conv3.weight" in p:
+                y = norm(p, conv(p, x, f"{name}.conv1"), f"{name}.bn1").relu()
+                y = norm(p, conv(p, y, f"{name}.conv2", stride, 1, mode), f"{name}.bn2").relu()
+                y = norm(p, conv(p, y, f"{name}.conv3"), f"{name}.bn3")
+            else:
+                y = norm(p, conv(p, x, f"{name}.conv1", stride, 1, mode), f"{name}.bn1").relu()
+                y = norm(p, conv(p, y, f"{name}.conv2", 1, 1, mode), f"{name}.bn2")
+            if f"{name}.downsample.0.weight" in p:
+                x = norm(p, conv(p, x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+            x = (x + y).relu()
+    return x
+
+
+VGG = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+
+
+def vgg_weights(into=2):
+    p, i = Weights(), 0
+    for width in VGG:
+        if width != "M":
+            p.conv(f"features.{i}", width, into, 3, bias=True)
+            p.norm(f"features.{i + 1}", width)
+            into = width
+        i += 1 if width == "M" else 3
+    p["sobel.0.weight"], p["sobel.0.bias"] = torch.full((1, 3, 1, 1), 1 / 3), torch.zeros(1)
+    rows = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
+    p["sobel.1.weight"], p["sobel.1.bias"] = torch.stack([rows, rows.T])[:, None], torch.zeros(2)
+    return p
+
+
+def deepcluster(p, x, last=30, skip=()):
+    """Grey, Sobel, VGG-16-BN up to the ReLU after convolution `last` (an index of `features`)."""
+    x = conv(p, x.mean(1, keepdim=True), "sobel.1", padding=1)
+    i = 0
+    for width in VGG:
+        if width == "M":
+            x = x if i in skip else F.max_pool2d(x, 2)
+            i += 1
+            continue
+        x = norm(p, conv(p, x, f"features.{i}", padding=1), f"features.{i + 1}").relu()
+        if i == last:
+            return x
+        i += 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The inputs, from uint8 RGB frames B x H x W x 3, with OpenCV where the authors use it
+
+
+def unit(frames):
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+
+
+def rgb(frames):
+    return (unit(frames) - MEAN[:, None, None]) / STD[:, None, None]
+
+
+def lightness(frames):
+    L = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2LAB)[..., 0] for frame in frames])
+    x = (torch.from_numpy(L).float() - 128) / 128
+    return ((x + 1) / 2)[:, None].expand(-1, 3, -1, -1).sub(MEAN[:, None, None]).div(STD[:, None, None])
+
+
+def lab(frames):
+    """CIE Lab by its definition, in float64."""
+    x = frames.astype(np.float64) / 255
+    x = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
+    x = x @ to_xyz.T / [0.950456, 1, 1.088754]
+    f = np.where(x > 0.008856, np.cbrt(x), 7.787 * x + 16 / 116)
+    L, a, b = 116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])
+    return torch.from_numpy(np.stack([(L - 50) / 50, a / 127, b / 127], 1)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files as released
+
+
+def under(prefix, p, time=False):
+    return {prefix + k: v[:, :, None] if time and v.dim() == 4 else v for k, v in p.items()}
+
+
+def colour_names(p):
+    """CorrFlow's and MAST's names."""
+    out = {}
+    for key, value in p.items():
+        if not key.startswith("post"):
+            key = "feature_extraction." + key
+            key = (
+                key.replace("n.conv1.", "n.conv1.0.").replace("n.bn1.", "n.conv1.1.").replace("downsample", "shortcut")
+            )
+            for i, part in ((0, "conv1"), (1, "bn1"), (3, "conv2"), (4, "bn2")):
+                blocks = [f"layer{s}.{b}." for s in range(1, 5) for b in range(2)]
+                for block in blocks:
+                    key = key.replace(f"{block}{part}.", f"{block}left.{i}.")
+        out[key] = value
+    return out
+
+
+def crw_names(p):
+    out = {}
+    for key, value in p.items():
+        if key.endswith(("conv1.weight", "conv2.weight")):
+            key = key.removesuffix("weight") + "1.weight"
+        out["encoder.model." + key] = value
+    return out
+
+
+def mm_names(p):
+    """VFS as it is trained, in mmcv's names."""
+    out = {}
+    for key, value in p.items():
+        head, _, rest = key.partition("downsample.")
+        if rest:
+            key = head + "downsample." + rest.replace("0.", "conv.").replace("1.", "bn.")
+        else:
+            for i in (1, 2, 3):
+                key = key.replace(f"conv{i}.", f"conv{i}.conv.").replace(f"bn{i}.", f"conv{i}.bn.")
+        out["backbone." + key] = value
+    return out
+
+
+def post(p):
+    p.conv("post_convolution", 64, 256, 3, bias=True)
+    return p
+
+
+def after(p, into):
+    p.conv("afterconv1", 512, into, 1)
+    return p
+
+
+R18, R50 = resnet_weights, lambda **stages: resnet_weights(True, **stages)
+STRANGER = {"layer4.0.conv1.weight": torch.zeros(2, 2, 1, 1)}  # stands for all of layer4, which is not used
+TRAINED = {"epoch": 3, "arch": "resnet50", "optimizer": {"state": {}, "param_groups": []}}
+
+
+def system(name):
+    """(torchvision-named weights, the file's content, features of frames) of a system."""
+    if name in ("imagenet", "rotation", "imagenet-r50"):
+        p = R50(stages=3) if "r50" in name else R18(stages=3)
+        fc = torch.zeros(4 if name == "rotation" else 1000, 2048 if "r50" in name else 512)
+        return p, {**p, **STRANGER, "fc.weight": fc}, lambda f: F.normalize(resnet(p, rgb(f)))
+    if name.startswith("moco"):
+        p = R18(stages=3) if "r18" in name else R50(stages=3)
+        heads = {"module.encoder_q.fc.weight": torch.zeros(128, 8), "module.queue": torch.zeros(128, 9)}
+        state = under("module.encoder_q.", p) | under("module.encoder_k.", STRANGER) | heads
+        return p, {"state_dict": state, **TRAINED}, lambda f: F.normalize(resnet(p, rgb(f)))
+    if name == "deepcluster":
+        p = vgg_weights()
+        state = {k.replace("features.", "features.module."): v for k, v in p.items()}
+        state |= {"top_layer.weight": torch.zeros(10, 8), "classifier.0.weight": torch.zeros(8, 8)}
+        return p, {"state_dict": state, **TRAINED}, lambda f: F.normalize(deepcluster(p, rgb(f)))
+    if name.startswith("timecycle"):
+        p = after(R18(stages=3), 256) if "r18" in name else after(R50(stages=3), 1024)
+        video = {k: v for k, v in p.items() if not k.startswith("after")} | STRANGER
+        state = under("module.encoderVideo.", video, time=True)
+        state |= {"module.afterconv1.weight": p["afterconv1.weight"][:, :, None], "module.linear2.bias": torch.ones(3)}
+        return (
+            p,
+            {"state_dict": state, "epoch": 14},
+            lambda f: F.normalize(conv(p, resnet(p, rgb(f)), "afterconv1").relu()),
+        )
+    if name in ("corrflow", "mast"):
+        p = post(R18(last=256))
+        state = under("module." if name == "corrflow" else "", colour_names(p))
+        see = unit if name == "corrflow" else lab
+        return (
+            p,
+            {"state_dict": state, "epoch": 1, "optimizer": {}},
+            lambda f: conv(p, resnet(p, see(f), 4, pool=False), "post_convolution", padding=1),
+        )
+    if name in ("uvc", "uvc+"):
+        p = R18()
+        state = under("module.gray_encoder.", p) | {"module.rgb_encoder.conv1.weight": torch.zeros(8, 3, 3, 3)}
+        state |= {"module.normalize.mean": torch.zeros(3)}
+        return p, {"state_dict": state, "epoch": 1, "best_loss": 0.5}, lambda f: resnet(p, lightness(f), 4)
+    if name == "crw":
+        p = R18(stages=3)
+        state = crw_names(p | STRANGER) | {"selfsim_fc.0.weight": torch.zeros(128, 512)}
+        rest = {"args": argparse.Namespace(lr=0.1, name="crw"), "optimizer": {}, "lr_scheduler": {}, "epoch": 1}
+        return p, {"model": state, **rest}, lambda f: F.normalize(resnet(p, rgb(f), mode="reflect"))
+    if name in ("vfs", "vfs-r50"):
+        p = R50(stages=3) if "r50" in name else R18(stages=3)
+        return p, {"state_dict": p | STRANGER, "meta": {}}, lambda f: F.normalize(resnet(p, rgb(f)))
+    raise AssertionError(name)
+
+
+SYSTEMS = [name for name in MODELS if name != "random"]
+FRAMES = np.random.default_rng(0).integers(0, 256, (1, 40, 64, 3), dtype=np.uint8)
+
+
+def same(a, b):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_released_file_gives_the_features_of_a_second_implementation(name, tmp_path, capsys):
+    _, content, features = system(name)
+    path = tmp_path / "released.pth.tar"
+    torch.save(content, path)
+    settings = replace(MODELS[name].settings, size="full")
+    encoder = load_encoder(name, path, settings, "cpu")
+    with torch.inference_mode():
+        got = encoder(torch.from_numpy(FRAMES))
+    same(got, features(FRAMES))
+    assert tuple(got.shape[2:]) == settings.grid(40, 64)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and f"recognised as {'uvc' if name == 'uvc+' else name}" in line
+
+
+def test_vfs_as_trained(tmp_path):
+    """Raw training checkpoints have mmcv's names and heads."""
+    p = R18(stages=3)
+    path = save(tmp_path / "raw.pth", {"state_dict": mm_names(p) | {"iteration": torch.zeros(())}, "meta": {}})
+    assert recognise(*common.read_weights(path)) == "vfs"
+    assert recognise(mm_names(R50(stages=3))) == "vfs-r50"
+    with torch.inference_mode():
+        got = load_encoder("vfs", path, Propagation(size="full"), "cpu")(torch.from_numpy(FRAMES))
+    same(got, F.normalize(resnet(p, rgb(FRAMES))))
+
+
+def test_conv13_keeps_stride_8_by_leaving_out_a_pool(tmp_path):
+    p, content, _ = system("deepcluster")
+    torch.save(content, tmp_path / "w.pth")
+    settings = replace(MODELS["deepcluster"].settings, layer="conv13", size="full")
+    with torch.inference_mode():
+        got = load_encoder("deepcluster", tmp_path / "w.pth", settings, "cpu")(torch.from_numpy(FRAMES))
+    same(got, F.normalize(deepcluster(p, rgb(FRAMES), last=40, skip=(33,))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "net"),
+    [
+        ({"layer": "res2"}, {"stages": 2}),
+        ({"layer": "res4"}, {"stages": 4}),
+        ({"stride": 4}, {"pool": False}),
+        ({"stride": 16}, {"strides": (1, 2, 2, 1)}),
+        ({"l2": False}, {}),
+    ],
+    ids=str,
+)
+def test_layers_and_strides_of_a_resnet(changes, net, tmp_path):
+    p = R18()
+    torch.save(dict(p), tmp_path / "w.pth")
+    settings = Propagation(**{"size": "full"} | changes)
+    with torch.inference_mode():
+        got = load_encoder("imagenet", tmp_path / "w.pth", settings, "cpu")(torch.from_numpy(FRAMES))
+    expected = resnet(p, rgb(FRAMES), **net)
+    same(got, F.normalize(expected) if settings.l2 else expected)
+    assert tuple(got.shape[2:]) == settings.grid(40, 64)
+
+
+def test_layers_that_a_network_does_not_have_are_refused():
+    for name, changes in (("imagenet", {"layer": "conv10"}), ("imagenet", {"layer": "res2", "stride": 16})):
+        with pytest.raises(UserError, match="--layer"):
+            common.build_net(MODELS[name], Propagation(**changes))
+    with pytest.raises(UserError, match="--layer res3"):
+        common.build_net(MODELS["deepcluster"], Propagation())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input
+
+
+def colours(encoder_input, frames):
+    """What the network of an Encoder is given."""
+    return common.Encoder(torch.nn.Identity(), Propagation(size="full", l2=False), encoder_input)(
+        torch.from_numpy(frames)
+    )
+
+
+def test_lightness_is_opencvs_for_every_colour():
+    """Each 17th level of red with all of green and blue: a million colours, without one difference."""
+    green, blue = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8), indexing="ij")
+    for red in range(0, 256, 17):
+        frame = np.stack([np.full_like(green, red), green, blue], -1)[None]
+        got = (colours("lightness", frame)[0, 0] * STD[0] + MEAN[0]) * 256
+        assert torch.equal(got.round(), torch.from_numpy(cv2.cvtColor(frame[0], cv2.COLOR_RGB2LAB)[..., 0]).float())
+        assert (got - got.round()).abs().max() < 1e-3
+
+
+def test_spot_checks_of_the_colours():
+    """L = 128 under UVC; white and black under MAST (models.md 1c)."""
+    grey = next(
+        g for g in range(256) if cv2.cvtColor(np.full((1, 1, 3), g, np.uint8), cv2.COLOR_RGB2LAB)[0, 0, 0] == 128
+    )
+    frame = np.full((1, 1, 1, 3), grey, np.uint8)
+    assert colours("lightness", frame).flatten().tolist() == pytest.approx([0.0655, 0.1964, 0.4178], abs=1e-4)
+    white = np.array([255, 0], np.uint8)[None, None, :, None].repeat(3, 3)
+    assert (colours("lab", white)[0, :, 0].T - torch.tensor([[1.0, 0, 0], [-1, 0, 0]])).abs().max() < 1e-4
+
+
+def test_lab_is_opencvs_to_its_interpolation():
+    """OpenCV's float Lab interpolates a table: within 0.2 in L, 0.5 in a and b of the definition."""
+    frame = np.random.default_rng(1).integers(0, 256, (1, 300, 300, 3), dtype=np.uint8)
+    theirs = torch.from_numpy(cv2.cvtColor(frame[0].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)).permute(2, 0, 1)
+    ours = (
+        colours("lab", frame)[0] * torch.tensor([50.0, 127, 127])[:, None, None]
+        + torch.tensor([50.0, 0, 0])[:, None, None]
+    )
+    difference = (ours - theirs).abs().amax((1, 2))
+    assert (difference < torch.tensor([0.2, 0.5, 0.5])).all()
+
+
+def test_lightness_after_resizing_is_of_whole_levels():
+    """UVC resizes bytes: the resized picture is rounded before its lightness is taken."""
+    settings = Propagation(size="32/16", l2=False)
+    encoder = common.Encoder(torch.nn.Identity(), settings, "lightness")
+    got = encoder(torch.from_numpy(FRAMES))
+    assert got.shape[2:] == (32, 48) == settings.input_size(40, 64)
+    small = F.interpolate(unit(FRAMES), size=(32, 48), mode="bilinear", antialias=True) * 255
+    same(got, lightness(small.round().byte().permute(0, 2, 3, 1).contiguous().numpy()))
+
+
+def test_grids_of_the_systems():
+    """The grids of a 480 x 854 frame (models.md 1c), and rule-64."""
+    grids = {"crw": (60, 107), "vfs": (60, 107), "uvc": (60, 104), "mast": (120, 214), "corrflow": (120, 212)}
+    for name, grid in grids.items():
+        assert MODELS[name].settings.grid(480, 854) == grid
+    assert preset("timm:vit_small_patch16_224.dino").grid(480, 854) == (30, 52)
+    assert preset("timm:vit_small_patch8_224.dino").grid(480, 854) == (60, 104)
+    assert Propagation(size="480", upsample=2, stride=16, layer="last").grid(480, 854) == (60, 107)
+    uvc = MODELS["uvc"].settings
+    assert uvc.input_size(480, 910) == (480, 896) and uvc.input_size(910, 480) == (896, 480)
+    assert uvc.input_size(720, 1152) == (480, 768) and uvc.input_size(480, 480) == (480, 480)
+    assert preset("uvc", "vip").input_size(480, 854) == (560, 560)
+    assert preset("crw", "jhmdb").input_size(240, 320) == (320, 320)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "deepcluster", "corrflow", "uvc", "crw"])
+def test_the_grid_is_that_of_the_features_for_odd_frames(name):
+    settings = MODELS[name].settings
+    net = common.build_net(MODELS[name], settings).eval()
+    encoder = common.Encoder(net, settings, MODELS[name].input)
+    with torch.inference_mode():
+        for size in ((41, 67), (33, 90)):
+            assert encoder(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:] == settings.grid(*size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def save(path, content):
+    torch.save(dict(content), path)
+    return path
+
+
+def test_what_is_missing_or_of_the_wrong_shape_is_named(tmp_path):
+    for name in ("crw", "timecycle-r18", "mast", "deepcluster"):
+        _, content, _ = system(name)
+        state = content.get("state_dict", content.get("model"))
+        key = next(
+            k
+            for k in state
+            if k.endswith(("layer2.0.bn2.weight", "layer2.0.left.4.weight", "features.module.17.weight"))
+        )
+        value = state.pop(key)
+        with pytest.raises(UserError, match=r"does not fit .* lacks 1 of"):
+            load_encoder(name, save(tmp_path / "w.pth", content), device="cpu")
+        state[key] = value[:-1]
+        with pytest.raises(UserError, match=r"(layer2|17)\.\S+ is \(\d+,.*\), not \(\d+,.*\)"):
+            load_encoder(name, save(tmp_path / "w.pth", content), device="cpu")
+
+
+def test_a_file_of_another_system_says_whose_it_is(tmp_path):
+    path = save(tmp_path / "w.pth", system("crw")[1])
+    with pytest.raises(UserError, match="looks like crw: say --model crw"):
+        load_encoder("imagenet", path, device="cpu")
+
+
+def test_stripped_names_obey_the_model(tmp_path, capsys):
+    """CorrFlow's net without `module.` is MAST's; bare ResNet names without fc are anyone's."""
+    content = system("corrflow")[1]
+    bare = {k.removeprefix("module."): v for k, v in content["state_dict"].items()}
+    path = save(tmp_path / "w.pth", bare)
+    assert recognise(*common.read_weights(path)) == "mast"
+    assert load_encoder("corrflow", path, device="cpu").input == "unit"
+    assert "recognised as mast, used as corrflow" in capsys.readouterr().err
+    path = save(tmp_path / "bare.pth", R18())
+    assert recognise(*common.read_weights(path)) is None
+    for name in ("imagenet", "vfs", "uvc"):
+        load_encoder(name, path, device="cpu")
+        assert f"names no system, used as {name}" in capsys.readouterr().err
+
+
+def test_containers(tmp_path, capsys):
+    """Old files without counters, DataParallel, DINO's teacher; what is not used is listed."""
+    p = {k: v for k, v in R18(stages=3).items() if not k.endswith("num_batches_tracked")}
+    for content in (p, {"state_dict": under("module.", p)}, {"model": p}, {"teacher": p, "student": {}}):
+        load_encoder("imagenet", save(tmp_path / "w.pth", content), device="cpu")
+    load_encoder("crw", save(tmp_path / "crw.pth", system("crw")[1]), device="cpu")
+    assert "layer4 (1), selfsim_fc (1), args, optimizer, lr_scheduler, epoch" in capsys.readouterr().err
+
+
+class Code:
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+def test_code_in_a_file_is_refused_but_crws_arguments_are_not(tmp_path):
+    with pytest.raises(UserError, match="refused"):
+        load_encoder("imagenet", save(tmp_path / "w.pth", {**R18(stages=3), "code": Code()}))
+    assert "args" in common.read_weights(save(tmp_path / "crw.pth", system("crw")[1]))[1]
+
+
+def test_the_model_of_a_weights_file_sets_the_defaults(tmp_path):
+    crw = str(save(tmp_path / "crw.pth", system("crw")[1]))
+    args = parse_args(propagate.Args, ["--weights", crw, "--topk", "3"])
+    assert args.model == "crw" and args.propagation == replace(MODELS["crw"].settings, topk=3)
+    assert parse_args(propagate.Args, ["--weights", crw, "--model", "vfs"]).propagation == MODELS["vfs"].settings
+    bare = str(save(tmp_path / "bare.pth", R18(stages=3)))
+    assert parse_args(propagate.Args, ["--weights", bare]).model == "imagenet"
+    assert parse_args(propagate.Args, []).propagation == Propagation()
+    assert preset("crw", "vip") == replace(MODELS["crw"].settings, size="560x560", context=4)
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """An empty working directory and torch hub cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    return tmp_path
+
+
+def test_weights_are_looked_for_in_turn(nowhere):
+    assert find_weights("crw", fetch=False) is None
+    with pytest.raises(UserError, match=r"github.com/ajabri/videowalk .*--weights FILE"):
+        find_weights("crw")
+    for folder, file in (("hub/checkpoints", "resnet18-f37072fd.pth"), ("weights", "imagenet.pth")):
+        (nowhere / folder).mkdir(parents=True)
+        (nowhere / folder / file).touch()
+        assert find_weights("imagenet", fetch=False).name == file
+
+
+def test_what_is_fetched_is_checked(nowhere, monkeypatch):
+    links = []
+
+    def download(link, path, *_, **__):
+        links.append(link)
+        Path(path).write_bytes(b"weights")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for name in ("imagenet", "moco", "vfs"):
+        with pytest.raises(UserError, match=r"its (sha256|md5) is"):
+            find_weights(name)
+    assert links[0].endswith("resnet18-f37072fd.pth") and not list((nowhere / "hub/checkpoints").iterdir())
+    digest = "md5:" + hashlib.md5(b"weights").hexdigest()[:8]
+    monkeypatch.setitem(MODELS, "moco", replace(MODELS["moco"], digest=digest))
+    assert find_weights("moco").read_bytes() == b"weights"
+    assert find_weights("deepcluster").name == "deepcluster.pth"  # its link names no hash
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other networks
+
+
+@pytest.mark.parametrize(
+    ("arch", "layer"), [("resnet34", "res3"), ("resnet101", "res2"), ("vgg11", "last"), ("vgg19_bn", "conv10")]
+)
+def test_torchvision(arch, layer, tmp_path):
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(arch, weights=None).eval()
+    path = save(tmp_path / "w.pth", {k: v for k, v in net.state_dict().items() if "classifier" not in k})
+    settings = replace(preset(f"torchvision:{arch}"), layer=layer, size="full")
+    with torch.inference_mode():
+        got = load_encoder(f"torchvision:{arch}", path, settings, "cpu")(torch.from_numpy(FRAMES))
+        if "resnet" in arch:
+            same(got, F.normalize(resnet(net.state_dict(), rgb(FRAMES), int(layer[3:]))))
+        else:
+            stop, pools = {"vgg11": (20, (15,)), "vgg19_bn": (33, ())}[arch]  # 20, 33: after the ReLU of the layer
+            x = rgb(FRAMES)
+            for i, part in enumerate(net.features[:stop]):
+                x = x if i in pools else part(x)
+            same(got, F.normalize(x))
+
+
+def test_names_that_are_not_known_are_refused():
+    for name in ("nonsense", "torchvision:alexnet", "torchvision:nonsense", "timm:"):
+        with pytest.raises(UserError, match=r"model|unknown"):
+            load_encoder(name)
+
+
+def test_timm_vit(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    arch = "vit_tiny_patch16_224"
+    vit = timm.create_model(arch, pretrained=False, num_classes=0, dynamic_img_size=True).eval()
+    path = save(tmp_path / "dino.pth", {"teacher": under("module.backbone.", vit.state_dict()), "student": {}})
+    settings = replace(preset(f"timm:{arch}"), size="full")
+    assert settings.stride == 16 and settings.layer == "last"
+    with torch.inference_mode():
+        got = load_encoder(f"timm:{arch}", path, settings, "cpu")(torch.from_numpy(FRAMES))
+        mean, std = (torch.tensor(vit.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+        x = F.interpolate(unit(FRAMES), size=(48, 64), mode="bilinear")  # 40 is rounded up to whole patches
+        tokens = vit.forward_features((x - mean) / std)[:, 1:]
+    same(got, F.normalize(tokens.transpose(1, 2).reshape(1, -1, 3, 4)))
+    assert settings.grid(40, 64) == (3, 4)
+    with pytest.raises(UserError, match="--stride 8"):
+        load_encoder(f"timm:{arch}", path, replace(settings, stride=8), "cpu")
+    with pytest.raises(UserError, match="does not fit"):
+        load_encoder(f"timm:{arch}", save(tmp_path / "w.pth", R18(stages=3)), settings, "cpu")
+
+
+def test_timm_resnet(tmp_path):
+    pytest.importorskip("timm")
+    p = R18()
+    path = save(tmp_path / "w.pth", p)
+    with torch.inference_mode():
+        got = load_encoder("timm:resnet18", path, Propagation(size="full"), "cpu")(torch.from_numpy(FRAMES))
+    same(got, F.normalize(resnet(p, rgb(FRAMES))))
+    for name in ("timm:nonsense", "timm:mixer_b16_224"):
+        with pytest.raises(UserError, match="timm:"):
+            load_encoder(name, path)
+
+
+def test_timm_is_not_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="pip install timm"):
+        load_encoder("timm:resnet18")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_list_models(nowhere, cli):
+    (nowhere / "weights").mkdir()
+    (nowhere / "weights" / "crw.pth").touch()
+    lines = cli(propagate, "--list-models")[1].splitlines()
+    rows = {line.split()[0]: line for line in lines[1:]}
+    assert set(MODELS) <= set(rows)
+    assert "67.5" in rows["crw"] and "found: weights/crw.pth" in rows["crw"] and "MIT" in rows["crw"]
+    assert "res4, post_convolution" in rows["mast"] and "drive.google.com" in rows["mast"]
+
+
+@pytest.mark.parametrize("name", ["crw", "uvc", "mast"])
+def test_weights_alone_run_the_system(name, tmp_path, cli):
+    """--weights FILE is enough: the system is recognised and propagates as its authors do."""
+    rng = np.random.default_rng(0)
+    for t in range(3):
+        cv2.imwrite(str(tmp_path / f"{t}.png"), cv2.resize(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8), (96, 64)))
+    mask = np.zeros((64, 96), np.uint8)
+    mask[16:48, 24:72] = 1
+    common.write_mask(tmp_path / "masks" / "0.png", mask)
+    path = save(tmp_path / "w.pth", system(name)[1])
+    out = tmp_path / "out"
+    flags = ("--video", tmp_path / "[0-9].png", "--weights", path, "--out", out, "--device", "cpu")
+    code, _, said = cli(propagate, *flags, "--mask", tmp_path / "masks" / "0.png")
+    assert code == 0, said
+    assert f"recognised as {name}" in said and len(list((out / "masks").iterdir())) == 3
+    if name == "uvc":
+        (tmp_path / "points.csv").write_text("id,x,y\na,30,30\n")
+        code, _, said = cli(propagate, *flags, "--overwrite", "--points", tmp_path / "points.csv")
+        assert code == 2 and "error: --localization track" in said
