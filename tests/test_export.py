@@ -444,7 +444,7 @@ def test_engines_that_cannot_run(tracker, small_clip, tmp_path, cli):
     write_mask(tmp_path / "many.png", many)
     assert "has 5 objects" in (said := complaint(tracker, mask=tmp_path / "many.png")) and "--objects 5" in said
     assert "--topk 7: is fixed in" in complaint(tracker, "--topk", 7)
-    assert "--weights w.pth: is fixed in" in complaint(tracker, "--weights", "w.pth")
+    assert "--dtype bfloat16: is fixed in" in complaint(tracker, "--dtype", "bfloat16")
     assert "starts from one annotated frame, not 2" in complaint(
         tracker, "--mask", small_clip / "f0.png", "--mask-frame", 0, "--mask-frame", 4
     )
