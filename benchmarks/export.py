@@ -24,7 +24,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import clip  # noqa: E402
-
 import common  # noqa: E402
 import export  # noqa: E402
 
