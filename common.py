@@ -1148,6 +1148,9 @@ class OnnxEngine:
         order = [name for name in order if name in there and (device != "cpu" or name.startswith("CPU"))]
         if device.startswith("cuda") and order[0].startswith("CPU"):
             raise UserError(f"--device {device}: this ONNX Runtime has no CUDA; run pip install onnxruntime-gpu")
+        if order[0].startswith("Tensorrt"):  # building takes minutes: keep the engine beside the graph
+            cache = {"trt_engine_cache_path": f"{path}.cache", "trt_timing_cache_path": f"{path}.cache"}
+            order[0] = order[0], {"trt_engine_cache_enable": True, "trt_timing_cache_enable": True, **cache}
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time

@@ -1,14 +1,14 @@
 """The whole tracker as one graph: extractor, Algorithm 1, memory update and full-size mask in one ONNX file.
 
     python export.py --model imagenet --height 480 --width 854 --objects 1 --context 20 --out tracker.onnx
-    python export.py --model imagenet --height 480 --width 854 --fp16 --tensorrt --out tracker.engine
+    python export.py --model imagenet --video clip.mp4 --mask f0.png --tensorrt --out tracker.onnx  # and tracker.engine
     python propagate.py --engine tracker.onnx --video clip.mp4 --mask f0.png
 
 A program calls the graph once a frame and hands the memory back; it needs a runtime and nothing else:
 
     inputs    frame  H x W x 3 uint8 RGB      mask  H x W uint8, ids 0 to --objects; read where seen is 0
               seen   1 int32: 0 for the annotated frame, then 1, 2, ...: how much of the memory is filled
-              memory_features  (1 + n) x h x w x C      memory_labels  (1 + n) x h x w x L; any content at first
+              memory_features  (1 + n) x h x w x C      memory_labels  (1 + n) x h x w x L; zeros at first
     outputs   new_mask  H x W uint8           labels  L x h x w           features  C x h x w
               new_memory_features, new_memory_labels: the next call's memory
 
@@ -85,7 +85,7 @@ class Step(nn.Module):
         self.encoder, self.settings, self.size, self.objects = encoder, s, size, objects
         self.slots, self.grid = 1 + s.context, s.grid(*size)
         self.overall = s.aggregation == "overall"
-        self.norm = s.softmax if s.softmax != "auto" else ("topk" if self.overall else "frame")
+        self.norm = s.norm
         fixed = s.localization == "fixed"
         exempt = 1 if s.exempt_first and fixed else 0
         self.parts = [(a, b, local) for a, b, local in ((0, exempt, False), (exempt, self.slots, fixed)) if a < b]
@@ -112,10 +112,11 @@ class Step(nn.Module):
                     window.append((cells, outside))
                 self.tiles[-1].append(((y0, y1, x0, x1), window))
 
-        # Bilinear reduction reads 2 x 2 pixels of the mask for a cell: which, and with which weights.
+        # Bilinear reduction reads 2 x 2 pixels of the mask for a cell, nearest one: which, and with which weights.
         self.pixels, weights = [], []
         for pixels, cells in zip(size, self.grid, strict=True):
-            at = ((torch.arange(cells) + 0.5) * pixels / cells - 0.5).clamp(min=0)
+            centre = (torch.arange(cells) + 0.5) * pixels / cells
+            at = centre.floor() if s.sampling == "nearest" else (centre - 0.5).clamp(min=0)
             low = at.floor().int()
             self.pixels.append(torch.stack([low, (low + 1).clamp(max=pixels - 1)], 1).flatten())
             weights.append(torch.stack([1 - (at - low), at - low], 1).flatten())
@@ -132,6 +133,8 @@ class Step(nn.Module):
         slot = torch.arange(self.slots, dtype=torch.int32)
         filled = (slot < seen) | (slot == 0)
         first = torch.where(filled, slot, 0) * (h * w)  # entry of each slot's cell 0
+        if self.settings.pad:  # copies of the annotated frame count until they are overwritten
+            filled = torch.ones_like(filled)
         memory = keys, values, first, filled
         rows = [
             [self.search(query[y0:y1, x0:x1], window, *memory) for (y0, y1, x0, x1), window in row]
@@ -225,10 +228,11 @@ class Step(nn.Module):
 def check_args(args: Args) -> None:
     """Refuse what cannot be exported, and say why."""
     s = args.propagation
-    known = "size upsample layer stride l2 aggregation softmax temperature topk context localization shape radius"
+    known = "size upsample layer stride l2 aggregation softmax temperature topk context localization shape radius "
+    known += "sampling pad exempt_first minmax"
     for factor in fields(Propagation):
         name, value = factor.name, getattr(s, factor.name)
-        if name not in [*known.split(), "exempt_first", "minmax"] and value != factor.default:
+        if name not in known.split() and value != factor.default:
             raise UserError(
                 f"--{name.replace('_', '-')} {value}: cannot be exported, the graph has no such step; leave it"
             )
@@ -408,7 +412,7 @@ def run_reference(
             latest[:] = [each]
             yield each
 
-    first = common.labels_from_mask(torch.from_numpy(mask), ids, s.grid(*mask.shape)).to(device)
+    first = common.labels_from_mask(torch.from_numpy(mask), ids, s.grid(*mask.shape), s.sampling).to(device)
     labelled = common.propagate_video(remembered(), [(next(features), first)], s)
     while True:
         start = time.perf_counter()

@@ -486,7 +486,7 @@ def open_engine(args: Args, size: tuple[int, int], annotations: dict, ids: list)
                 f"--{flag} {value}: is fixed in {args.engine} ({info.get(flag)}); leave it away or export anew"
             )
     for flag, value in asdict(args.propagation).items():
-        if value not in (getattr(MODELS[args.model].settings, flag), getattr(settings, flag)):
+        if value not in (getattr(common.find_model(args.model).settings, flag), getattr(settings, flag)):
             flag, own = flag.replace("_", "-"), getattr(settings, flag)
             raise UserError(f"--{flag} {value}: is fixed in {args.engine} ({own}); leave it away or export anew")
     if args.points:

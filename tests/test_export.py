@@ -69,8 +69,7 @@ def half(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("half") / "tracker.onnx"
     flags = ["--fp16", "--height", 50, "--width", 77, "--objects", 9, "--opset", 20, "--frames", 4, "--minmax"]
     flags += ["--aggregation", "per-frame", "--softmax", "region", "--exempt-first", "--out", path]
-    code = subprocess.run([sys.executable, "export.py", *FLAGS, *map(str, flags)], cwd=ROOT).returncode
-    assert code == 0
+    export.main(common.parse_args(export.Args, [str(flag) for flag in (*FLAGS, *flags)]))
     return path
 
 
@@ -96,6 +95,10 @@ def half(tmp_path_factory) -> Path:
         {"l2": False, "temperature": 5.0},
         {"stride": 4, "layer": "res2"},
         {"size": "32", "upsample": 2},
+        {"pad": True},
+        {"pad": True, "exempt_first": True},
+        {"pad": True, "aggregation": "per-frame", "softmax": "region"},
+        {"sampling": "nearest"},
     ],
     ids=lambda factors: ",".join(f"{key}={value}" for key, value in factors.items()) or "default",
 )
@@ -111,8 +114,8 @@ def test_a_step_is_the_pytorch_path(factors):
     mask = torch.zeros(size, dtype=torch.uint8)
     mask[5:30, 10:40], mask[20:45, 35:70], mask[0, 0] = 1, 2, 7  # 7 is no object: background
     features = [encoder(frame[None])[0] for frame in frames]
-    first = common.labels_from_mask(mask, (1, 2), grid)
-    first[0] = common.labels_from_mask(torch.where(mask > objects, 0, mask), (1, 2), grid)[0]
+    first = common.labels_from_mask(mask, (1, 2), grid, s.sampling)
+    first[0] = common.labels_from_mask(torch.where(mask > objects, 0, mask), (1, 2), grid, s.sampling)[0]
     expected = [first, *common.propagate_video(features[1:], [(features[0], first)], s)]
     memory = (torch.full((1 + s.context, *grid, n), torch.nan) for n in (len(features[0]), objects + 1))
     for seen, (frame, wanted) in enumerate(zip(frames, expected, strict=True)):
@@ -193,7 +196,7 @@ def test_metadata_say_what_made_it(tracker):
 
 PLAIN = """
     Add And ArgMax Cast Clip Concat Constant Conv Div Equal Exp Expand Gather GatherElements GatherND Greater Less Log
-    MatMul Max Min Mod Mul Neg Not Or Pow Reciprocal Relu Reshape Softmax Split Sqrt Sub Tile Transpose Where
+    MatMul Max Min Mod Mul Neg Not Or Pad Pow Reciprocal Relu Reshape Softmax Split Sqrt Sub Tile Transpose Where
 """
 CONSTANT_AXES = "ReduceMax ReduceMin ReduceSum ReduceL2 ReduceLogSumExp Slice Squeeze Unsqueeze"
 ARITHMETIC = "Add Div MatMul Mod Mul Pow ReduceMax ReduceSum Sub Where"
@@ -378,6 +381,10 @@ def test_real_video(shared, imagenet, tmp_path, cli):
         (["--objects", 0], "--objects 0: give 1 to 255"),
         (["--objects", 256], "--objects 256: give 1 to 255"),
         (["--topk", 3840], "--topk 3840: cannot be exported, TensorRT's TopK ends below 3840"),
+        (["--carry", "hard"], "--carry hard: cannot be exported, the graph has no such step"),
+        (["--memory", "spaced"], "--memory spaced: cannot be exported"),
+        (["--no-keep-first"], "--keep-first False: cannot be exported"),
+        (["--localization", "window"], "--localization window: cannot be exported"),
         (["--opset", 13], "--opset 13: give 18 to 20"),
         (["--height", 0], "--height 0 --width 854: give 16 pixels or more"),
         (["--context", -1], "--context -1: give 0 or more"),
@@ -445,7 +452,7 @@ def test_engines_that_cannot_run(tracker, small_clip, tmp_path, cli):
     write_mask(tmp_path / "many.png", many)
     assert "has 5 objects" in (said := complaint(tracker, mask=tmp_path / "many.png")) and "--objects 5" in said
     assert "--topk 7: is fixed in" in complaint(tracker, "--topk", 7)
-    assert "--weights w.pth: is fixed in" in complaint(tracker, "--weights", "w.pth")
+    assert "--dtype bfloat16: is fixed in" in complaint(tracker, "--dtype", "bfloat16")
     assert "starts from one annotated frame, not 2" in complaint(
         tracker, "--mask", small_clip / "f0.png", "--mask-frame", 0, "--mask-frame", 4
     )
