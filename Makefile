@@ -20,6 +20,7 @@ test: .venv/ready
 
 bench: .venv/ready
 	$(PY) benchmarks/propagation.py
+	$(PY) benchmarks/export.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
