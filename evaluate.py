@@ -245,12 +245,9 @@ def score_frame(truth: np.ndarray, pred: np.ndarray, objects: int) -> np.ndarray
     boundary pixels are found at once, within the objects' bounding box, and only they are compared.
     """
     radius = math.ceil(0.008 * math.hypot(*truth.shape))
-    boxes = np.array([cv2.boundingRect(ids) for ids in (truth, pred)])  # x y w h
-    boxes = boxes[boxes[:, 2] > 0]
-    if len(boxes):
-        x, y = np.maximum(boxes[:, :2].min(0) - 1, 0)
-        right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0) + 1
-        truth, pred = truth[y:bottom, x:right], pred[y:bottom, x:right]
+    x, y, width, height = cv2.boundingRect(truth | pred)
+    inside = slice(max(y - 1, 0), y + height + 1), slice(max(x - 1, 0), x + width + 1)
+    truth, pred = (truth[inside], pred[inside]) if width else (truth, pred)
     scores = np.ones((2, objects))
     (at_t, ids_t), (at_p, ids_p) = outlines(truth), outlines(pred)
     for k in range(1, objects + 1):
