@@ -103,7 +103,8 @@ def test_other_settings_are_not_mixed_in(done, small_clip, cli):
 def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, cli, stop):
     argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
     slow = (
-        "import sys, time, common, propagate; real = common.propagate_labels\n"
+        "import signal, sys, time, common, propagate; real = common.propagate_labels\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background may have it ignored
         "def labels(*a, **k): time.sleep(0.2); return real(*a, **k)\n"
         "common.propagate_labels = labels\n"
         "common.run(propagate.main, lambda: common.parse_args(propagate.Args, sys.argv[1:]))"
