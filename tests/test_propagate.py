@@ -299,15 +299,20 @@ def test_every_factor_runs_and_tracks(small_clip, tmp_path, cli, flags):
     assert overlap > (0.1 if "--no-l2" in flags else 0.5)  # random features need their lengths taken out
 
 
-def test_portrait_film_with_rotation_in_its_metadata(small_clip, tmp_path, cli):
-    """A phone's film is stored on its side; frames, masks and overlay are upright."""
-    upright = next(Video(small_clip / "clip.mp4").frames([0]))[1]
-    with av.open(str(small_clip / "clip.mp4")) as source, av.open(str(tmp_path / "phone.mp4"), "w") as target:
+def remux(film: Path, container: Path) -> None:
+    """The same coded frames in another container."""
+    with av.open(str(film)) as source, av.open(str(container), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
                 packet.stream = stream
                 target.mux(packet)
+
+
+def test_portrait_film_with_rotation_in_its_metadata(small_clip, tmp_path, cli):
+    """A phone's film is stored on its side; frames, masks and overlay are upright."""
+    upright = next(Video(small_clip / "clip.mp4").frames([0]))[1]
+    remux(small_clip / "clip.mp4", tmp_path / "phone.mp4")
     data = (tmp_path / "phone.mp4").read_bytes()  # the track header's matrix: identity -> turned by 90 degrees
     one, zero = b"\0\1\0\0", b"\0\0\0\0"
     identity = one + zero * 3 + one + zero * 3 + b"\x40\0\0\0"
@@ -338,12 +343,7 @@ def test_frames_by_index_in_either_direction(small_clip, tmp_path):
 
 
 def test_a_truncated_film_gives_the_frames_before_the_break(small_clip, tmp_path, cli):
-    with av.open(str(small_clip / "clip.mp4")) as source, av.open(str(tmp_path / "whole.mkv"), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                target.mux(packet)
+    remux(small_clip / "clip.mp4", tmp_path / "whole.mkv")
     for name, data in (
         ("cut.mp4", (small_clip / "clip.mp4").read_bytes()),
         ("cut.mkv", (tmp_path / "whole.mkv").read_bytes()),
