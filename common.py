@@ -10,19 +10,27 @@ Matter" (2022). Words and shapes, the same everywhere:
 
 import argparse
 import contextlib
+import csv
 import glob
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
+import random
 import re
+import signal
 import struct
+import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from fractions import Fraction
-from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +44,7 @@ import tyro
 from isal import isal_zlib
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 __version__ = "0.1.0"
 
@@ -607,7 +616,7 @@ def recognise(state: dict[str, Tensor], rest: Sequence[str] = ()) -> str | None:
 def fold_batchnorm(module: nn.Module) -> None:
     """Replace every convolution and the BatchNorm after it by one convolution with the same output."""
     for parent in list(module.modules()):
-        for (name, conv), (after, norm) in pairwise(list(parent.named_children())):
+        for (name, conv), (after, norm) in itertools.pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, name, nn.utils.fuse_conv_bn_eval(conv, norm))
                 setattr(parent, after, nn.Identity())
@@ -657,7 +666,7 @@ def propagate_labels(
     fixed = s.localization == "fixed"
     exempt = min(annotated, n) if s.exempt_first and fixed else 0
     edges = [0, exempt, n] if overall else range(n + 1)
-    parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in pairwise(edges) if a < b]
+    parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in itertools.pairwise(edges) if a < b]
     parts = [(a, part.contiguous() if part.shape[2] > 1 else part, local) for a, part, local in parts]
 
     most = max(part.shape[2] for _, part, _ in parts)
@@ -758,7 +767,9 @@ def propagate_windows(target: Tensor, features: Tensor, labels: Tensor, s: Propa
         if s.localization == "predicted" and age > 15:
             far[i] = torch.stack(torch.meshgrid(ys, xs, indexing="ij"), -1).float()
             D = min(4, age // 15 + 1)
-            for y, x in product(range(min(D, h)), range(min(D, w))):  # the cells D apart are a frame of their own
+            for y, x in itertools.product(
+                range(min(D, h)), range(min(D, w))
+            ):  # the cells D apart are a frame of their own
                 P = correlate(query[y::D, x::D], keys[i, y::D, x::D], R).flatten(2).softmax(-1).unflatten(2, (S, S))
                 far[i][y::D, x::D] += D * torch.stack([P.sum(3) @ d.float(), P.sum(2) @ d.float()], -1)
     z = torch.zeros(h, w, values.shape[3], device=d.device)
@@ -1253,6 +1264,386 @@ class TensorRTEngine:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Training: what train_finetune.py and train_uvc_plus.py share
+
+
+@dataclass
+class Training:
+    """Flags of both training scripts."""
+
+    out: Path = Path("results/train")
+    """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures."""
+    resume: bool = True
+    """Go on from OUT/last.pth where there is one; --no-resume begins again."""
+    max_steps: int = 0
+    """Stop after this many steps in all; 0: after the last epoch."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, their gradients added up: for small memories."""
+    workers: int = min(8, os.cpu_count() or 1)
+    """Processes that read and augment the data, for each GPU."""
+    amp: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of convolutions; float16 with loss scaling."""
+    device: str = "auto"
+    """auto, cpu or cuda; under torchrun each process takes a GPU of its own."""
+    seed: int = 0
+    """Of initial weights, order and augmentation."""
+    save_minutes: float = 10
+    """Minutes between checkpoints; also one at the end of every epoch and on SIGTERM or Ctrl-C."""
+    validate: Path | None = None
+    """A DAVIS root: score label propagation on a few clips while training."""
+    validate_every: int = 5
+    """Epochs between two such scores."""
+    validate_sequences: str = ""
+    """Clips to score, separated by commas (default: the first two of the val list)."""
+
+
+# what may change when a run is resumed; every other flag decides what is learnt
+FREE = {"out", "resume", "max_steps", "workers", "device", "save_minutes"}
+FREE |= {"validate", "validate_every", "validate_sequences"}
+
+
+class Unreadable(Exception):
+    """Raised with "path: why" by a data set that cannot read a sample: train() names it and draws another."""
+
+
+def rank_world() -> tuple[int, int]:
+    """This process and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_training(args: Training) -> torch.device:
+    """Check the flags against those of OUT/last.pth, seed, join the process group. To be called first."""
+    for flag, least in (
+        ("max_steps", 0),
+        ("accumulate", 1),
+        ("workers", 0),
+        ("save_minutes", 0),
+        ("validate_every", 1),
+    ):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
+    if args.validate and not (args.validate / "ImageSets" / "2017" / "val.txt").is_file():
+        raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
+    if args.resume and (last := args.out / "last.pth").is_file():
+        for flag, old in read_checkpoint(last)["config"].items():
+            now = str(getattr(args, flag, None))
+            if flag not in FREE and now != old:
+                raise UserError(
+                    f"{last}: was trained with --{flag.replace('_', '-')} {old}, not {now}; give the same, "
+                    "another --out, or --no-resume to begin again"
+                )
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if rank_world()[1] > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for a validation
+    torch.manual_seed(args.seed)
+    return device
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A last.pth of train()."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: state[key] for key in ("step", "config", "method", "optimizer", "scaler")}
+    except Exception as error:  # of the unpickler: many kinds
+        raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of several numbers, such as (run, stream, step, place)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Draws(torch.utils.data.Dataset):
+    """A data set asked by (index, seed): what is random in a sample depends on its seed alone. A sample that cannot
+    be read gives place to another; None in its place after 100."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __getitem__(self, key: tuple[int, int]):
+        (index, seed), skipped = key, []
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - for libraries that draw from it
+        torch.manual_seed(seed)
+        while len(skipped) < 100:
+            try:
+                return self.samples[index], skipped
+            except Unreadable as error:
+                skipped.append(str(error))
+                index = int(torch.randint(len(self.samples), ()))
+        return None, skipped
+
+    @staticmethod
+    def collate(drawn: list) -> tuple:
+        samples = [sample for sample, _ in drawn]
+        whole = all(sample is not None for sample in samples)
+        return torch.utils.data.default_collate(samples) if whole else None, [
+            line for _, lines in drawn for line in lines
+        ]
+
+
+class Batches(torch.utils.data.Sampler):
+    """Endless shuffled batches of (index, seed) from step `start` on, full ones only; those of a step are a function
+    of (seed, step), and a process takes its slice of them."""
+
+    def __init__(self, count: int, size: int, seed: tuple[int, ...], start: int):
+        self.count, self.size, self.seed, self.start = count, size, seed, start
+
+    def __iter__(self):
+        rank, world = rank_world()
+        share, epoch = self.size // world, None
+        for step in itertools.count(self.start):
+            if step // (self.count // self.size) != epoch:
+                epoch = step // (self.count // self.size)
+                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(*self.seed, epoch)))
+            first = step % (self.count // self.size) * self.size
+            places = range(rank * share, (rank + 1) * share)
+            yield [(int(order[first + place]), seed_of(*self.seed, step, place)) for place in places]
+
+
+def quiet_worker(_) -> None:
+    """A loader process leaves signals to the main one, which wants its last batches before it stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+
+
+def each(batch, do: Callable[[Tensor], Tensor]):
+    """A batch of nested dicts, lists and tuples with `do` applied to its tensors."""
+    if isinstance(batch, dict):
+        return {key: each(value, do) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(each(value, do) for value in batch)
+    return do(batch) if isinstance(batch, Tensor) else batch
+
+
+class Curve:
+    """A CSV with a row for each call; rows of later steps than `step`, from a run that was cut off, are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path, self.rows = path, []
+        if step and path.is_file():
+            with path.open(newline="") as file:
+                self.rows = [
+                    row for row in csv.DictReader(file) if None not in row.values() and int(row["step"]) <= step
+                ]
+
+    def add(self, row: dict) -> None:
+        self.rows.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        with atomic(self.path) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
+    """J&F of label propagation with OUT/weights.pth, by evaluate.py in a process of its own; {} if that fails."""
+    names = args.validate_sequences.split(",") if args.validate_sequences else []
+    names = names or (args.validate / "ImageSets" / "2017" / "val.txt").read_text().split()[:2]
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        command = [sys.executable, Path(__file__).parent / "evaluate.py", "--data", args.validate, "--out", folder]
+        command += [
+            "--weights",
+            args.out / "weights.pth",
+            "--sequences",
+            ",".join(names),
+            "--device",
+            args.device,
+            *flags,
+        ]
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        done = subprocess.run(command, capture_output=True, text=True, env=alone)
+        if done.returncode:
+            tqdm.write(
+                f"warning: validation failed: {(done.stderr.splitlines() or ['no message'])[-1]}", file=sys.stderr
+            )
+            return {}
+        overall = json.loads((Path(folder) / "scores.json").read_text())["overall"]
+    return {name: 100 * overall[name] for name in ("J&F_M", "J_M", "F_M")}
+
+
+def train(
+    args: Training,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr: Callable[[int], float],
+    epochs: int,
+    steps_per_epoch: int,
+    streams: dict[str, tuple[Sequence, int]],
+    weights: Callable[[], dict],
+    validation: Sequence[str] = (),
+    score: Callable[[], dict[str, float]] | None = None,
+    look: Callable[[dict, int], np.ndarray] | None = None,
+    look_every: int = 0,
+) -> None:
+    """Train, on one process or many, so that a run that is cut off and resumed ends with the same weights.
+
+    method(batch, step) gives scalar tensors, the same ones at every step: "loss" is minimised, all are logged. streams
+    names data sets and their batch sizes over all processes; batch[name] is what their samples collate to. Randomness
+    is a function of (seed, step, place in the batch), so a checkpoint needs no random states, and processes x
+    accumulated parts see the same samples however they are shared out. lr(epoch), epochs from 0. weights() is saved as
+    OUT/weights.pth; validation are flags of evaluate.py for --validate; score() is run by all processes at the end of
+    an epoch; look(batch, step) is a picture, H x W x 3 uint8. Raises UserError for a loss that is not finite, data
+    that cannot be read and a full disk; the last checkpoint stays.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    rank, world = rank_world()
+    device, last = next(method.parameters()).device, args.out / "last.pth"
+    total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
+    for name, (samples, size) in streams.items():
+        if len(samples) < size:
+            raise UserError(
+                f"{len(samples)} samples to learn from ({name}) for a batch of {size}; give a smaller batch"
+            )
+        if size % (world * args.accumulate):
+            raise UserError(f"a batch of {size} ({name}): does not divide into {world} processes x --accumulate parts")
+    scaler, step = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
+    if args.resume and last.is_file():
+        state = read_checkpoint(last)
+        method.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        step = state["step"]
+    loaders = [
+        iter(
+            torch.utils.data.DataLoader(
+                Draws(samples),
+                batch_sampler=Batches(len(samples), size, (args.seed, number), step),
+                collate_fn=Draws.collate,
+                num_workers=args.workers,
+                worker_init_fn=quiet_worker,
+                pin_memory=device.type == "cuda",
+            )
+        )
+        for number, (samples, size) in enumerate(streams.values())
+    ]
+    parallel = method
+    if world > 1:
+        parallel = nn.parallel.DistributedDataParallel(
+            method, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def save() -> None:
+        state = {"step": step, "config": {flag: str(value) for flag, value in vars(args).items()}}
+        state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        for path, content in ((last, state), (args.out / "weights.pth", weights())):
+            whole = io.BytesIO()  # torch.save to a full disk is no OSError
+            torch.save(content, whole)
+            with atomic(path) as temporary:
+                temporary.write_bytes(whole.getbuffer())
+
+    stopped, lost, sums = [], set(), {}
+
+    def stop(number: int, _) -> None:
+        if stopped:  # asked twice: now
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    began = saved = time.perf_counter()
+    waited, first, since = 0.0, step, (began, step)
+    log, scores = (Curve(args.out / name, step) if not rank else None for name in ("log.csv", "validation.csv"))
+    board = SummaryWriter(args.out, purge_step=step) if not rank else None
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+    method.train()
+    try:
+        while step < total and not stopped:
+            epoch = step // steps_per_epoch
+            for group in optimizer.param_groups:
+                group["lr"] = lr(epoch)
+            start, batch = time.perf_counter(), {}
+            for loader, name in zip(loaders, streams, strict=True):
+                batch[name], skipped = next(loader)
+                for line in set(skipped) - lost:
+                    tqdm.write(f"warning: {line}: skipped", file=sys.stderr)
+                    with (args.out / "unreadable.txt").open("a") as file:
+                        file.write(f"{line}\n")
+                lost.update(skipped)
+                if batch[name] is None or len(lost) > max(10, len(streams[name][0]) // 10):
+                    raise UserError(f"{len(lost)} samples of {name} cannot be read, such as {min(lost)}; check --data")
+            waited += time.perf_counter() - start
+            batch = each(batch, lambda x: x.to(device, non_blocking=True))
+            for part in range(args.accumulate):
+                torch.manual_seed(seed_of(args.seed, step, rank * args.accumulate + part))
+                cut = each(batch, lambda x, part=part: x.chunk(args.accumulate)[part])
+                final = part == args.accumulate - 1 or world == 1
+                with contextlib.nullcontext() if final else parallel.no_sync():
+                    with torch.autocast(device.type, getattr(torch, args.amp), enabled=args.amp != "float32"):
+                        terms = parallel(cut, step)
+                    scaler.scale(terms["loss"] / args.accumulate).backward()
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0) + value.detach().float() / args.accumulate
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if world > 1:  # all stop at the same step
+                flag = torch.tensor(max(stopped, default=0), device=device)
+                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+                stopped += [int(flag)] if flag and not stopped else []
+            over = step % steps_per_epoch == 0
+            due = over or stopped or step == total or time.perf_counter() - saved > 60 * args.save_minutes
+            if due or step % 10 == 0 or step <= 10:
+                now, steps = time.perf_counter(), step - since[1]
+                means = {name: float(value) / steps for name, value in sums.items()}
+                if not math.isfinite(means["loss"]):
+                    raise UserError(
+                        f"the loss is no number by step {step}; {last if last.exists() else 'nothing'} is kept from "
+                        "before; lower the learning rate, or take --amp float32"
+                    )
+                speed = steps * sum(size for _, size in streams.values()) / (now - since[0])
+                row = {"lr": lr(epoch), "images_per_s": speed, "waiting": waited / (now - began), **means}
+                bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()}, refresh=False)
+                if not rank:
+                    log.add({"step": step, "epoch": epoch, **row})
+                    for name, value in row.items():
+                        board.add_scalar(name, value, step)
+                sums, since = {}, (now, step)
+            if due and not rank:
+                save()
+                saved = time.perf_counter()
+            if look and not rank and step % look_every == 0:
+                picture = look(batch, step)
+                with atomic(args.out / "pictures" / f"{step:07}.jpg") as path:
+                    path.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1])
+                board.add_image("picture", picture, step, dataformats="HWC")
+            if (over or step == total) and not stopped:
+                row = score() if score and over else {}
+                if args.validate and not rank and ((epoch + 1) % args.validate_every == 0 or step == total):
+                    row |= validate(args, validation)
+                if row and not rank:
+                    scores.add({"step": step, "epoch": epoch, **row})
+                    for name, value in row.items():
+                        board.add_scalar(f"validation/{name}", value, step)
+                    tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+                method.train()
+                since = time.perf_counter(), step
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        bar.close()
+        if board:
+            board.close()
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if stopped:
+        if not rank:
+            print(f"stopped at step {step}: {last} is whole; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + stopped[0])
+    if not rank:
+        took = time.perf_counter() - began
+        print(f"steps {first} to {step} in {took:.0f} s, {waited / took:.0%} of it waiting for data")
+        print(args.out / "weights.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Frames and masks on disk
 
 PALETTE = np.zeros((256, 3), np.uint8)  # PASCAL VOC: the bits of the id, dealt to r, g, b from the highest down
@@ -1517,8 +1908,11 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: np.ndarray = PALETTE, 
 
 
 def parse_args(args_type, argv: Sequence[str] | None = None):
-    """Parse a script's Args (a dataclass with `model`, `weights` and `propagation`). The defaults are those of its
-    --model, without one those of the system that --weights is recognised as."""
+    """Parse a script's Args, a dataclass. Where it has `propagation`, the defaults are those of its --model, without
+    one those of the system that --weights is recognised as."""
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
+    if issubclass(args_type, Training):
+        return tyro.cli(args_type, args=argv, config=config)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model")
     peek.add_argument("--weights", type=Path)
@@ -1526,5 +1920,4 @@ def parse_args(args_type, argv: Sequence[str] | None = None):
     given = peek.parse_known_args(argv)[0]
     name = given.model or (given.weights and recognise(*read_weights(given.weights))) or args_type().model
     default = replace(args_type(), model=name, propagation=preset(name, given.dataset))
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
     return tyro.cli(args_type, args=argv, default=default, config=config)

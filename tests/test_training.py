@@ -1,0 +1,171 @@
+"""What both training scripts rely on: common.train on a tiny method, and the promise that a cut-off run ends the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import common
+from common import Training, Unreadable, UserError, start_training, train
+
+ROOT = Path(__file__).parent.parent
+
+
+class Numbers:
+    """Samples with something random in them; some cannot be read."""
+
+    def __init__(self, count: int, bad: tuple[int, ...] = (), seconds: float = 0):
+        self.count, self.bad, self.seconds = count, bad, seconds
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        if index in self.bad:
+            raise Unreadable(f"picture{index}.jpg: is damaged")
+        time.sleep(self.seconds)
+        return {"x": torch.randn(3) + index, "index": index}
+
+
+class Line(nn.Module):
+    """A regression with noise of its own, to see that randomness comes back after a resume."""
+
+    def __init__(self):
+        super().__init__()
+        self.fit = nn.Linear(3, 1)
+        self.register_buffer("seen", torch.zeros(100, dtype=torch.long))
+        self.nan_at = -1
+
+    def forward(self, batch, step):
+        x = batch["numbers"]["x"]
+        self.seen[batch["numbers"]["index"]] += 1
+        loss = (self.fit(x + 0.1 * torch.randn(3)) - x.sum(1, keepdim=True)).square().mean()
+        return {"loss": loss * (float("nan") if step == self.nan_at else 1), "half": loss / 2}
+
+
+@dataclass
+class Args(Training):
+    lr: float = 0.001
+
+
+def go(out: Path, samples=None, nan_at: int = -1, epochs: int = 4, batch: int = 4, seconds=0.0, **flags) -> nn.Module:
+    args = Args(out=out, workers=flags.pop("workers", 0), **flags)
+    device = start_training(args)
+    method = Line().to(device)
+    method.nan_at = nan_at
+    samples = samples or Numbers(20, seconds=seconds)
+    optimizer = torch.optim.SGD(method.parameters(), args.lr, momentum=0.9)
+
+    def weights():
+        return {"state_dict": method.fit.state_dict(), "meta": {}}
+
+    train(args, method, optimizer, lambda e: args.lr / (e + 1), epochs, 20 // batch, {"numbers": (samples, batch)}, weights)
+    return method
+
+
+def test_an_epoch_sees_every_sample_once(tmp_path):
+    method = go(tmp_path, epochs=3)
+    assert method.seen[:20].tolist() == [3] * 20
+
+
+@pytest.mark.parametrize("amp", ["float32", "bfloat16"])
+def test_resumed_run_ends_with_the_same_weights(tmp_path, amp):
+    whole = go(tmp_path / "whole", amp=amp)
+    go(tmp_path / "cut", max_steps=7, amp=amp)  # in the midst of epoch 1
+    resumed = go(tmp_path / "cut", amp=amp, workers=2)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    rows = [(tmp_path / run / "log.csv").read_text().splitlines() for run in ("whole", "cut")]
+    assert [row.split(",")[0] for row in rows[0]] == ["step", *map(str, range(1, 11)), "15", "20"]
+    assert rows[1][-1].split(",")[5:] == rows[0][-1].split(",")[5:]
+
+
+def test_parts_and_processes_are_the_same(tmp_path):
+    """Two processes of 2 samples end where one process with two parts of 2 samples ends, up to rounding."""
+    one = go(tmp_path / "one", accumulate=2).state_dict()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", __file__, str(tmp_path / "two")]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    two = torch.load(tmp_path / "two" / "last.pth", weights_only=True)["method"]
+    for name in ("fit.weight", "fit.bias"):
+        assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6), name
+    assert two["seen"][:20].sum() == 40  # rank 0 saw half of 80
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path, number):
+    command = [sys.executable, __file__, str(tmp_path / "cut"), "0.02"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "cut" / "log.csv").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(number)
+    _, err = run.communicate()
+    assert run.returncode == 128 + number
+    assert "the same command goes on" in err and "Traceback" not in err
+    assert 0 < torch.load(tmp_path / "cut" / "last.pth", weights_only=True)["step"] < 80
+    resumed, whole = go(tmp_path / "cut", epochs=16), go(tmp_path / "whole", epochs=16)
+    assert torch.equal(resumed.fit.weight, whole.fit.weight)
+
+
+def test_no_number_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"no number by step 8; .*last\.pth is kept"):
+        go(tmp_path, nan_at=7)
+    state = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert state["step"] == 5 and state["method"]["fit.weight"].isfinite().all()
+
+
+def test_other_settings_are_refused_free_ones_are_not(tmp_path):
+    go(tmp_path, max_steps=2)
+    with pytest.raises(UserError, match=r"--lr 0\.001, not 0\.5"):
+        go(tmp_path, lr=0.5)
+    go(tmp_path, max_steps=3, save_minutes=1)
+    go(tmp_path, lr=0.5, resume=False, max_steps=1)
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 1
+
+
+def test_unreadable_samples_are_named_and_skipped(tmp_path, capsys):
+    method = go(tmp_path, Numbers(20, bad=(3, 8)))
+    assert method.seen[3] == method.seen[8] == 0 and method.seen.sum() == 80
+    assert set((tmp_path / "unreadable.txt").read_text().splitlines()) == {
+        "picture3.jpg: is damaged", "picture8.jpg: is damaged",
+    }  # fmt: skip
+    assert "warning: picture3.jpg: is damaged: skipped" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"samples of numbers cannot be read"):
+        go(tmp_path / "more", Numbers(20, bad=tuple(range(18))))
+    with pytest.raises(UserError, match=r"samples of numbers cannot be read"):
+        go(tmp_path / "all", Numbers(20, bad=tuple(range(20))), workers=1)
+
+
+def test_bad_sizes_get_one_line(tmp_path):
+    with pytest.raises(UserError, match="20 samples to learn from"):
+        go(tmp_path, batch=21, epochs=1)
+    with pytest.raises(UserError, match="does not divide"):
+        go(tmp_path, accumulate=3)
+    with pytest.raises(UserError, match="--accumulate 0"):
+        go(tmp_path, accumulate=0)
+    with pytest.raises(UserError, match=r"has no ImageSets/2017/val\.txt"):
+        go(tmp_path, validate=tmp_path)
+    (tmp_path / "last.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="damaged"):
+        go(tmp_path)
+
+
+def test_full_disk_keeps_what_is_there(tmp_path):
+    go(tmp_path, max_steps=2)
+    before = (tmp_path / "last.pth").read_bytes()
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)); sys.path.insert(0, sys.argv[1]);"
+    code = limit + "import test_training as t; from pathlib import Path; t.go(Path(sys.argv[2]))"
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "tests", tmp_path], capture_output=True, text=True)
+    assert "cannot be written" in done.stderr
+    assert (tmp_path / "last.pth").read_bytes() == before
+
+
+if __name__ == "__main__":
+    common.run(lambda out: go(Path(out), epochs=16 if sys.argv[2:] else 4, seconds=float((sys.argv[2:] or [0])[0])), lambda: sys.argv[1])
