@@ -1538,7 +1538,7 @@ def train(
             with atomic(path) as temporary:
                 temporary.write_bytes(whole.getbuffer())
 
-    stopped, lost, sums = [], set(), {}
+    stopped, halt, lost, sums = [], 0, set(), {}
 
     def stop(number: int, _) -> None:
         if stopped:  # asked twice: now
@@ -1553,7 +1553,7 @@ def train(
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     method.train()
     try:
-        while step < total and not stopped:
+        while step < total and not halt:
             epoch = step // steps_per_epoch
             for group in optimizer.param_groups:
                 group["lr"] = lr(epoch)
@@ -1584,12 +1584,13 @@ def train(
             optimizer.zero_grad()
             step += 1
             bar.update()
+            halt = max(stopped, default=0)
             if world > 1:  # all stop at the same step
-                flag = torch.tensor(max(stopped, default=0), device=device)
+                flag = torch.tensor(halt, device=device)
                 torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-                stopped += [int(flag)] if flag and not stopped else []
+                halt = int(flag)
             over = step % steps_per_epoch == 0
-            due = over or stopped or step == total or time.perf_counter() - saved > 60 * args.save_minutes
+            due = over or halt or step == total or time.perf_counter() - saved > 60 * args.save_minutes
             if due or step % 10 == 0 or step <= 10:
                 now, steps = time.perf_counter(), step - since[1]
                 means = {name: float(value) / steps for name, value in sums.items()}
@@ -1614,7 +1615,7 @@ def train(
                 with atomic(args.out / "pictures" / f"{step:07}.jpg") as path:
                     path.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1])
                 board.add_image("picture", picture, step, dataformats="HWC")
-            if (over or step == total) and not stopped:
+            if (over or step == total) and not halt:
                 row = score() if score and over else {}
                 if args.validate and not rank and ((epoch + 1) % args.validate_every == 0 or step == total):
                     row |= validate(args, validation)
@@ -1633,10 +1634,10 @@ def train(
             board.close()
     if world > 1:
         torch.distributed.destroy_process_group()
-    if stopped:
+    if halt:
         if not rank:
             print(f"stopped at step {step}: {last} is whole; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + stopped[0])
+        sys.exit(128 + halt)
     if not rank:
         took = time.perf_counter() - began
         print(f"steps {first} to {step} in {took:.0f} s, {waited / took:.0%} of it waiting for data")

@@ -1,4 +1,4 @@
-"""What both training scripts rely on: common.train on a tiny method, and the promise that a cut-off run ends the same."""
+"""What both training scripts rely on: common.train, here on a tiny method. A run that is cut off ends the same."""
 
 import os
 import signal
@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-import common
-from common import Training, Unreadable, UserError, start_training, train
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # also run as a script, below
+
+import common  # noqa: E402
+from common import Training, Unreadable, UserError, start_training, train  # noqa: E402
 
 
 class Numbers:
@@ -45,7 +46,7 @@ class Line(nn.Module):
 
     def forward(self, batch, step):
         x = batch["numbers"]["x"]
-        self.seen[batch["numbers"]["index"]] += 1
+        self.seen.index_add_(0, batch["numbers"]["index"], torch.ones_like(batch["numbers"]["index"]))
         loss = (self.fit(x + 0.1 * torch.randn(3)) - x.sum(1, keepdim=True)).square().mean()
         return {"loss": loss * (float("nan") if step == self.nan_at else 1), "half": loss / 2}
 
@@ -66,7 +67,16 @@ def go(out: Path, samples=None, nan_at: int = -1, epochs: int = 4, batch: int = 
     def weights():
         return {"state_dict": method.fit.state_dict(), "meta": {}}
 
-    train(args, method, optimizer, lambda e: args.lr / (e + 1), epochs, 20 // batch, {"numbers": (samples, batch)}, weights)
+    train(
+        args,
+        method,
+        optimizer,
+        lambda e: args.lr / (e + 1),
+        epochs,
+        20 // batch,
+        {"numbers": (samples, batch)},
+        weights,
+    )
     return method
 
 
@@ -160,12 +170,19 @@ def test_bad_sizes_get_one_line(tmp_path):
 def test_full_disk_keeps_what_is_there(tmp_path):
     go(tmp_path, max_steps=2)
     before = (tmp_path / "last.pth").read_bytes()
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)); sys.path.insert(0, sys.argv[1]);"
-    code = limit + "import test_training as t; from pathlib import Path; t.go(Path(sys.argv[2]))"
+    code = """if True:
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        sys.path.insert(0, sys.argv[1])
+        import test_training
+        test_training.go(test_training.Path(sys.argv[2]))"""
     done = subprocess.run([sys.executable, "-c", code, ROOT / "tests", tmp_path], capture_output=True, text=True)
     assert "cannot be written" in done.stderr
     assert (tmp_path / "last.pth").read_bytes() == before
 
 
 if __name__ == "__main__":
-    common.run(lambda out: go(Path(out), epochs=16 if sys.argv[2:] else 4, seconds=float((sys.argv[2:] or [0])[0])), lambda: sys.argv[1])
+    common.run(
+        lambda out: go(Path(out), epochs=16 if sys.argv[2:] else 4, seconds=float((sys.argv[2:] or [0])[0])),
+        lambda: sys.argv[1],
+    )
