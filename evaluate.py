@@ -96,7 +96,8 @@ class Args:
     """Its weights (default: weights/, the torch hub cache, or a download)."""
     propagation: Propagation = field(default_factory=Propagation)
     predictions: tuple[Path, ...] = ()
-    """Only score these folders (<folder>/<sequence>/<frame>.png), a row each."""
+    """Only score these folders (<folder>/<sequence>/<frame>.png, or <sequence>/masks/ as propagate.py writes them), a
+    row each."""
     out: Path | None = None
     """Folder for predictions, scores.json, scores.csv and report.html (default: results/<dataset>)."""
     sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -326,7 +327,9 @@ def prediction(folder: Path, seq: Sequence, name: str = "") -> Path:
     if seq.dataset == "jhmdb":
         return folder / seq.name / "joint_positions.mat"
     base = folder / "Category_ids" if not (folder / seq.name).is_dir() and seq.dataset == "vip" else folder
-    return base / seq.name / f"{name}.png" if name else base / seq.name
+    own = base / seq.name / "masks"  # as propagate.py writes them
+    base = own if own.is_dir() else base / seq.name
+    return base / f"{name}.png" if name else base
 
 
 def score_davis_frame(job: tuple) -> np.ndarray:
@@ -753,7 +756,7 @@ def check_prediction(seq: Sequence, folder: Path) -> None:
         return
     path = prediction(folder, seq)
     if not path.is_dir():
-        raise UserError(f"{path}: not found; predictions are <folder>/<sequence>/<frame>.png")
+        raise UserError(f"{path}: not found; predictions are <folder>/<sequence>/<frame>.png, or in a folder masks there")
     extra = sorted({p.stem for p in path.glob("*.png")} - set(seq.names))
     check_names(path, extra, seq.names[0])
     if extra:

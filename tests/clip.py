@@ -2,7 +2,7 @@
 
 Three objects move, turn, grow and shrink, and half hide each other in the course of 60 frames.
 
-    python tests/clip.py results/demo-clip          # clip.mp4, f0.png and the true mask of every frame
+    python tests/clip.py results/demo-clip          # clip.mp4, f0.png and the truth, as a data set of one sequence
 """
 
 import math
@@ -77,17 +77,20 @@ def render(
         yield np.clip(frame + noise, 0, 255).astype(np.uint8), mask[fine // 2 :: fine, fine // 2 :: fine].copy()
 
 
-def write_clip(folder: Path, fps: float = 15, **shape) -> Path:
-    """clip.mp4, f0.png, and the truth of every frame (truth/00000.png, ...) in `folder`."""
+def write_clip(folder: Path, fps: float = 15, truth: str = "truth", **shape) -> Path:
+    """clip.mp4, f0.png, and the true mask of every frame (<truth>/00000.png, ...) in `folder`."""
     clip = list(render(**shape))
     with film_writer(folder / "clip.mp4", fps, clip[0][0].shape[:2]) as append:
         for frame, _ in clip:
             append(frame)
     for t, (_, mask) in enumerate(clip):
-        write_mask(folder / "truth" / f"{t:05d}.png", mask, PALETTE)
+        write_mask(folder / truth / f"{t:05d}.png", mask, PALETTE)
     write_mask(folder / "f0.png", clip[0][1], PALETTE)
     return folder / "clip.mp4"
 
 
-if __name__ == "__main__":
-    print(write_clip(Path(sys.argv[1] if len(sys.argv) > 1 else "results/demo-clip")))
+if __name__ == "__main__":  # laid out as DAVIS is, so that evaluate.py scores the demo
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results/demo-clip")
+    print(write_clip(folder, truth="Annotations/480p/demo"))
+    (folder / "ImageSets" / "2017").mkdir(parents=True, exist_ok=True)
+    (folder / "ImageSets" / "2017" / "val.txt").write_text("demo\n")

@@ -621,6 +621,12 @@ def test_several_folders_are_rows_of_one_table(cli, data, whole, tmp_path):
     rows = read(tmp_path)["rows"]
     assert [row["name"] for row in rows] == [folder.name, "480p"]
     assert rows[0]["overall"] == read(whole)["overall"] and rows[1]["overall"]["J&F_M"] == 1
+    for name in ("first", "second"):  # as propagate.py writes them
+        shutil.copytree(folder / name, tmp_path / "results" / name / "masks")
+    argv = ["--data", data, "--predictions", tmp_path / "results", "--out", tmp_path]
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0, err
+    assert read(tmp_path)["overall"] == read(whole)["overall"]
 
 
 def test_test_dev_is_predicted_and_not_scored(cli, data, tmp_path):
