@@ -26,8 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -1768,6 +1769,18 @@ class Video:
                 self.broken = f"{self.source}: breaks off after frame {done}; the frames up to there are kept"
         if done < 0 and first == 0:
             raise UserError(f"{self.source}: no frame can be decoded; is it whole? Try to play it")
+
+
+def ahead(items: Iterable, depth: int = 4) -> Iterator:
+    """The same items, made by a thread that runs ahead by up to `depth`."""
+    items, done, thread = iter(items), object(), ThreadPoolExecutor(1)
+    try:
+        coming = deque(thread.submit(next, items, done) for _ in range(depth))
+        while (item := coming.popleft().result()) is not done:
+            coming.append(thread.submit(next, items, done))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ import signal
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -54,6 +54,7 @@ from common import (
     Propagation,
     UserError,
     Video,
+    ahead,
     atomic,
     find_weights,
     labels_from_mask,
@@ -674,16 +675,6 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
         move(folder, row.folder / seq.name)
 
 
-def ahead(items: Iterable) -> Iterator:
-    """The same items, each prepared in a thread while the one before is in use."""
-    items = iter(items)
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
-
-
 def write_parts(
     path: Path, labels: torch.Tensor, kinds: list[int], full: tuple[int, int], size: tuple[int, int]
 ) -> None:
@@ -756,7 +747,7 @@ def check_prediction(seq: Sequence, folder: Path) -> None:
         return
     path = prediction(folder, seq)
     if not path.is_dir():
-        raise UserError(f"{path}: not found; predictions are <folder>/<sequence>/<frame>.png, or in a folder masks there")
+        raise UserError(f"{path}: not found; predictions are <folder>/<sequence>/<frame>.png, or in masks/ there")
     extra = sorted({p.stem for p in path.glob("*.png")} - set(seq.names))
     check_names(path, extra, seq.names[0])
     if extra:

@@ -15,11 +15,9 @@ import glob
 import hashlib
 import json
 import platform
-import queue
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -285,37 +283,6 @@ def refine_box(frame: np.ndarray, left: int, top: int, right: int, bottom: int) 
 # The run: reading, extracting, propagating and writing overlap
 
 
-def prefetch(items: Iterable, depth: int = 4) -> Iterator:
-    """The same items, made by a thread that runs ahead by up to `depth`."""
-    ahead, done, stop = queue.Queue(depth), object(), threading.Event()
-
-    def put(item) -> None:
-        while not stop.is_set():
-            try:
-                return ahead.put(item, timeout=0.1)
-            except queue.Full:
-                pass
-
-    def work() -> None:
-        try:
-            for item in items:
-                put((item, None))
-                if stop.is_set():
-                    return
-            put((done, None))
-        except BaseException as error:
-            put((done, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while (pair := ahead.get())[0] is not done:
-            yield pair[0]
-        if pair[1]:
-            raise pair[1]
-    finally:
-        stop.set()
-
-
 class Stopwatch(Counter):
     """Seconds by stage."""
 
@@ -442,7 +409,7 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
             current = deque()
 
             def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-                frames = prefetch(video.frames(todo))
+                frames = common.ahead(video.frames(todo))
                 while True:
                     with clock.time("read"):
                         item = next(frames, None)
@@ -516,7 +483,7 @@ def track_engine(args: Args, video, order, annotations: dict[int, np.ndarray], r
         for stretch in [order] if live else segments(order, annotations):
             if not live and all(map(results.has, stretch)):
                 continue
-            frames = prefetch(video.frames(stretch))
+            frames = common.ahead(video.frames(stretch))
             while True:
                 with clock.time("read"):
                     index, frame = next(frames, (None, None))
@@ -562,7 +529,7 @@ def make_film(out: Path, video: Video, order: list[int], results: Results, every
     H, W = video.size
     thumbs, width = [], min(480, W)
     with common.film_writer(out / "overlay.mp4", video.fps / every, video.size) as append:
-        for index, frame in tqdm(prefetch(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
+        for index, frame in tqdm(common.ahead(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
             picture = draw(frame, results.read(index), results)
             append(picture)
             if index in chosen:
