@@ -284,6 +284,10 @@ MODELS = {
         source=VFS_FILES + "r50_nc_sgd_cos_100e_r5_1xNx2_k400-d7ce3ad0.pth"),
     "random": Model("resnet18", "no training: random weights from seed 0", **STILL, licence="-"),
 }
+MODELS |= {  # section 4.2: trained on after res3 got stride 1
+    f"{name}-finetuned": replace(MODELS[name], about=MODELS[name].about + ", stride fine-tuned", mark="",
+                                 source="train_finetune.py makes them", licence="your own")
+    for name in ("imagenet", "rotation", "moco-r18")}
 # fmt: on
 
 
@@ -596,9 +600,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             ) from error
         raise UserError(f"{path}: is not a PyTorch checkpoint, or is damaged; download it again") from error
     rest = []
-    for key in ("state_dict", "model", "teacher"):
+    for key in ("state_dict", "model", "teacher", "method"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             rest = [str(other) for other in state if other != key]
+            if isinstance(meta := state.get("meta"), dict) and meta.get("task") in MODELS:  # of a training script
+                rest[rest.index("meta")] = f"meta {meta['task']}"
             state = state[key]
             break
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
@@ -611,6 +617,8 @@ def recognise(state: dict[str, Tensor], rest: Sequence[str] = ()) -> str | None:
     entries = {key: value.squeeze(2) if value.dim() == 5 else value for key, value in state.items()}
     lines = [*rest, *(f"{key} {'x'.join(map(str, value.shape))}" for key, value in entries.items())]
     text = "\n".join(lines)
+    if own := re.search(r"^meta (.+)$", text, re.M):
+        return own[1]
     return next((name for name, row in MODELS.items() if row.mark and re.search(row.mark, text, re.M)), None)
 
 
