@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import v2
 
@@ -198,15 +197,15 @@ def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, in
 def read_picture(path: str) -> Tensor:
     """A picture as it is to be looked at, 3 x H x W uint8 RGB. Unreadable if it is damaged."""
     try:
-        if path.lower().endswith(
-            (".jpg", ".jpeg", ".png", ".webp")
-        ):  # tells a JPEG that breaks off, as OpenCV does not
-            picture = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)
-            return v2.functional.to_dtype(picture, torch.uint8, scale=True)  # of 16 bits
-        return torch.from_numpy(cv2.imread(path, cv2.IMREAD_COLOR_RGB)).permute(2, 0, 1)
-    except (RuntimeError, TypeError, cv2.error) as error:
-        why = "is no picture that can be read" if isinstance(error, TypeError) else str(error).split(", ")[-1]
-        raise Unreadable(f"{path}: {why}") from error
+        data = Path(path).read_bytes()
+        if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9", len(data) // 2) < 0:  # OpenCV would fill it up with grey
+            raise Unreadable(f"{path}: is a JPEG that breaks off")
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
+    except (OSError, cv2.error) as error:
+        raise Unreadable(f"{path}: {getattr(error, 'strerror', None) or 'is too large'}") from error
+    if picture is None:
+        raise Unreadable(f"{path}: is no picture, or damaged")
+    return torch.from_numpy(picture).permute(2, 0, 1)
 
 
 class Pictures(Dataset):
@@ -433,7 +432,9 @@ def load_start(net: Net, path: Path, arch: str) -> None:
     elif missing or more:
         why = f"it lacks {missing[0]}" if missing else f"it has {more[0]} as well"
     else:
-        net.load_state_dict({key: value for key, value in state.items() if key in needed}, strict=False)
+        net.load_state_dict(
+            {key: value for key, value in state.items() if key.split(".")[0] not in fresh}, strict=False
+        )
         if fresh and not rank_world()[0]:
             names = " and ".join({"layer4": "layer4", "fc": "head (fc)"}[name] for name in fresh)
             print(f"note: {path}: has no fitting {names}; random weights are taken instead", file=sys.stderr)
