@@ -547,13 +547,13 @@ def make_film(out: Path, video: Video, order: list[int], results: Results, every
 
 def list_models() -> None:
     """Print the table of models; the paper's score is J&F on DAVIS 2017 val, best without up-sampled input."""
-    print(f"{'name':14} {'features':34} {'stride':>6}  {'paper J&F':>9}  weights")
+    print(f"{'name':18} {'features':34} {'stride':>6}  {'paper J&F':>9}  weights")
     for name, model in MODELS.items():
         s = model.settings
         where = common.find_weights(name, fetch=False)
         where = f"found: {where}" if where else "-" if name == "random" else f"not here: {model.source}"
         features = ", ".join([f"{model.arch} {s.layer}", *list(model.head())[:1], *(["L2"] if s.l2 else [])])
-        print(f"{name:14} {features:34} {s.stride:6}  {model.paper or '-':>9}  {where}; licence: {model.licence}")
+        print(f"{name:18} {features:34} {s.stride:6}  {model.paper or '-':>9}  {where}; licence: {model.licence}")
     print("torchvision:NAME  any ResNet or VGG of torchvision     timm:NAME  any ResNet or ViT of timm (DINO, ...)")
 
 

@@ -162,22 +162,23 @@ def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, in
     folder, val = (args.data / name for name in ("train", "val"))
     if not folder.is_dir():
         folder = val = args.data
-    classes = []
-    if args.objective == "imagenet":
-        classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if len(classes) < 2:
-            raise UserError(
-                f"{folder}: holds {len(classes)} class folders, classification needs 2; rotation and moco take any"
-            )
+
+    def folders(folder: Path) -> list[Path]:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+    classes = [path.name for path in folders(folder)] if args.objective == "imagenet" else []
+    if args.objective == "imagenet" and len(classes) < 2:
+        what = f"holds {len(classes)} class folders, classification needs 2"
+        raise UserError(f"{folder}: {what}; --objective rotation and moco take pictures of any kind")
 
     def listed(folder: Path) -> list[tuple[str, int]]:
-        found = [(path, 0) for path in pictures_in(folder)] if not classes else []
-        for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-            if classes and path.name not in classes:
+        found = [] if classes else [(path, 0) for path in pictures_in(folder)]
+        for path in folders(folder) if classes else []:
+            if path.name not in classes:
                 raise UserError(f"{path}: is no class of {args.data / 'train'}; remove it, or add it there")
-            if classes and not (inside := pictures_in(path)):
+            if not (inside := pictures_in(path)):
                 raise UserError(f"{path}: an empty class folder, no pictures in it; fill or remove it")
-            found += [(picture, classes.index(path.name)) for picture in inside] if classes else []
+            found += [(picture, classes.index(path.name)) for picture in inside]
         if not found:
             raise UserError(f"{folder}: holds no pictures ({', '.join(PICTURES[:3])}, ...) at any depth; check --data")
         return found
@@ -459,8 +460,7 @@ def held_out_score(args: Args, method: nn.Module, pictures: HeldOut, device: tor
         num_workers=min(args.workers, len(pictures) // 64),
         worker_init_fn=common.quiet_worker,
     )
-    names = ("loss", "top1", "top5")
-    sums = torch.zeros(len(names) + 1, device=device)
+    sums = torch.zeros(4, device=device)  # loss, top1, top5, pictures
     method.eval()
     for batch in loader:
         readable = batch["label"] >= 0
@@ -468,12 +468,13 @@ def held_out_score(args: Args, method: nn.Module, pictures: HeldOut, device: tor
         mixed = torch.autocast(device.type, getattr(torch, args.amp), enabled=args.amp != "float32")
         with torch.inference_mode(), mixed:
             terms = method(batch, 0) if readable.any() else {}
-        means = torch.tensor([*(float(terms.get(name, 0)) for name in names), 1.0], device=device)
-        sums += means * readable.sum().to(device)
+        means = [float(terms.get(name, 0)) for name in ("loss", "top1", "top5")]
+        sums += torch.tensor([*means, 1.0], device=device) * readable.sum().to(device)
     if world > 1:
         torch.distributed.all_reduce(sums)
-    *means, count = (sums / torch.cat([sums[-1:].clamp(min=1).expand(len(names)), sums.new_ones(1)])).tolist()
-    return {name: mean for name, mean in zip(names, means, strict=True) if mean} | {"pictures": count}
+    loss, top1, top5, count = sums.tolist()
+    means = {"loss": loss, "top1": top1} | ({"top5": top5} if method.net.fc.out_features > 5 else {})
+    return {name: value / max(count, 1) for name, value in means.items()} | {"pictures": count}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

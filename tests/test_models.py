@@ -244,6 +244,10 @@ def system(name):
         p = R50(stages=3) if "r50" in name else R18(stages=3)
         fc = torch.zeros(4 if name == "rotation" else 1000, 2048 if "r50" in name else 512)
         return p, {**p, **STRANGER, "fc.weight": fc}, lambda f: F.normalize(resnet(p, rgb(f)))
+    if name.endswith("-finetuned"):  # train_finetune.py writes the name beside the weights
+        p = R18(stages=3)
+        content = {"state_dict": p | STRANGER | {"fc.weight": torch.zeros(4, 512)}, "meta": {"task": name}}
+        return p, content, lambda f: F.normalize(resnet(p, rgb(f)))
     if name.startswith("moco"):
         p = R18(stages=3) if "r18" in name else R50(stages=3)
         heads = {"module.encoder_q.fc.weight": torch.zeros(128, 8), "module.queue": torch.zeros(128, 9)}
