@@ -536,7 +536,7 @@ def test_held_out_accuracy_is_that_of_a_plain_loop(data):
     method.eval()
     rows = [method.net(kept[i]["image"][None])[0].log_softmax(0) for i in range(4)]
     right = [int(row.argmax()) == label for row, (_, label) in zip(rows, held, strict=True)]
-    losses = [-float(row[label]) for row, (_, label) in zip(rows, held, strict=True)]
+    losses = [-row[label].item() for row, (_, label) in zip(rows, held, strict=True)]
     assert score == {
         "loss": pytest.approx(np.mean(losses), rel=1e-4),
         "top1": pytest.approx(np.mean(right)),
