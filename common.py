@@ -1297,7 +1297,7 @@ class Training:
     seed: int = 0
     """Of initial weights, order and augmentation."""
     save_minutes: float = 10
-    """Minutes between checkpoints; also one at the end of every epoch and on SIGTERM or Ctrl-C."""
+    """Minutes between checkpoints; also one at the end of an epoch (of a minute or more) and on SIGTERM or Ctrl-C."""
     validate: Path | None = None
     """A DAVIS root: score label propagation on a few clips while training."""
     validate_every: int = 5
@@ -1599,14 +1599,16 @@ def train(
                 torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
                 halt = int(flag)
             over = step % steps_per_epoch == 0
-            due = over or halt or step == total or time.perf_counter() - saved > 60 * args.save_minutes
-            if due or step % 10 == 0 or step <= 10:
+            since_saved = (time.perf_counter() - saved) / 60
+            due = halt or step == total or since_saved > (min(1, args.save_minutes) if over else args.save_minutes)
+            if due or over or step % 10 == 0 or step <= 10:
                 now, steps = time.perf_counter(), step - since[1]
                 means = {name: float(value) / steps for name, value in sums.items()}
-                if not math.isfinite(means["loss"]):
+                whole = not due or all(value.isfinite().all() for value in method.parameters())
+                if not (math.isfinite(means["loss"]) and whole):
                     raise UserError(
-                        f"the loss is no number by step {step}; {last if last.exists() else 'nothing'} is kept from "
-                        "before; lower the learning rate, or take --amp float32"
+                        f"loss or weights are no numbers by step {step}; {last if last.exists() else 'nothing'} is "
+                        "kept from before; lower the learning rate, or take --amp float32"
                     )
                 speed = steps * sum(size for _, size in streams.values()) / (now - since[0])
                 row = {"lr": lr(epoch), "images_per_s": speed, "waiting": waited / (now - began), **means}
@@ -1635,12 +1637,15 @@ def train(
                     tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
                 method.train()
                 since = time.perf_counter(), step
+    except OSError as error:  # of the logs; a checkpoint's says so itself
+        why = error.strerror or error
+        raise UserError(f"{args.out}: cannot be written ({why}); free space, the same command goes on") from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         bar.close()
-        if board:
-            board.close()
+        with contextlib.suppress(OSError):
+            board and board.close()
     if world > 1:
         torch.distributed.destroy_process_group()
     if halt:
