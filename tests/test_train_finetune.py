@@ -414,7 +414,11 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(data, tmp_
     flags = ("--objective", "imagenet", "--data", data, *TINY, "--out", tmp_path, "--epochs", "9", "--lr", "1e18")
     code, _, said = cli(train_finetune, *flags)
     last = said.splitlines()[-1]
-    assert code == 2 and last.startswith("error: loss or weights are no numbers by step") and "lower the learning rate" in last
+    assert (
+        code == 2
+        and last.startswith("error: loss or weights are no numbers by step")
+        and "lower the learning rate" in last
+    )
     if (tmp_path / "last.pth").exists():
         assert all(value.isfinite().all() for value in state_of(tmp_path / "last.pth").values())
 
