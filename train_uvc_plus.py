@@ -770,9 +770,9 @@ def main(args: Args) -> None:
 
     def weights() -> dict:
         strides = {stage: 1 for stage in ("layer3", "layer4") if stage <= args.out_layer}
-        meta = {"model": "uvc+", "arch": "resnet18", "task": f"uvc, image objective {args.image_objective}"}
+        meta = {"task": "uvc+", "arch": "resnet18", "image_objective": args.image_objective}
         meta |= {"out_layer": args.out_layer, "strides": strides, "input": "lab_l", "l2_normalise": False}
-        meta |= {"temperature": args.temperature, "torch": torch.__version__}
+        meta |= {"temperature": args.temperature, "torch": str(torch.__version__)}
         meta["config"] = {flag: str(value) for flag, value in vars(args).items()}
         return {"state_dict": method.backbone.state_dict(), "meta": meta}
 
