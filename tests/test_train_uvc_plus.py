@@ -151,16 +151,11 @@ def test_a_permuted_affinity_costs_what_is_stated():
 
 
 def test_coordinate_cycle_is_in_cells():
-    """Where the way back is one column off, every cell but those at the side is one cell off in x."""
-    S = torch.zeros(1, 256, 256)
-    i = torch.arange(256)
-    S[0, i, i] = 1e4  # forth: j = i, by the rows
-    S[0, (i % 16 + 1).clamp(max=15) + i // 16 * 16, i] += 2e4  # back: i + 1, by the columns; and so the rows' too
-    error = uvc.coordinate_cycle(S).item()
-    g = uvc.cell_grid(16, False, S) * 8
-    forth, back = S.softmax(2)[0], S.softmax(1)[0]
-    assert error == pytest.approx(((forth @ (back.T @ g.T)) - g.T).abs().mean().item(), rel=1e-5)
-    assert error > 0
+    """One cell of the first column whose best match j = 1 is taken by its neighbour comes back one cell off in x."""
+    S = hot(torch.arange(256), 256)
+    S[0, 0, 1] = 2e4  # cell 0 goes to 1; what is there comes from both, weighed 1e4 : 2e4, that is from cell 0
+    S[0, 1, 1] = 3e4  # now from cell 1
+    assert uvc.coordinate_cycle(S).item() == pytest.approx(1 / 512, rel=1e-4)
 
 
 def test_outliers_count_zero_but_count():
@@ -557,18 +552,12 @@ def test_resumed_is_the_same(trained, videos, coders, tmp_path, cli):
     for steps in (1, 2, 3, 0):
         code, _, err = cli(uvc, *flags, "--max-steps", steps)
         assert code == 0, err
-    same_weights(trained, tmp_path)
+    old, new = (torch.load(out / "weights.pth", weights_only=True)["state_dict"] for out in (trained, tmp_path))
+    assert all(torch.equal(value, new[name]) for name, value in old.items())
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
     code, _, err = cli(uvc, *flags, "--temperature", 2)
     assert (code, err.count("\n")) == (2, 1)
     assert "--temperature 1.0, not 2.0" in err
-
-
-def same_weights(one: Path, other: Path, **tolerance) -> None:
-    old, new = (torch.load(out / "weights.pth", weights_only=True)["state_dict"] for out in (one, other))
-    for name, value in old.items():
-        if not name.endswith(("running_mean", "running_var", "tracked")) or not tolerance:
-            assert torch.allclose(value, new[name], **(tolerance or {"rtol": 0, "atol": 0})), name
 
 
 def script(*flags, launcher=(sys.executable,)) -> subprocess.Popen:
@@ -601,17 +590,21 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(videos, coders, tmp_path, cli
     assert common.read_checkpoint(tmp_path / "last.pth")["step"] == step + 1
 
 
-def test_two_processes_are_one_with_two_parts(videos, coders, tmp_path, cli):
-    """Through both phases and the auto-encoder's stage: a batch shared out to processes, or cut into parts."""
-    flags = ["--data", videos, "--image-objective", "rotation", "--autoencoder-steps", 1, "--lr", 1e-6]
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
-    launcher = (*launcher[:3], "--standalone", *launcher[3:5])
+def test_two_processes_are_one_with_two_parts(videos, tmp_path, cli):
+    """Through the auto-encoder's stage and both phases: a batch shared out to processes, or cut into parts, has the
+    same gradients (their running mean in Adam; weights would show only their signs)."""
+    flags = ["--data", videos, "--image-objective", "rotation", "--autoencoder-steps", 1, "--lr", 1e-9]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = script(*flags, "--out", tmp_path / "two", launcher=launcher)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     code, _, err = cli(uvc, *SMALL, *flags, "--out", tmp_path / "one", "--accumulate", 2)
     assert code == 0, err
-    same_weights(tmp_path / "one", tmp_path / "two", rtol=0, atol=3e-6)
+    one, two = (common.read_checkpoint(tmp_path / name / "last.pth") for name in ("one", "two"))
+    assert one["step"] == two["step"] == 4
+    for i, state in one["optimizer"]["state"].items():
+        expected, found = state["exp_avg"], two["optimizer"]["state"][i]["exp_avg"]
+        assert (found - expected).norm() <= 0.01 * expected.norm(), i
     assert len(rows(tmp_path / "two")) == 4
 
 
