@@ -144,10 +144,6 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list[np.n
         raise Unreadable(str(error)) from error
 
 
-def uniform(low: float, high: float) -> float:
-    return low + (high - low) * torch.rand(()).item()
-
-
 def integer(low: int, high: int) -> int:
     """Uniform in low ... high, both included."""
     return int(torch.randint(low, high + 1, ()))
@@ -224,7 +220,7 @@ class Pairs(Dataset):
             frames[0] = random_crop(enlarge(rotate(frames[0], angle), a.full), a.crop)
             frames[1] = enlarge(frames[1], a.full)
         else:
-            scale, flip = uniform(1 / 1.2, 1.2), integer(0, 1)
+            scale, flip = 1 / 1.2 + (1.2 - 1 / 1.2) * torch.rand(()).item(), integer(0, 1)
             how = cv2.INTER_LANCZOS4 if scale < 1 else cv2.INTER_CUBIC
             for i, frame in enumerate(frames):
                 size = int(frame.shape[1] * scale), int(frame.shape[0] * scale)
@@ -299,9 +295,9 @@ def convolution(channels: int, filters: int) -> nn.Conv2d:
 def enlarged(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """conv of x enlarged twice (nearest), B x C x h x w -> B x D x 2h x 2w, as one transposed convolution of x: less
     than half the work. Reflection on the fine grid is replication on the coarse one."""
-    kernel = conv.weight.flip(2, 3).flatten(0, 1)[:, None]  # D C 3 3 -> DC 1 3 3
-    kernel = F.conv_transpose2d(kernel, kernel.new_ones(1, 1, 2, 2))  # the four fine cells of a coarse one: DC 1 4 4
-    kernel = kernel.view(*conv.weight.shape[:2], 4, 4).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+    kernel = conv.weight.flip(2, 3).transpose(0, 1)  # C D 3 3, then the sum over the four fine cells of a coarse one
+    kernel = sum(F.pad(kernel, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))  # C D 4 4
+    kernel = kernel.contiguous(memory_format=torch.channels_last)
     return F.conv_transpose2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, conv.bias, stride=2, padding=3)
 
 
@@ -385,7 +381,7 @@ def load_autoencoder(folder: Path) -> tuple[LabEncoder, LabDecoder]:
 
 def positions(n: int, legacy: bool, like: Tensor) -> Tensor:
     """Middles of n cells over -1 ... 1; legacy: from -1 to 1, the corners aligned."""
-    i = torch.arange(n, device=like.device, dtype=torch.float32)
+    i = torch.arange(n, device=like.device).float()
     return 2 * i / max(n - 1, 1) - 1 if legacy else (2 * i + 1) / n - 1
 
 
@@ -434,7 +430,7 @@ def crop(x: Tensor, where: Tensor, side: int, legacy: bool = False) -> Tensor:
 
 def lab_error(copied: Tensor, true: Tensor) -> Tensor:
     """mean |L - L'| + 10 mean |a - a'| + 10 mean |b - b'| of each sample: B x 3 x H x W -> B."""
-    return (copied.float() - true).abs().mean((2, 3)) @ true.new_tensor([1.0, 10.0, 10.0])
+    return ((copied.float() - true).abs().mean((2, 3)) * true.new_tensor([1.0, 10.0, 10.0])).sum(1)
 
 
 def color_loss(forward: Tensor, back: Tensor, switch: float, threshold: float) -> tuple[Tensor, Tensor]:
@@ -549,7 +545,8 @@ class UVC(nn.Module):
                 terms["coordinate"] = coordinate_cycle(S, legacy)
                 video = video + a.coordinate * terms["coordinate"]
         loss = video + a.image_weight * terms["image"] if "image" in terms else video
-        self.shown = [None if x is None else x[:4].detach() for x in (x1, x2, y2, forward, where)]
+        if (step + 1) % a.look_every == 0:
+            self.shown = [None if x is None else x[:4].detach() for x in (x1, x2, y2, forward, where)]
         return {
             "loss": loss,
             "color": error.mean(),
@@ -673,11 +670,22 @@ def check(args: Args) -> Args:
         raise UserError(f"--crop {args.crop}: give a multiple of 64, the concentration loss has windows of 64 pixels")
     if args.full <= args.crop or args.full % 8:
         raise UserError(f"--full {args.full}: give a multiple of 8 above --crop {args.crop}")
-    for flag, least in (("epochs", 1), ("batch_size", 1), ("pairs_per_video", 1), ("gap", 1), ("autoencoder_steps", 1)):
+    for flag, least in (
+        ("epochs", 1),
+        ("batch_size", 1),
+        ("pairs_per_video", 1),
+        ("gap", 1),
+        ("look_every", 1),
+        ("autoencoder_steps", 1),
+    ):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: give 0 to --epochs {args.epochs}")
+    if args.amp == "bfloat16":
+        raise UserError(
+            "--amp bfloat16: is too coarse for affinities of features of any length; take float16 or float32"
+        )
     if not args.temperature > 0:
         raise UserError(f"--temperature {args.temperature}: give a number above 0; affinities are divided by it")
     given = {
@@ -710,8 +718,8 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
         frame = random_crop(to_lab(frame, args.short_side), args.crop)
         return torch.from_numpy(np.ascontiguousarray(frame[:, ::-1] if integer(0, 1) else frame))
 
-    held = videos[::10] if len(videos) >= 20 else []
-    learn = [video for video in videos if video not in set(held)]
+    held = videos[::10] if len(videos) >= 20 else videos  # few: all are learnt from, and tell nothing about others
+    learn = [video for video in videos if video not in set(held)] or videos
     frames = Images(learn * math.ceil(args.batch_size / len(learn)), change)
     method = AutoEncoder().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(method.parameters(), lr=1e-4)
@@ -727,7 +735,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     @torch.no_grad()
     def score() -> dict[str, float]:
         terms = [method({"frames": frame[None].to(device)}, 0) for frame in test]
-        return {f"held-out {name}": float(sum(t[name] for t in terms)) / len(terms) for name in ("loss", "L", "a", "b")}
+        return {name: float(sum(t[name] for t in terms)) / len(terms) for name in ("loss", "L", "a", "b")}
 
     def weights() -> dict:
         return {"encoder": method.encoder.state_dict(), "decoder": method.decoder.state_dict()}
@@ -738,8 +746,10 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     epochs = math.ceil(args.autoencoder_steps / steps)
     common.train(own, method, optimizer, lambda _: 1e-4, epochs, steps, streams, weights, score=score if test else None)
     if rank_world()[0] == 0:
-        errors = score() if test else {}
-        print("Lab auto-encoder: " + ", ".join(f"{name} {value:.3g}" for name, value in errors.items()))
+        errors = ", ".join(f"{name} {value:.3g}" for name, value in (score() if test else {}).items())
+        print(
+            f"Lab auto-encoder: mean error {errors} (Lab units) on {len(test)} frames, {len(learn)} videos learnt from"
+        )
         for name, part in weights().items():
             with common.atomic(folder / f"{name}.pth") as path:
                 torch.save(part, path)

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -350,6 +351,25 @@ def test_gradients_reach_backbone_and_head_and_nothing_else(objective):
     )
 
 
+def test_mixed_precision_stops_at_the_affinities(monkeypatch):
+    """Features of convolutions in half precision, but what is made of them is float32, and about the same."""
+    net, batch, kinds = uvc.UVC(args(), coded(), 0), {"video": pair(True)}, []
+    real = uvc.affinity
+
+    def spied(*features):
+        kinds.extend([features[0].dtype, real(*features).dtype])
+        return real(*features)
+
+    monkeypatch.setattr(uvc, "affinity", spied)
+    expected = net(batch, 0)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net.features(uvc.from_uint8(batch["video"]["reference"])).dtype == torch.bfloat16
+        loss = net(batch, 0)["loss"]
+    assert set(kinds) == {torch.float32}
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.2)
+
+
 def test_true_frames_are_encoded_without_a_graph():
     net = uvc.UVC(args(), coded(), 0)
     x = torch.rand(1, 3, 64, 64, requires_grad=True)
@@ -617,11 +637,31 @@ def test_other_objectives_train(videos, coders, tmp_path, cli, objective):
         for i, name in enumerate("xy"):
             (tmp_path / "pictures" / name).mkdir(parents=True)
             cv2.imwrite(str(tmp_path / "pictures" / name / "1.png"), np.full((20, 30, 3), 200 * i, np.uint8))
-        flags += ["--image-data", tmp_path / "pictures", "--accumulate", 1]
+        flags += ["--image-data", tmp_path / "pictures"]
+    if objective == "none":
+        flags += ["--coordinate", 0.1, "--legacy-align-corners"]
     code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", 3)
     assert code == 0, err
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "out"))
     assert ("image" in rows(tmp_path / "out")[0]) == (objective != "none")
+
+
+def test_validation_propagates(videos, coders, small_clip, tmp_path, cli):
+    """--validate scores the weights of the moment on a data set in DAVIS's layout."""
+    root = tmp_path / "davis"
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("clip\n")
+    (root / "JPEGImages" / "480p" / "clip").mkdir(parents=True)
+    (root / "Annotations" / "480p").mkdir(parents=True)
+    (root / "Annotations" / "480p" / "clip").symlink_to(small_clip / "truth")
+    for t, frame in common.Video(small_clip / "clip.mp4").frames(range(12)):
+        cv2.imwrite(str(root / "JPEGImages" / "480p" / "clip" / f"{t:05d}.jpg"), frame[..., ::-1])
+    flags = ["--data", videos, "--autoencoder", coders, "--out", tmp_path / "out", "--validate", root]
+    code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", 1)
+    assert code == 0, err
+    with (tmp_path / "out" / "validation.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert 0 < float(row["J&F_M"]) <= 100
 
 
 def test_autoencoder_is_trained_first_and_kept(videos, tmp_path, cli):
@@ -633,7 +673,9 @@ def test_autoencoder_is_trained_first_and_kept(videos, tmp_path, cli):
     flags = ["--data", root, "--autoencoder-steps", 12, "--out", tmp_path / "out", "--max-steps", 1]
     code, out, err = cli(uvc, *SMALL, *flags)
     assert code == 0, err
-    assert "Lab auto-encoder: held-out loss" in out
+    assert re.search(
+        r"Lab auto-encoder: mean error loss \S+, L \S+, a \S+, b \S+ \(Lab units\) on 2 frames, 18 videos", out
+    )
     errors = [row["loss"] for row in rows(tmp_path / "out" / "autoencoder")]
     assert np.mean(errors[-3:]) < np.mean(errors[:3])
     before = (tmp_path / "out" / "autoencoder" / "decoder.pth").stat().st_mtime_ns
@@ -691,6 +733,8 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
         (["--data", "{videos}", "--crop", "100"], "--crop 100: give a multiple of 64"),
         (["--data", "{videos}", "--full", "64"], "--full 64: give a multiple of 8 above"),
         (["--data", "{videos}", "--warmup-epochs", "3"], "--warmup-epochs 3: give 0 to"),
+        (["--data", "{videos}", "--amp", "bfloat16"], "--amp bfloat16: is too coarse"),
+        (["--data", "{videos}", "--look-every", "0"], "--look-every 0: give 1 or more"),
         (["--data", "{videos}", "--temperature", "0"], "--temperature 0.0: give a number above 0"),
         (["--data", "{videos}", "--image-objective", "imagenet"], "needs --image-data ROOT"),
         (["--data", "{videos}", "--image-data", "x"], "--image-objective none has no use for it"),
