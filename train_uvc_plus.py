@@ -670,21 +670,14 @@ def check(args: Args) -> Args:
         raise UserError(f"--crop {args.crop}: give a multiple of 64, the concentration loss has windows of 64 pixels")
     if args.full <= args.crop or args.full % 8:
         raise UserError(f"--full {args.full}: give a multiple of 8 above --crop {args.crop}")
-    for flag, least in (
-        ("epochs", 1),
-        ("batch_size", 1),
-        ("pairs_per_video", 1),
-        ("gap", 1),
-        ("look_every", 1),
-        ("autoencoder_steps", 1),
-    ):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
+    for flag in ("epochs", "batch_size", "pairs_per_video", "gap", "look_every", "autoencoder_steps"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: give 0 to --epochs {args.epochs}")
     if args.amp == "bfloat16":
         raise UserError(
-            "--amp bfloat16: is too coarse for affinities of features of any length; take float16 or float32"
+            "--amp bfloat16: is too coarse for affinities of features that have no unit length; take float16"
         )
     if not args.temperature > 0:
         raise UserError(f"--temperature {args.temperature}: give a number above 0; affinities are divided by it")
@@ -747,9 +740,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     common.train(own, method, optimizer, lambda _: 1e-4, epochs, steps, streams, weights, score=score if test else None)
     if rank_world()[0] == 0:
         errors = ", ".join(f"{name} {value:.3g}" for name, value in (score() if test else {}).items())
-        print(
-            f"Lab auto-encoder: mean error {errors} (Lab units) on {len(test)} frames, {len(learn)} videos learnt from"
-        )
+        print(f"Lab auto-encoder: error {errors} (Lab units) on {len(test)} frames; learnt from {len(learn)} videos")
         for name, part in weights().items():
             with common.atomic(folder / f"{name}.pth") as path:
                 torch.save(part, path)

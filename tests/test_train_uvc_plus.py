@@ -674,7 +674,7 @@ def test_autoencoder_is_trained_first_and_kept(videos, tmp_path, cli):
     code, out, err = cli(uvc, *SMALL, *flags)
     assert code == 0, err
     assert re.search(
-        r"Lab auto-encoder: mean error loss \S+, L \S+, a \S+, b \S+ \(Lab units\) on 2 frames, 18 videos", out
+        r"Lab auto-encoder: error loss \S+, L \S+, a \S+, b \S+ \(Lab units\) on 2 frames; learnt from 18 videos", out
     )
     errors = [row["loss"] for row in rows(tmp_path / "out" / "autoencoder")]
     assert np.mean(errors[-3:]) < np.mean(errors[:3])
