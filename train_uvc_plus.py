@@ -267,7 +267,7 @@ def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
     if args.image_data == "frames":
         if objective == "imagenet":
             raise UserError("--image-objective imagenet: needs --image-data ROOT, a folder with a folder a class")
-        return None if objective == "none" else Images(videos, change)
+        return None if objective == "none" else Images([*videos] * args.pairs_per_video, change)
     if objective == "none":
         raise UserError(f"--image-data {args.image_data}: --image-objective none has no use for it; say which")
     root = Path(args.image_data)
@@ -277,11 +277,12 @@ def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
         raise UserError(f"--image-data {args.image_data}: holds no pictures; give a folder of them, or frames")
     if objective != "imagenet":
         return Images(paths, change)
-    classes = sorted({path.relative_to(root).parts[0] for path in paths if path.parent != root})
     paths = [path for path in paths if path.parent != root]
+    names = [path.relative_to(root).parts[0] for path in paths]
+    classes = {name: number for number, name in enumerate(sorted(set(names)))}
     if len(classes) < 2:
         raise UserError(f"--image-data {args.image_data}: has {len(classes)} folders of pictures; give one a class")
-    return Images(paths, change, [classes.index(path.relative_to(root).parts[0]) for path in paths])
+    return Images(paths, change, [classes[name] for name in names])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 
 The script trains on clips drawn here (films of 256 x 340 pixels); the bare model does the same forward and backward
 passes and Adam steps on random tensors. Each in a process of its own, in turns; steps/s is that of the last ten steps
-of thirty. Memory is what the forward pass keeps for the backward pass, counted tensor by tensor.
+of twenty. Memory is what the forward pass keeps for the backward pass, counted tensor by tensor.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import train_uvc_plus as uvc  # noqa: E402
 
 SMALL = {"crop": 128, "full": 256, "out_layer": "layer3", "batch_size": 4, "image_batch_size": 2, "image_size": 112}
 SMALL["image_objective"] = "rotation"
-STEPS = 30
+STEPS = 20
 
 
 def build(args: uvc.Args, localise: bool) -> tuple[uvc.UVC, dict]:

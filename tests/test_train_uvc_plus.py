@@ -495,6 +495,9 @@ def test_images_are_found_and_labelled(tmp_path):
     assert (picture.shape, picture.dtype, label) == ((3, 64, 64), torch.uint8, 1)
     two = uvc.find_images(args(image_objective="moco", image_data=str(tmp_path), image_grey=True), [])[0]
     assert two.shape == (2, 1, 64, 64)
+    frames = uvc.find_images(args(image_objective="rotation", pairs_per_video=3), [tmp_path / "train" / "cat"])
+    assert len(frames) == 3
+    assert frames[2].shape == (3, 64, 64)
 
 
 def test_only_the_frames_needed_are_converted(videos, monkeypatch):
