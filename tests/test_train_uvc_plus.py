@@ -455,6 +455,8 @@ def test_pairs_of_both_phases(videos):
             assert sample["target"].dtype == torch.uint8
             torch.manual_seed(index)
             assert torch.equal(pairs[index]["target"], sample["target"])
+    small = uvc.Pairs(args(crop=192, full=256), uvc.find_videos([videos]), False)[0]  # frames of 80 x 96: reflected
+    assert small["reference"].shape == small["target"].shape == (192, 192, 3)
     assert len(uvc.Pairs(args(pairs_per_video=3), [Path("a")], True)) == 3
 
 
