@@ -116,7 +116,8 @@ def main() -> None:
         "# UVC+ training: last measured",
         "",
         f"`python benchmarks/training_uvc.py`, {platform.machine()}, {os.cpu_count()} cores (load "
-        f"{os.getloadavg()[0]:.1f}), {torch.get_num_threads()} thread(s), torch {torch.__version__}; the better of two runs in turns",
+        f"{os.getloadavg()[0]:.1f}), {torch.get_num_threads()} thread(s), torch {torch.__version__}; the better "
+        "of two runs in turns",
         "",
         f"`{settings}`",
         "",
