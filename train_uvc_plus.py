@@ -781,11 +781,13 @@ def main(args: Args) -> None:
     layer = args.out_layer.replace("layer", "res")
     validation = ["--model", "uvc+", "--layer", layer, "--localization", "none", "--context", "7"]
     # The frames differ between the phases, so each is a call of train() that goes on where the one before stopped.
-    done = 0
-    if args.resume and (args.out / "last.pth").is_file():
-        done = common.read_checkpoint(args.out / "last.pth")["step"]
+    done, last, total = 0, args.out / "last.pth", min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    if args.resume and last.is_file():
+        done = common.read_checkpoint(last)["step"]
+        if done >= total and rank_world()[0] == 0:
+            print(f"{last}: is at step {done} of {total}, nothing is left to do")
     for localise, epochs in ((False, args.warmup_epochs), (True, args.epochs)):
-        if done >= epochs * steps_per_epoch or (args.max_steps and done >= args.max_steps):
+        if done >= min(epochs * steps_per_epoch, total):
             continue
         streams = {"video": (Pairs(args, videos, localise), args.batch_size)}
         streams |= {"image": (images, args.image_batch_size)} if images else {}

@@ -580,6 +580,9 @@ def test_resumed_is_the_same(trained, videos, coders, tmp_path, cli):
     old, new = (torch.load(out / "weights.pth", weights_only=True)["state_dict"] for out in (trained, tmp_path))
     assert all(torch.equal(value, new[name]) for name, value in old.items())
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    code, out, err = cli(uvc, *flags)
+    assert code == 0, err
+    assert "is at step 4 of 4, nothing is left to do" in out
     code, _, err = cli(uvc, *flags, "--temperature", 2)
     assert (code, err.count("\n")) == (2, 1)
     assert "--temperature 1.0, not 2.0" in err
@@ -664,6 +667,7 @@ def test_validation_propagates(videos, coders, small_clip, tmp_path, cli):
     flags = ["--data", videos, "--autoencoder", coders, "--out", tmp_path / "out", "--validate", root]
     code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", 1)
     assert code == 0, err
+    assert "validation failed" not in err
     with (tmp_path / "out" / "validation.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert 0 < float(row["J&F_M"]) <= 100
