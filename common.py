@@ -1745,34 +1745,43 @@ class Video:
                     raise UserError(f"{self.pictures[index]}: cannot be read as a picture; replace or remove it")
                 yield index, picture
         elif len(indices) < 2 or indices[0] < indices[-1]:
-            wanted = set(indices)
-            yield from ((i, frame) for i, frame in self._decode(indices[0], indices[-1]) if i in wanted)
+            yield from self._decode(indices)
         else:  # backwards: blocks of frames, each decoded forwards
             for block in (indices[i : i + 32] for i in range(0, len(indices), 32)):
-                wanted = set(block)
-                yield from reversed([(i, f) for i, f in self._decode(block[-1], block[0]) if i in wanted])
+                yield from reversed(list(self._decode(block[::-1])))
 
-    def _decode(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
-        number = {stamp: i for i, stamp in enumerate(self._pts[: last + 1])} if self._seekable else None
-        done = -1
+    def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        first, last, left = indices[0], indices[-1], set(indices)
+        number = {stamp: i for i, stamp in enumerate(self._pts)} if self._seekable else None
+        done, late = -1, 0
         try:
             with av.open(self.source) as film:
                 stream = film.streams.video[0]
                 stream.thread_type = "AUTO"
-                if first and number:
-                    film.seek(self._pts[first], stream=stream)
-                for count, picture in enumerate(film.decode(stream)):
+                pictures = film.decode(stream)
+                # A key frame is found by its decoding time, which may come before it is shown.
+                for back in (0, 32, first) if first and number else ():
+                    film.seek(self._pts[max(0, first - back)], stream=stream)
+                    pictures = film.decode(stream)
+                    head = next(pictures, None)
+                    pictures = itertools.chain([head] if head else [], pictures)
+                    if head and number.get(head.pts, last) <= first:
+                        break
+                for count, picture in enumerate(pictures):
                     index = number.get(picture.pts) if number else count
-                    if index is None:  # past `last`, or a stamp that the index does not know
-                        if picture.pts is not None and picture.pts > self._pts[last]:
-                            return
+                    if index is None:  # a stamp that the index does not know
                         continue
-                    if index > last:
+                    late += index > last  # stamps of an AVI may be out of order by a few
+                    if late > 16:
                         return
-                    if index >= first:
+                    if first <= index <= last:
+                        done = max(done, index)
+                    if index in left:
+                        left.remove(index)
                         frame = picture.to_ndarray(format="rgb24")
                         yield index, np.ascontiguousarray(np.rot90(frame, round(picture.rotation / 90)))
-                        done = index
+                        if not left:
+                            return
         except av.error.FFmpegError as error:
             self.broken = (
                 f"{self.source}: cannot be decoded after frame {done} ({error.strerror}); the frames before are kept"

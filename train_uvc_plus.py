@@ -1,0 +1,805 @@
+"""UVC, features that copy a frame's colours to later frames of its video, and UVC+, with an image loss beside.
+
+    python train_uvc_plus.py --data kinetics/ --autoencoder weights/                    # UVC
+    python train_uvc_plus.py --data kinetics/ --image-objective rotation --out results/uvc+
+    torchrun --nproc-per-node 4 train_uvc_plus.py --data kinetics/ --image-objective imagenet --image-data ILSVRC/
+    python propagate.py --model uvc+ --weights results/uvc+/weights.pth --video clip.mp4 --mask f0.png
+
+L = L_video + lambda L_image on one backbone (section 5 of the paper, its Table 5). L_video is UVC's (Li et al. 2019):
+in the warm-up phase colours are copied between two crops, in the localisation phase the crop of the first frame is
+first found in the whole second one. Where papers and released code differ, this follows the code that was run.
+Without --autoencoder the Lab auto-encoder, whose codes are what is copied, is trained first.
+"""
+
+import copy
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.models.resnet import BasicBlock
+from torchvision.transforms import v2
+
+import common
+from common import PICTURES, Unreadable, UserError, Video, rank_world
+
+
+@dataclass
+class Args(common.Training):
+    out: Path = Path("results/uvc_plus")
+    """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures."""
+    data: tuple[Path, ...] = ()
+    """Folders of videos, searched to any depth: films, and folders of pictures as frames."""
+    autoencoder: Path | None = None
+    """Folder with *encoder*.pth and *decoder*.pth of the Lab auto-encoder; without it, it is trained first."""
+    autoencoder_steps: int = 20_000
+    """Steps of that training; it is kept in OUT/autoencoder/."""
+    image_objective: Literal["none", "rotation", "moco", "imagenet"] = "none"
+    """The image loss of UVC+; none is UVC."""
+    image_data: str = "frames"
+    """Pictures for it: frames (of the videos), or a folder of pictures; for imagenet one with a folder a class."""
+    image_weight: float | None = None
+    """lambda; default 0.3 for rotation, 0.1 for moco, 0.05 for imagenet (section 5)."""
+    image_batch_size: int | None = None
+    """Pictures in a batch over all processes; default 64 for rotation (each turned four times), 32, 256 (section 5)."""
+    image_size: int = 224
+    """Side of the crops for the image loss, in pixels."""
+    image_grey: bool = False
+    """Grey pictures for the image loss, as the video loss sees its frames (Table 5, the row without colour)."""
+    queue: int = 65536
+    """Keys that moco compares with."""
+    batch_size: int = 40
+    """Pairs of frames in a batch over all processes."""
+    epochs: int = 50
+    """Passes over the videos, of both phases together (section 3.3)."""
+    warmup_epochs: int = 10
+    """How many of them are warm-up."""
+    pairs_per_video: int = 1
+    """Pairs drawn from a video in an epoch; more where there are few videos."""
+    lr: float = 1e-4
+    """Learning rate of Adam at the start of either phase; it falls as (1 - epoch / epochs)^0.9."""
+    out_layer: Literal["layer4", "layer3"] = "layer4"
+    """Last stage of the ResNet-18: layer4 as released, layer3 as the paper says; all beyond layer2 at stride 1."""
+    crop: int = 256
+    """Side of the crops, in pixels, a multiple of 64."""
+    full: int = 640
+    """Side of the whole second frame in the localisation phase, in pixels, a multiple of 8 above --crop."""
+    short_side: int | None = None
+    """Frames are first reduced to this short side; default --crop, 0: as they are."""
+    gap: int = 50
+    """Most frames between the two of a pair."""
+    temperature: float = 1.0
+    """Affinities are divided by it before the softmax."""
+    threshold: float = 2.5
+    """Samples whose colour loss is above count 0."""
+    threshold_steps: tuple[int, int] = (6000, 12000)
+    """From which step of the warm-up and of the localisation phase on they do (the released 1 and 2 epochs)."""
+    color_switch: float = 0.1
+    """Weight of the cycle: colours copied back, within the colour loss."""
+    concentration: float = 1.2
+    """Weight of the concentration loss: 0.3 on each of the 4 GPUs of the released run, which added them up."""
+    concentration_steps: int = 6000
+    """From which step on there is one."""
+    coordinate: float = 0.0
+    """Weight of the coordinate cycle in the localisation phase; off in the released run, 0.1 in its code."""
+    legacy_align_corners: bool = False
+    """Coordinates as PyTorch 1.1 had them, where the released run was made."""
+    look_every: int = 500
+    """Steps between two pictures in OUT/pictures: reference, target, its box, and the colours copied to it."""
+
+
+FILMS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".ts")
+IMAGE_WEIGHT = {"none": 0.0, "rotation": 0.3, "moco": 0.1, "imagenet": 0.05}
+IMAGE_BATCH = {"none": 0, "rotation": 64, "moco": 32, "imagenet": 256}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data. Frames are H x W x 3 uint8; what is random comes from torch's global generator, which train() seeds by sample
+
+
+def find_videos(roots: Sequence[Path]) -> list[Path]:
+    """Films in the folders, and folders of pictures: each is a video. In DAVIS's layout those in JPEGImages."""
+    videos = []
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"--data {root}: no such folder; give one with videos, or with folders of frames")
+        top = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root
+        before = len(videos)
+        for folder, _, files in os.walk(top, followlinks=True):
+            videos += [Path(folder, name) for name in files if name.lower().endswith(FILMS)]
+            if any(name.lower().endswith(PICTURES) for name in files):
+                videos.append(Path(folder))
+        if len(videos) == before:
+            raise UserError(f"--data {root}: holds no videos; give films ({', '.join(FILMS[:4])}) or folders of frames")
+    return sorted(videos)
+
+
+open_video = functools.lru_cache(maxsize=256)(Video)  # where its frames are; for each loader process
+
+
+def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list[np.ndarray]:
+    """The frames `choose(length)` of a video, or a picture. Raises Unreadable."""
+    try:
+        if path.suffix.lower() in PICTURES and path.is_file():
+            picture = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+            if picture is None:
+                raise UserError(f"{path}: cannot be read as a picture")
+            return [picture]
+        video = open_video(path)
+        times = choose(len(video))
+        frames = dict(video.frames(sorted(set(times))))
+        if len(frames) < len(set(times)):
+            raise UserError(video.broken or f"{path}: not all of its frames can be decoded")
+        return [frames[t] for t in times]
+    except UserError as error:
+        raise Unreadable(str(error)) from error
+
+
+def integer(low: int, high: int) -> int:
+    """Uniform in low ... high, both included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+def pair_times(length: int, gap: int) -> tuple[int, int]:
+    """Two frames of a video of `length`: the second 1 ... gap later; any two where it is no longer than that."""
+    if length - 1 > gap:
+        t = integer(0, length - 1 - gap)
+        return t, t + integer(1, gap)
+    return integer(0, length - 1), integer(0, length - 1)
+
+
+def to_lab(frame: np.ndarray, short: int) -> np.ndarray:
+    """RGB frame -> OpenCV's 8-bit Lab, of sides that 64 divides, the short one at most about `short` (0: any)."""
+    height, width = frame.shape[:2]
+    scale = min(1, short / min(height, width)) if short else 1
+    if scale < 1:
+        frame = cv2.resize(frame, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+    height, width = (max(1, side // 64) * 64 for side in frame.shape[:2])
+    return cv2.cvtColor(cv2.resize(frame, (width, height)), cv2.COLOR_RGB2LAB)
+
+
+def rotate(frame: np.ndarray, angle: float) -> np.ndarray:
+    """Turned about the middle by `angle` degrees; what comes in at the sides is reflected."""
+    height, width = frame.shape[:2]
+    turn = cv2.getRotationMatrix2D((width / 2, height / 2), angle, 1)
+    return cv2.warpAffine(frame, turn, (width, height), flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
+
+
+def pad(frame: np.ndarray, side: int) -> np.ndarray:
+    """Reflected on all sides, as far as needed for `side` pixels in either direction."""
+    y, x = (max(0, side - length) for length in frame.shape[:2])
+    return cv2.copyMakeBorder(frame, y // 2, y - y // 2, x // 2, x - x // 2, cv2.BORDER_REFLECT_101)
+
+
+def random_crop(frame: np.ndarray, side: int) -> np.ndarray:
+    frame = pad(frame, side)
+    y, x = (integer(0, length - side) for length in frame.shape[:2])
+    return frame[y : y + side, x : x + side]
+
+
+def enlarge(frame: np.ndarray, side: int) -> np.ndarray:
+    """Resized to a longer side of `side`, reflected to a square."""
+    height, width = frame.shape[:2]
+    size = width * side // max(height, width), height * side // max(height, width)
+    return pad(cv2.resize(frame, size), side)
+
+
+class Pairs(Dataset):
+    """Two frames of a video, 8-bit Lab: reference (crop x crop x 3) and target (the same, or full x full x 3).
+
+    Warm-up: both turned by one angle of -10 ... 10 degrees, scaled by one factor of 1/1.2 ... 1.2, cut at places of
+    their own, both flipped or neither. Localisation: the reference turned, both enlarged, the reference cut.
+    """
+
+    def __init__(self, args: Args, videos: Sequence[Path], localise: bool):
+        self.args, self.videos, self.localise = args, videos, localise
+
+    def __len__(self) -> int:
+        return len(self.videos) * self.args.pairs_per_video
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        a, path = self.args, self.videos[index % len(self.videos)]
+
+        def choose(length: int) -> tuple[int, int]:
+            if length < 2:
+                raise UserError(f"{path}: has one frame, a pair takes two")
+            return pair_times(length, a.gap)
+
+        frames = [to_lab(frame, a.short_side) for frame in read_frames(path, choose)]
+        angle = integer(-10, 10)
+        if self.localise:
+            frames[0] = random_crop(enlarge(rotate(frames[0], angle), a.full), a.crop)
+            frames[1] = enlarge(frames[1], a.full)
+        else:
+            scale, flip = 1 / 1.2 + (1.2 - 1 / 1.2) * torch.rand(()).item(), integer(0, 1)
+            how = cv2.INTER_LANCZOS4 if scale < 1 else cv2.INTER_CUBIC
+            for i, frame in enumerate(frames):
+                size = int(frame.shape[1] * scale), int(frame.shape[0] * scale)
+                frame = random_crop(cv2.resize(rotate(frame, angle), size, interpolation=how), a.crop)
+                frames[i] = frame[:, ::-1] if flip else frame
+        reference, target = (torch.from_numpy(np.ascontiguousarray(frame)) for frame in frames)
+        return {"reference": reference, "target": target}
+
+
+class Images(Dataset):
+    """A random frame of each video, or pictures, as `change` turns them; with their labels if there are any."""
+
+    def __init__(self, paths: Sequence[Path], change: Callable[[np.ndarray], Tensor], labels: Sequence[int] = ()):
+        self.paths, self.change, self.labels = paths, change, labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        (frame,) = read_frames(self.paths[index], lambda length: [integer(0, length - 1)])
+        return (self.change(frame), self.labels[index]) if self.labels else self.change(frame)
+
+
+def image_change(args: Args) -> Callable[[np.ndarray], Tensor]:
+    """The augmentation of the image objective: RGB frame -> 3 (grey: 1) x size x size uint8; of moco two of them."""
+    moco = args.image_objective == "moco"
+    steps = [v2.RandomResizedCrop(args.image_size, scale=(0.2 if moco else 0.08, 1), antialias=True)]
+    if moco:  # version 1; without effect on the colours of grey pictures
+        steps += [v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.4)]
+    augment = v2.Compose([*steps, v2.RandomHorizontalFlip()])
+
+    def change(frame: np.ndarray) -> Tensor:
+        if args.image_grey:
+            frame = cv2.cvtColor(frame, cv2.COLOR_RGB2LAB)[..., :1]
+        frame = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
+        return torch.stack([augment(frame), augment(frame)]) if moco else augment(frame)
+
+    return change
+
+
+def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
+    """The data of the image objective."""
+    objective, change = args.image_objective, image_change(args)
+    if args.image_data == "frames":
+        if objective == "imagenet":
+            raise UserError("--image-objective imagenet: needs --image-data ROOT, a folder with a folder a class")
+        return None if objective == "none" else Images([*videos] * args.pairs_per_video, change)
+    if objective == "none":
+        raise UserError(f"--image-data {args.image_data}: --image-objective none has no use for it; say which")
+    root = Path(args.image_data)
+    root = root / "train" if (root / "train").is_dir() else root
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES)
+    if not paths:
+        raise UserError(f"--image-data {args.image_data}: holds no pictures; give a folder of them, or frames")
+    if objective != "imagenet":
+        return Images(paths, change)
+    paths = [path for path in paths if path.parent != root]
+    names = [path.relative_to(root).parts[0] for path in paths]
+    classes = {name: number for number, name in enumerate(sorted(set(names)))}
+    if len(classes) < 2:
+        raise UserError(f"--image-data {args.image_data}: has {len(classes)} folders of pictures; give one a class")
+    return Images(paths, change, [classes[name] for name in names])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Lab auto-encoder
+
+
+def convolution(channels: int, filters: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, filters, 3, padding=1, padding_mode="reflect")
+
+
+def enlarged(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv of x enlarged twice (nearest), B x C x h x w -> B x D x 2h x 2w, as one transposed convolution of x: less
+    than half the work. Reflection on the fine grid is replication on the coarse one."""
+    kernel = conv.weight.flip(2, 3).transpose(0, 1)  # C D 3 3, then the sum over the four fine cells of a coarse one
+    kernel = sum(F.pad(kernel, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))  # C D 4 4
+    kernel = kernel.contiguous(memory_format=torch.channels_last)
+    return F.conv_transpose2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, conv.bias, stride=2, padding=3)
+
+
+class LabEncoder(nn.Module):
+    """Lab (uint8 - 128) / 128, B x 3 x H x W -> code, B x 256 x H/8 x W/8, not negative. Layers named as released."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 3, 1)
+        self.conv2, self.conv3 = convolution(3, 64), convolution(64, 64)
+        self.conv4, self.conv5 = convolution(64, 128), convolution(128, 128)
+        self.conv6 = convolution(128, 256)
+        self.downsample = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(256, 256, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x)).relu_()
+        x = F.max_pool2d(self.conv3(x).relu_(), 2)
+        x = self.conv4(x).relu_()
+        x = F.max_pool2d(self.conv5(x).relu_(), 2)
+        return self.downsample(self.conv6(x).relu_())
+
+
+class LabDecoder(nn.Module):
+    """Code -> Lab in -1 ... 1, the inverse of LabEncoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(256, 256, 1), nn.ReLU())
+        self.conv7, self.conv8 = convolution(256, 128), convolution(128, 128)
+        self.conv9, self.conv10 = convolution(128, 64), convolution(64, 64)
+        self.conv11 = convolution(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.upsample[1](x).relu_()  # before it is enlarged, which changes nothing
+        x = enlarged(x, self.conv7).relu_()
+        x = enlarged(x, self.conv8).relu_()
+        x = self.conv9(x).relu_()
+        x = enlarged(x, self.conv10).relu_()
+        return self.conv11(x).tanh()
+
+
+def from_uint8(lab: Tensor) -> Tensor:
+    """8-bit Lab, B x H x W x 3 -> what the auto-encoder sees, B x 3 x H x W (channels last)."""
+    return (lab.permute(0, 3, 1, 2).float() - 128) / 128
+
+
+class AutoEncoder(nn.Module):
+    """Its own training: the error of lab_error between crops and what is decoded of their codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = LabEncoder(), LabDecoder()
+
+    def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
+        x = from_uint8(batch["frames"])
+        decoded = self.decoder(self.encoder(x)).float()
+        units = x.new_tensor([128 / 2.55, 128, 128])  # OpenCV stretches L to 0 ... 255
+        L, a, b = (decoded - x).detach().abs().mean((0, 2, 3)) * units
+        return {"loss": lab_error(decoded, x).mean(), "L": L, "a": a, "b": b}
+
+
+def load_autoencoder(folder: Path) -> tuple[LabEncoder, LabDecoder]:
+    """The released files, or those of another run, found in a folder."""
+    parts = LabEncoder(), LabDecoder()
+    for name, part in zip(("encoder", "decoder"), parts, strict=True):
+        found = sorted(folder.glob(f"*{name}*.pth"))
+        if len(found) != 1:
+            what = f"{len(found)} files *{name}*.pth" if folder.is_dir() else "no such folder"
+            raise UserError(f"--autoencoder {folder}: {what}; give one with *encoder*.pth and *decoder*.pth")
+        try:
+            part.load_state_dict(common.read_weights(found[0])[0])
+        except RuntimeError as error:
+            why = str(error).splitlines()[1].strip()
+            raise UserError(f"{found[0]}: is not the {name} of UVC's Lab auto-encoder: {why}") from error
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UVC's losses. n = crop / 8 and N = full / 8 cells a side; i is a cell of the reference, j one of the target
+
+
+def positions(n: int, legacy: bool, like: Tensor) -> Tensor:
+    """Middles of n cells over -1 ... 1; legacy: from -1 to 1, the corners aligned."""
+    i = torch.arange(n, device=like.device).float()
+    return 2 * i / max(n - 1, 1) - 1 if legacy else (2 * i + 1) / n - 1
+
+
+def cell_grid(n: int, legacy: bool, like: Tensor) -> Tensor:
+    """(x, y) of n x n cells over -1 ... 1: 2 x nn."""
+    at = positions(n, legacy, like)
+    return torch.stack([at.repeat(n), at.repeat_interleave(n)])
+
+
+def affinity(reference: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """S_ij = f_i . f_j / T, before the softmax. B x C x n x n and B x C x m x m -> B x nn x mm."""
+    return reference.flatten(2).transpose(1, 2) @ target.flatten(2) / temperature
+
+
+def copy_colors(codes: Tensor, A: Tensor) -> Tensor:
+    """c_j = sum_i c_i A_ij for codes B x C x n x n and A B x nn x mm -> B x C x m x m."""
+    copied = codes.flatten(2) @ A
+    side = math.isqrt(copied.shape[2])
+    return copied.unflatten(2, (side, side))
+
+
+def soft_argmax(S: Tensor, grid: Tensor) -> Tensor:
+    """Where each reference cell is expected in the target: sum_j softmax_j(S_ij) g_j. S B x nn x mm, grid 2 x mm -> B
+    x nn x 2, in the units of the grid."""
+    return S.softmax(2) @ grid.T
+
+
+def box(centre: Tensor, n: int, N: int) -> Tensor:
+    """The box of n x n cells about a centre (x, y) in -1 ... 1, as parts of the frame: B x 2 -> B x 4 (left, top,
+    right, bottom) in 0 ... 1. It is shifted into the frame at the left and the top and cut off at the right and the
+    bottom, as released: l = max(x - n / 2, 0), r = min(l + n, N)."""
+    first = ((centre + 1) / 2 - n / N / 2).clamp(min=0)
+    return torch.cat([first, (first + n / N).clamp(max=1)], 1)
+
+
+def crop(x: Tensor, where: Tensor, side: int, legacy: bool = False) -> Tensor:
+    """The boxes `where` (B x 4, parts of the frame) of x, B x C x H x W -> B x C x side x side, bilinear; the gradient
+    reaches x and the boxes. Sample j of n lies at l + (j + 1/2) (r - l) / n, between cells whose middles are at + 1/2;
+    legacy: at the l + j (r - l) / (n - 1) of corners that are aligned."""
+    at = positions(side, legacy, x)
+    left, top, right, bottom = where[:, :, None].unbind(1)  # B 1
+    xs, ys = at * (right - left) + (left + right) - 1, at * (bottom - top) + (top + bottom) - 1  # B side
+    grid = torch.stack([xs[:, None].expand(-1, side, -1), ys[:, :, None].expand(-1, -1, side)], 3)
+    return F.grid_sample(x, grid, padding_mode="zeros" if legacy else "border", align_corners=legacy)
+
+
+def lab_error(copied: Tensor, true: Tensor) -> Tensor:
+    """mean |L - L'| + 10 mean |a - a'| + 10 mean |b - b'| of each sample: B x 3 x H x W -> B."""
+    return ((copied.float() - true).abs().mean((2, 3)) * true.new_tensor([1.0, 10.0, 10.0])).sum(1)
+
+
+def color_loss(forward: Tensor, back: Tensor, switch: float, threshold: float) -> tuple[Tensor, Tensor]:
+    """mean_n s_n of s = forward + switch * back, where s_n > threshold counts 0; and the share of these. The errors of
+    colours copied forward, and back by the transposed affinity (the cycle): B each."""
+    s = forward + switch * back
+    outlier = s.detach() > threshold
+    return s.masked_fill(outlier, 0).mean(), outlier.float().mean()
+
+
+def concentration(S: Tensor, legacy: bool = False) -> Tensor:
+    """D(S) + D(S^T). D: where u_j = sum_i softmax_i(S_ij) g_i, in -1 ... 1, the mean squared distance of u_j from its
+    mean over a window of 8 x 8 cells j, a mean over axes, cells and windows. S B x nn x nn."""
+    n = math.isqrt(S.shape[1])
+    grid = cell_grid(n, legacy, S)
+
+    def spread(P: Tensor) -> Tensor:
+        windows = (grid @ P).unflatten(2, (n // 8, 8, n // 8, 8))  # B 2 window row window column
+        return windows.var((3, 5), correction=0).mean()
+
+    return spread(S.softmax(1)) + spread(S.transpose(1, 2).softmax(1))
+
+
+def coordinate_cycle(S: Tensor, legacy: bool = False) -> Tensor:
+    """mean |g_i - sum_j softmax_j(S_ij) sum_k softmax_k(S_kj) g_k|: how far a cell is, in cells, from where it comes
+    back to. S B x nn x nn."""
+    n = math.isqrt(S.shape[1])
+    grid = cell_grid(n, legacy, S) * n / 2
+    return (S.softmax(2) @ (grid @ S.softmax(1)).transpose(1, 2) - grid.T).abs().mean()
+
+
+@torch.no_grad()
+def cycle_accuracy(S: Tensor) -> Tensor:
+    """The share of cells that come back to within one cell over their best match and its best match."""
+    n = math.isqrt(S.shape[1])
+    back = S.argmax(1).gather(1, S.argmax(2))  # B nn
+    i = torch.arange(n * n, device=S.device)
+    return (((back % n - i % n).abs() <= 1) & ((back // n - i // n).abs() <= 1)).float().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UVC and UVC+
+
+
+class UVC(nn.Module):
+    """Backbone, auto-encoder and image network; forward() gives the loss and its terms.
+
+    batch: video: reference and target, 8-bit Lab, B x crop x crop x 3 and B x crop x crop x 3 or, in the localisation
+    phase, B x full x full x 3. image: pictures B x 3 (grey: 1) x h x w uint8, two of each for moco, with their labels
+    for imagenet.
+    """
+
+    def __init__(self, args: Args, coders: tuple[nn.Module, nn.Module], warmup_steps: int, classes: int = 0):
+        super().__init__()
+        self.args, self.warmup_steps, self.shown, self.moved = args, warmup_steps, None, None
+        row = common.MODELS["uvc+"]
+        settings = replace(row.settings, layer=args.out_layer.replace("layer", "res"))
+        self.backbone = common.build_net(row, settings).to(memory_format=torch.channels_last)
+        self.encoder, self.decoder = (
+            part.requires_grad_(False).eval().to(memory_format=torch.channels_last) for part in coders
+        )
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        outputs = {"none": 0, "rotation": 4, "moco": 128, "imagenet": classes}[args.image_objective]
+        if outputs:
+            channels = 512 if args.out_layer == "layer4" else 256
+            shortcut = nn.Sequential(nn.Conv2d(channels, 512, 1, 2, bias=False), nn.BatchNorm2d(512))
+            blocks = BasicBlock(channels, 512, 2, shortcut), BasicBlock(512, 512)
+            for conv in (part for block in blocks for part in block.modules() if isinstance(part, nn.Conv2d)):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, outputs)
+            self.auxiliary = nn.Sequential(nn.MaxPool2d(3, 2, 1), *blocks, *head).to(memory_format=torch.channels_last)
+        if args.image_objective == "moco":
+            self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+            self.key_auxiliary = copy.deepcopy(self.auxiliary).requires_grad_(False)
+            self.register_buffer("queue", F.normalize(torch.randn(128, args.queue), dim=0))
+            self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+
+    def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
+        a, terms = self.args, {}
+        if "image" in batch:  # first, so that the running statistics weigh grey frames more
+            image_loss, image_accuracy = getattr(self, a.image_objective)(batch["image"], step)
+            terms = {"image": image_loss, "image_accuracy": image_accuracy}
+        x1, x2 = from_uint8(batch["video"]["reference"]), from_uint8(batch["video"]["target"])
+        F1, F2 = self.features(x1), self.features(x2)  # two passes, each with statistics of its own
+        n, N, legacy = F1.shape[-1], F2.shape[-1], a.legacy_align_corners
+        localise = n < N
+        exact = functools.partial(torch.autocast, x1.device.type, enabled=False)
+        y2, where = x2, None
+        with exact():
+            F1, F2 = F1.float(), F2.float()
+            if localise:
+                centre = soft_argmax(affinity(F1, F2, a.temperature), cell_grid(N, legacy, F1)).mean(1)
+                where = box(centre, n, N)
+                F2, y2 = crop(F2, where, n, legacy), crop(x2, where, 8 * n, legacy)
+                cut = (where[:, 2:] - where[:, :2] < (n - 0.01) / N).any(1).float().mean()
+                terms |= {"centre_x": centre[:, 0].mean(), "centre_y": centre[:, 1].mean(), "cut_boxes": cut}
+            S = affinity(F1, F2, a.temperature)
+            A = S.softmax(1)
+        c1, c2 = self.encode(x1), self.encode_box(x2, where, n)
+        with exact():
+            copied = torch.cat([copy_colors(c1.float(), A), copy_colors(c2.float(), A.transpose(1, 2))])
+        forward, back = self.decoder(copied.contiguous(memory_format=torch.channels_last)).chunk(2)
+        error, error_back = lab_error(forward, y2), lab_error(back, x1)
+        since, late = (step - self.warmup_steps, 1) if localise else (step, 0)
+        threshold = a.threshold if since >= a.threshold_steps[late] else math.inf
+        color, zeroed = color_loss(error, error_back, a.color_switch, threshold)
+        with exact():
+            spread = concentration(S, legacy)
+            video = color + (a.concentration * spread if step >= a.concentration_steps else 0)
+            if localise and a.coordinate:
+                terms["coordinate"] = coordinate_cycle(S, legacy)
+                video = video + a.coordinate * terms["coordinate"]
+        loss = video + a.image_weight * terms["image"] if "image" in terms else video
+        if (step + 1) % a.look_every == 0:
+            self.shown = [None if x is None else x[:4].detach() for x in (x1, x2, y2, forward, where)]
+        return {
+            "loss": loss,
+            "color": error.mean(),
+            "switch": error_back.mean(),
+            "zeroed": zeroed,
+            "concentration": spread,
+            "cycle_accuracy": cycle_accuracy(S),
+            "sharpness": A.detach().amax(1).mean(),
+            "largest_logit": S.detach().abs().max(),
+            **terms,
+        }
+
+    def features(self, lab: Tensor) -> Tensor:
+        """Lab B x 3 x H x W -> features B x C x H/8 x W/8 of its L, OpenCV's 8 bits / 256, in three channels."""
+        return self.backbone(((lab[:, :1] + 1) / 2 - self.mean) / self.std)
+
+    @torch.no_grad()
+    def encode(self, lab: Tensor) -> Tensor:
+        """Codes of true frames; in parts, which bounds the memory."""
+        return torch.cat([self.encoder(part) for part in lab.split(8)])
+
+    def encode_box(self, lab: Tensor, where: Tensor | None, n: int) -> Tensor:
+        """The codes of whole frames, cut at the boxes. Of the frame only what these can see is encoded: a code sees
+        10 pixels around its 8 x 8, so two cells beyond those that are sampled do."""
+        if where is None:
+            return self.encode(lab)
+        N = lab.shape[-1] // 8
+        side = N if self.args.legacy_align_corners else min(n + 8, N)
+        first = (torch.floor(where[:, :2].detach() * N) - 3).clamp(0, N - side)
+        parts = zip(lab, (8 * first).long().tolist(), strict=True)
+        codes = self.encode(torch.stack([x[:, t : t + 8 * side, l : l + 8 * side] for x, (l, t) in parts]))
+        with torch.autocast(lab.device.type, enabled=False):
+            return crop(codes.float(), (where * N - first.repeat(1, 2)) / side, n, self.args.legacy_align_corners)
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """uint8 pictures as the backbone wants them, B x 3 x h x w."""
+        x = x.float() / (256 if self.args.image_grey else 255)
+        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def rotation(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Which of four turns, all four of each picture in the batch: cross-entropy, and the share that is right."""
+        x = self.pictures(images)
+        x = torch.stack([x.rot90(k, (2, 3)) for k in range(4)], 1).flatten(0, 1)  # picture by picture
+        logits = self.auxiliary(self.backbone(x.contiguous(memory_format=torch.channels_last))).float()
+        turns = torch.arange(4, device=x.device).repeat(len(images))
+        return F.cross_entropy(logits, turns), (logits.argmax(1) == turns).float().mean()
+
+    def imagenet(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor]:
+        """Which class: cross-entropy, and the share that is right."""
+        images, labels = batch
+        logits = self.auxiliary(self.backbone(self.pictures(images))).float()
+        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+
+    def moco(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Which of the queue's keys and the picture's own is its own, q . k / 0.07 (MoCo v1), and the share that is
+        right. BatchNorm sees groups of a quarter of the batch, those of the keys shuffled over all processes."""
+        query_images, key_images = self.pictures(images.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        rank, world = rank_world()
+        groups = max(1, 4 // world)
+        query = torch.cat([self.auxiliary(self.backbone(part)) for part in query_images.chunk(groups)])
+        query = F.normalize(query.float(), dim=1)  # N 128
+        with torch.no_grad():
+            if self.moved != step:  # once, also where gradients are accumulated
+                pairs = ((self.key_backbone, self.backbone), (self.key_auxiliary, self.auxiliary))
+                for old, new in ((o, p) for k, q in pairs for o, p in zip(k.parameters(), q.parameters(), strict=True)):
+                    old.lerp_(new, 0.001)
+                self.moved = step
+            everything = gather(key_images)
+            order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(step)).to(images.device)
+            mine = everything[order].chunk(world)[rank]
+            keys = torch.cat([self.key_auxiliary(self.key_backbone(part)) for part in mine.chunk(groups)])
+            keys = gather(F.normalize(keys.float(), dim=1))[order.argsort()]
+        with torch.autocast(images.device.type, enabled=False):
+            own = (query * keys.chunk(world)[rank]).sum(1, keepdim=True)
+            logits = torch.cat([own, query @ self.queue.clone()], 1) / 0.07
+        start = int(self.pointer)
+        self.queue[:, start : start + len(keys)] = keys.T
+        self.pointer.fill_((start + len(keys)) % self.queue.shape[1])
+        return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)), (
+            logits.argmax(1) == 0
+        ).float().mean()
+
+    def look(self, batch: dict, step: int) -> np.ndarray:
+        """Rows of reference, whole target with its box, target, and the colours copied to it."""
+        x1, x2, y2, copied, where = self.shown
+        side, rows = x1.shape[-1], []
+        pictures = [from_lab(x) for x in (x1, x2, y2, copied)]
+        for i in range(len(x1)):
+            row = [pictures[0][i], pictures[1][i].copy(), pictures[2][i], pictures[3][i]]
+            if where is not None:
+                l, t, r, b = (where[i] * row[1].shape[0]).round().int().tolist()
+                cv2.rectangle(row[1], (l, t), (r, b), (255, 40, 40), max(2, row[1].shape[0] // 100))
+            rows.append(np.hstack([cv2.resize(part, (side, side), interpolation=cv2.INTER_AREA) for part in row]))
+        return np.vstack(rows)
+
+
+def gather(x: Tensor) -> Tensor:
+    """The tensors of all processes, one after the other."""
+    if rank_world()[1] == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(rank_world()[1])]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def from_lab(x: Tensor) -> list[np.ndarray]:
+    """Lab in -1 ... 1, B x 3 x H x W -> RGB frames."""
+    frames = (x.float() * 128 + 128).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [cv2.cvtColor(frame, cv2.COLOR_LAB2RGB) for frame in frames]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def check(args: Args) -> Args:
+    """The arguments with the defaults that depend on others; UserError for what cannot be."""
+    if not args.data:
+        raise UserError("--data is missing: give a folder of videos, or of folders of frames")
+    if args.crop < 64 or args.crop % 64:
+        raise UserError(f"--crop {args.crop}: give a multiple of 64, the concentration loss has windows of 64 pixels")
+    if args.full <= args.crop or args.full % 8:
+        raise UserError(f"--full {args.full}: give a multiple of 8 above --crop {args.crop}")
+    for flag in ("epochs", "batch_size", "pairs_per_video", "gap", "look_every", "autoencoder_steps"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+    if not 0 <= args.warmup_epochs <= args.epochs:
+        raise UserError(f"--warmup-epochs {args.warmup_epochs}: give 0 to --epochs {args.epochs}")
+    if args.amp == "bfloat16":
+        raise UserError(
+            "--amp bfloat16: is too coarse for affinities of features that have no unit length; take float16"
+        )
+    if not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature}: give a number above 0; affinities are divided by it")
+    given = {
+        "short_side": args.crop if args.short_side is None else args.short_side,
+        "image_weight": IMAGE_WEIGHT[args.image_objective] if args.image_weight is None else args.image_weight,
+        "image_batch_size": args.image_batch_size or IMAGE_BATCH[args.image_objective],
+    }
+    if args.image_objective == "moco" and args.queue % given["image_batch_size"]:
+        raise UserError(f"--queue {args.queue}: give a multiple of --image-batch-size {given['image_batch_size']}")
+    return replace(args, **given)
+
+
+def join_again(stage: str, device: torch.device) -> None:
+    """train() leaves the process group at its end; the next stage gets one of its own, under torchrun."""
+    rank, world = rank_world()
+    if world > 1 and not torch.distributed.is_initialized():
+        at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.PrefixStore(stage, torch.distributed.TCPStore(*at, is_master=False))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) -> Path:
+    """The folder of an auto-encoder trained on the videos' frames, every tenth video held out to report its error."""
+    folder = args.out / "autoencoder"
+    if args.resume and (folder / "decoder.pth").is_file():
+        return folder
+
+    def change(frame: np.ndarray) -> Tensor:
+        frame = random_crop(to_lab(frame, args.short_side), args.crop)
+        return torch.from_numpy(np.ascontiguousarray(frame[:, ::-1] if integer(0, 1) else frame))
+
+    held = videos[::10] if len(videos) >= 20 else videos  # few: all are learnt from, and tell nothing about others
+    learn = [video for video in videos if video not in set(held)] or videos
+    frames = Images(learn * math.ceil(args.batch_size / len(learn)), change)
+    method = AutoEncoder().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(method.parameters(), lr=1e-4)
+    test = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for video in held[:64]:
+            try:
+                test.append(change(read_frames(video, lambda length: [length // 2])[0]))
+            except Unreadable:
+                continue
+
+    @torch.no_grad()
+    def score() -> dict[str, float]:
+        terms = [method({"frames": frame[None].to(device)}, 0) for frame in test]
+        return {name: float(sum(t[name] for t in terms)) / len(terms) for name in ("loss", "L", "a", "b")}
+
+    def weights() -> dict:
+        return {"encoder": method.encoder.state_dict(), "decoder": method.decoder.state_dict()}
+
+    own = replace(args, out=folder, max_steps=args.autoencoder_steps, validate=None)
+    steps = len(frames) // args.batch_size
+    streams = {"frames": (frames, args.batch_size)}
+    epochs = math.ceil(args.autoencoder_steps / steps)
+    common.train(own, method, optimizer, lambda _: 1e-4, epochs, steps, streams, weights, score=score if test else None)
+    if rank_world()[0] == 0:
+        errors = ", ".join(f"{name} {value:.3g}" for name, value in (score() if test else {}).items())
+        print(f"Lab auto-encoder: error {errors} (Lab units) on {len(test)} frames; learnt from {len(learn)} videos")
+        for name, part in weights().items():
+            with common.atomic(folder / f"{name}.pth") as path:
+                torch.save(part, path)
+    join_again("autoencoder", device)
+    if rank_world()[1] > 1:
+        torch.distributed.barrier()
+    return folder
+
+
+def main(args: Args) -> None:
+    args = check(args)
+    videos = find_videos(args.data)
+    images = find_images(args, videos)
+    coders = load_autoencoder(args.autoencoder) if args.autoencoder else None
+    device = common.start_training(args)
+    coders = coders or load_autoencoder(train_autoencoder(args, videos, device))
+
+    steps_per_epoch = max(1, len(videos) * args.pairs_per_video // args.batch_size)
+    warmup = args.warmup_epochs * steps_per_epoch
+    torch.manual_seed(args.seed)
+    method = UVC(args, coders, warmup, max(images.labels, default=-1) + 1 if images else 0).to(device)
+    optimizer = torch.optim.Adam([weight for weight in method.parameters() if weight.requires_grad], lr=args.lr)
+
+    def lr(epoch: int) -> float:
+        """It begins again with the localisation phase (as released)."""
+        e = epoch if epoch < args.warmup_epochs else epoch - args.warmup_epochs
+        return args.lr * (1 - e / args.epochs) ** 0.9
+
+    def weights() -> dict:
+        strides = {stage: 1 for stage in ("layer3", "layer4") if stage <= args.out_layer}
+        meta = {"task": "uvc+", "arch": "resnet18", "image_objective": args.image_objective}
+        meta |= {"out_layer": args.out_layer, "strides": strides, "input": "lab_l", "l2_normalise": False}
+        meta |= {"temperature": args.temperature, "torch": str(torch.__version__)}
+        meta["config"] = {flag: str(value) for flag, value in vars(args).items()}
+        return {"state_dict": method.backbone.state_dict(), "meta": meta}
+
+    layer = args.out_layer.replace("layer", "res")
+    validation = ["--model", "uvc+", "--layer", layer, "--localization", "none", "--context", "7"]
+    # The frames differ between the phases, so each is a call of train() that goes on where the one before stopped.
+    done, last, total = 0, args.out / "last.pth", min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    if args.resume and last.is_file():
+        done = common.read_checkpoint(last)["step"]
+        if done >= total and rank_world()[0] == 0:
+            print(f"{last}: is at step {done} of {total}, nothing is left to do")
+    for localise, epochs in ((False, args.warmup_epochs), (True, args.epochs)):
+        if done >= min(epochs * steps_per_epoch, total):
+            continue
+        streams = {"video": (Pairs(args, videos, localise), args.batch_size)}
+        streams |= {"image": (images, args.image_batch_size)} if images else {}
+        join_again(f"localise {localise}", device)
+        now = replace(args, resume=args.resume or done > 0)
+        common.train(
+            *(now, method, optimizer, lr, epochs, steps_per_epoch, streams, weights, validation),
+            look=method.look,
+            look_every=args.look_every,
+        )
+        done = epochs * steps_per_epoch
+
+
+if __name__ == "__main__":
+    common.run(main, lambda: common.parse_args(Args))
