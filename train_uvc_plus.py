@@ -714,9 +714,9 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
 
     held = videos[::10] if len(videos) >= 20 else videos  # few: all are learnt from, and tell nothing about others
     learn = [video for video in videos if video not in set(held)] or videos
-    frames = Images(learn * math.ceil(args.batch_size / len(learn)), change)
+    frames = Images(learn * math.ceil(500 * args.batch_size / len(learn)), change)  # 500 steps an epoch
     method = AutoEncoder().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(method.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(method.parameters())
     test = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -738,7 +738,11 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     steps = len(frames) // args.batch_size
     streams = {"frames": (frames, args.batch_size)}
     epochs = math.ceil(args.autoencoder_steps / steps)
-    common.train(own, method, optimizer, lambda _: 1e-4, epochs, steps, streams, weights, score=score if test else None)
+
+    def lr(epoch: int) -> float:
+        return 1e-3 * (1 - epoch / epochs) ** 0.9
+
+    common.train(own, method, optimizer, lr, epochs, steps, streams, weights, score=score if test else None)
     if rank_world()[0] == 0:
         errors = ", ".join(f"{name} {value:.3g}" for name, value in (score() if test else {}).items())
         print(f"Lab auto-encoder: error {errors} (Lab units) on {len(test)} frames; learnt from {len(learn)} videos")
