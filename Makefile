@@ -7,12 +7,12 @@ PY = .venv/bin/python
 
 .PHONY: demo test bench clean
 
-DEMO = --video results/demo-clip/clip.mp4 --mask results/demo-clip/f0.png --out results/demo --overwrite
+CLIP = results/demo-clip
 
 demo: .venv/ready
-	$(PY) tests/clip.py results/demo-clip
-	$(PY) propagate.py --model imagenet $(DEMO) || \
-		{ echo "No ImageNet weights: the demo takes --model random."; $(PY) propagate.py --model random $(DEMO); }
+	$(PY) tests/clip.py $(CLIP)
+	$(PY) propagate.py --video $(CLIP)/clip.mp4 --mask $(CLIP)/f0.png --out results/demo --overwrite
+	$(PY) evaluate.py --data $(CLIP) --predictions results --out results/demo
 	@echo "Look at results/demo/overlay.mp4 and results/demo/contact_sheet.jpg"
 
 test: .venv/ready
@@ -21,6 +21,8 @@ test: .venv/ready
 bench: .venv/ready
 	$(PY) benchmarks/propagation.py
 	$(PY) benchmarks/export.py
+	$(PY) benchmarks/training.py
+	$(PY) benchmarks/training_uvc.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -64,6 +64,9 @@ def run(main, parse) -> None:
         sys.exit(
             print("interrupted: what is written is whole; the same command goes on from here", file=sys.stderr) or 130
         )
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():  # by start_training
+            torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,6 +235,8 @@ VFS = {"vip": {"size": "560x560", "context": 8}, "jhmdb": {"size": "240x240", "c
                 (r"downsample\.conv\.", "downsample.0."), (r"downsample\.bn\.", "downsample.1."))}
 
 MODELS = {
+    "default": Model("resnet18", "UVC, trained with this project", **STILL, input="lightness",
+        source="a part of this project: weights/default.pth", licence="MIT"),
     "imagenet": Model("resnet18", "ImageNet classification", **STILL, paper=65.8, mark=r"^fc\.weight 1000x512$",
         source=TORCHVISION + "resnet18-f37072fd.pth"),
     "imagenet-r50": Model("resnet50", "ImageNet classification", **STILL, mark=r"^fc\.weight 1000x2048$",
@@ -603,8 +608,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     for key in ("state_dict", "model", "teacher", "method"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             rest = [str(other) for other in state if other != key]
-            if isinstance(meta := state.get("meta"), dict) and meta.get("task") in MODELS:  # of a training script
-                rest[rest.index("meta")] = f"meta {meta['task']}"
+            task = meta.get("task", "") if isinstance(meta := state.get("meta"), dict) else ""
+            if task in MODELS or str(task).startswith("torchvision:"):  # of a training script
+                rest[rest.index("meta")] = f"meta {task}"
             state = state[key]
             break
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
@@ -1646,8 +1652,6 @@ def train(
         bar.close()
         with contextlib.suppress(OSError):
             board and board.close()
-    if world > 1:
-        torch.distributed.destroy_process_group()
     if halt:
         if not rank:
             print(f"stopped at step {step}: {last} is whole; the same command goes on from there", file=sys.stderr)
@@ -1954,6 +1958,7 @@ def parse_args(args_type, argv: Sequence[str] | None = None):
     peek.add_argument("--weights", type=Path)
     peek.add_argument("--dataset", default="davis")
     given = peek.parse_known_args(argv)[0]
-    name = given.model or (given.weights and recognise(*read_weights(given.weights))) or args_type().model
+    bare = given.weights and not given.model  # without a sign of a system: a ResNet of torchvision's, most likely
+    name = (recognise(*read_weights(given.weights)) or "imagenet") if bare else given.model or args_type().model
     default = replace(args_type(), model=name, propagation=preset(name, given.dataset))
     return tyro.cli(args_type, args=argv, default=default, config=config)

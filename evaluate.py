@@ -91,7 +91,7 @@ class Args:
     """JHMDB: which of the three train/test splits."""
     sequences: str = ""
     """Only these, separated by commas (default: all of the subset)."""
-    model: str = "imagenet"
+    model: str = "default"
     """Feature extractor, a name in common.MODELS."""
     weights: Path | None = None
     """Its weights (default: weights/, the torch hub cache, or a download)."""

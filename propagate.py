@@ -40,7 +40,7 @@ from common import MODELS, PALETTE, Propagation, UserError, Video
 
 @dataclass
 class Args:
-    model: str = "imagenet"
+    model: str = "default"
     """Whose features: a name from --list-models."""
     weights: Path | None = None
     """Weights file; without it weights/ and torch hub's cache are searched, then it is fetched."""

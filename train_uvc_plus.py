@@ -692,16 +692,6 @@ def check(args: Args) -> Args:
     return replace(args, **given)
 
 
-def join_again(stage: str, device: torch.device) -> None:
-    """train() leaves the process group at its end; the next stage gets one of its own, under torchrun."""
-    rank, world = rank_world()
-    if world > 1 and not torch.distributed.is_initialized():
-        at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.PrefixStore(stage, torch.distributed.TCPStore(*at, is_master=False))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-
-
 def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) -> Path:
     """The folder of an auto-encoder trained on the videos' frames, every tenth video held out to report its error."""
     folder = args.out / "autoencoder"
@@ -749,7 +739,6 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
         for name, part in weights().items():
             with common.atomic(folder / f"{name}.pth") as path:
                 torch.save(part, path)
-    join_again("autoencoder", device)
     if rank_world()[1] > 1:
         torch.distributed.barrier()
     return folder
@@ -795,7 +784,6 @@ def main(args: Args) -> None:
             continue
         streams = {"video": (Pairs(args, videos, localise), args.batch_size)}
         streams |= {"image": (images, args.image_batch_size)} if images else {}
-        join_again(f"localise {localise}", device)
         now = replace(args, resume=args.resume or done > 0)
         common.train(
             *(now, method, optimizer, lr, epochs, steps_per_epoch, streams, weights, validation),
