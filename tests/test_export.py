@@ -64,6 +64,15 @@ def reduced(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def default(tmp_path_factory) -> Path:
+    """A graph of the default model, which turns frames to 8-bit lightness."""
+    path = tmp_path_factory.mktemp("default") / "tracker.onnx"
+    args = export.Args(height=64, width=96, objects=1, propagation=SMALL)
+    export.write_onnx(path, args, common.load_encoder("default", None, SMALL, "cpu"), {})
+    return path
+
+
+@pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Path:
     """A half-precision graph of another flavour, of the newest operator set."""
     path = tmp_path_factory.mktemp("half") / "tracker.onnx"
@@ -195,8 +204,9 @@ def test_metadata_say_what_made_it(tracker):
 # What TensorRT reads (its ONNX parser's published list, opsets 9 to 20): the operators used here, with restrictions.
 
 PLAIN = """
-    Add And ArgMax Cast Clip Concat Constant Conv Div Equal Exp Expand Gather GatherElements GatherND Greater Less Log
-    MatMul Max Min Mod Mul Neg Not Or Pad Pow Reciprocal Relu Reshape Softmax Split Sqrt Sub Tile Transpose Where
+    Add And ArgMax Cast Clip Concat Constant Conv Div Equal Exp Expand Floor Gather GatherElements GatherND Greater
+    Less Log MatMul Max Min Mod Mul Neg Not Or Pad Pow Reciprocal Relu Reshape Round Softmax Split Sqrt Sub Tile
+    Transpose Where
 """
 CONSTANT_AXES = "ReduceMax ReduceMin ReduceSum ReduceL2 ReduceLogSumExp Slice Squeeze Unsqueeze"
 ARITHMETIC = "Add Div MatMul Mod Mul Pow ReduceMax ReduceSum Sub Where"
@@ -245,7 +255,7 @@ def assert_tensorrt_reads(path: Path) -> None:
             assert node.op_type in PLAIN.split(), here
 
 
-@pytest.mark.parametrize("graph", ["tracker", "reduced", "half"])
+@pytest.mark.parametrize("graph", ["tracker", "reduced", "half", "default"])
 def test_tensorrt_reads_the_graph(graph, request):
     assert_tensorrt_reads(request.getfixturevalue(graph))
 

@@ -65,6 +65,23 @@ def test_a_mask_for_every_frame(done, small_clip):
         assert (np.array(picture.getpalette()).reshape(-1, 3) == PALETTE).all()
 
 
+def test_without_a_model_the_projects_own_weights_follow_the_clip(tmp_path, cli):
+    """And better than no training does. weights/default.pth is small, and nothing is fetched."""
+    clip.write_clip(tmp_path, frames=25, height=180, width=320)
+    scores = {}
+    for model in ((), ("--model", "random")):
+        out = tmp_path / "-".join(("out", *model))
+        argv = [*model, "--video", tmp_path / "clip.mp4", "--mask", tmp_path / "f0.png", "--out", out]
+        code, _, err = cli(propagate, *argv)
+        assert code == 0, err
+        job = json.loads((out / "run.json").read_text())["job"]
+        last, truth = read_ids(out / "masks/00024.png"), read_ids(tmp_path / "truth/00024.png")
+        scores[job["model"]] = np.mean([jaccard(last == number, truth == number) for number in (1, 2, 3)])
+    assert scores["default"] > 0.7 and scores["default"] > scores["random"]
+    weights = Path(propagate.__file__).parent / "weights"
+    assert (weights / "default.pth").stat().st_size < 12e6 and (weights / "README.md").is_file()
+
+
 def test_the_film_plays_in_a_browser(done):
     with av.open(str(done / "overlay.mp4")) as film:
         stream = film.streams.video[0]
