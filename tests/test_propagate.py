@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clip
 import propagate
 from common import PALETTE, Video, read_ids, write_mask
 
