@@ -31,4 +31,4 @@ bench: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv results
+	rm -rf .venv results/demo $(CLIP)

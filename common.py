@@ -235,7 +235,7 @@ VFS = {"vip": {"size": "560x560", "context": 8}, "jhmdb": {"size": "240x240", "c
                 (r"downsample\.conv\.", "downsample.0."), (r"downsample\.bn\.", "downsample.1."))}
 
 MODELS = {
-    "default": Model("resnet18", "UVC, trained with this project", **STILL, input="lightness",
+    "default": Model("resnet18", "UVC+ with rotation, trained with this project", **STILL, input="lightness",
         source="a part of this project: weights/default.pth", licence="MIT"),
     "imagenet": Model("resnet18", "ImageNet classification", **STILL, paper=65.8, mark=r"^fc\.weight 1000x512$",
         source=TORCHVISION + "resnet18-f37072fd.pth"),
@@ -497,6 +497,8 @@ def load_encoder(
                 if guess and guess != name
                 else ""
             )
+            if not wrong and settings.layer == "res4" and all(key.startswith("layer4.") for key in missing):
+                hint = "; it ends at layer3: say --layer res3"
             raise UserError(f"{path}: does not fit {name} ({model.arch} up to {settings.layer}): it {why}{hint}")
         encoder.net.load_state_dict(state, strict=False)
         if weights:
@@ -594,7 +596,7 @@ def find_weights(name: str, fetch: bool = True) -> Path | None:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a checkpoint, names as they are, and what else it holds. Never runs code from the file."""
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file; check --weights")
+        raise UserError(f"{path}: no such weights file; check its name")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # CRW's file keeps its arguments
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1314,7 +1316,7 @@ class Training:
 
 # what may change when a run is resumed; every other flag decides what is learnt
 FREE = {"out", "resume", "max_steps", "workers", "device", "save_minutes"}
-FREE |= {"validate", "validate_every", "validate_sequences"}
+FREE |= {"validate", "validate_every", "validate_sequences", "look_every"}
 
 
 class Unreadable(Exception):
@@ -1328,25 +1330,14 @@ def rank_world() -> tuple[int, int]:
 
 def start_training(args: Training) -> torch.device:
     """Check the flags against those of OUT/last.pth, seed, join the process group. To be called first."""
-    for flag, least in (
-        ("max_steps", 0),
-        ("accumulate", 1),
-        ("workers", 0),
-        ("save_minutes", 0),
-        ("validate_every", 1),
-    ):
+    flags = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
+    for flag, least in flags.items():
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
     if args.validate and not (args.validate / "ImageSets" / "2017" / "val.txt").is_file():
         raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
-    if args.resume and (last := args.out / "last.pth").is_file():
-        for flag, old in read_checkpoint(last)["config"].items():
-            now = str(getattr(args, flag, None))
-            if flag not in FREE and now != old:
-                raise UserError(
-                    f"{last}: was trained with --{flag.replace('_', '-')} {old}, not {now}; give the same, "
-                    "another --out, or --no-resume to begin again"
-                )
+    if args.resume and (args.out / "last.pth").is_file():
+        check_resume(args, read_checkpoint(args.out / "last.pth"))
     device = pick_device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -1365,6 +1356,17 @@ def read_checkpoint(path: Path) -> dict:
         return {key: state[key] for key in ("step", "config", "method", "optimizer", "scaler")}
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
+
+
+def check_resume(args: Training, state: dict) -> None:
+    """UserError if a checkpoint was trained with other flags."""
+    for flag, old in state["config"].items():
+        now = str(getattr(args, flag, None))
+        if flag not in FREE and now != old:
+            raise UserError(
+                f"{args.out / 'last.pth'}: was trained with --{flag.replace('_', '-')} {old}, not {now}; give the "
+                "same, another --out, or --no-resume to begin again"
+            )
 
 
 def seed_of(*numbers: int) -> int:
@@ -1440,20 +1442,26 @@ class Curve:
     """A CSV with a row for each call; rows of later steps than `step`, from a run that was cut off, are dropped."""
 
     def __init__(self, path: Path, step: int):
-        self.path, self.rows = path, []
+        self.path, self.columns, self.kept = path, [], []
         if step and path.is_file():
-            with path.open(newline="") as file:
-                self.rows = [
-                    row for row in csv.DictReader(file) if None not in row.values() and int(row["step"]) <= step
-                ]
+            self.kept = [row for row in self.read() if None not in row.values() and int(row["step"]) <= step]
+
+    def read(self) -> list[dict]:
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
 
     def add(self, row: dict) -> None:
-        self.rows.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        row = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        if row.keys() <= set(self.columns):
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+            return
+        rows = [*(self.read() if self.columns else self.kept), row]  # the first, or one with new columns
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
         with atomic(self.path) as path, path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(rows)
 
 
 def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
@@ -1510,6 +1518,10 @@ def train(
 
     rank, world = rank_world()
     device, last = next(method.parameters()).device, args.out / "last.pth"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another") from error
     total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
     for name, (samples, size) in streams.items():
         if len(samples) < size:
@@ -1521,6 +1533,7 @@ def train(
     scaler, step = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
     if args.resume and last.is_file():
         state = read_checkpoint(last)
+        check_resume(args, state)
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -1556,7 +1569,7 @@ def train(
     stopped, halt, lost, sums = [], 0, set(), {}
 
     def stop(number: int, _) -> None:
-        if stopped:  # asked twice: now
+        if stopped and number == signal.SIGINT:  # asked twice: now
             raise KeyboardInterrupt
         stopped.append(number)
 
@@ -1605,8 +1618,10 @@ def train(
                 torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
                 halt = int(flag)
             over = step % steps_per_epoch == 0
+            judge = args.validate and (step == total or (over and (epoch + 1) % args.validate_every == 0))
             since_saved = (time.perf_counter() - saved) / 60
-            due = halt or step == total or since_saved > (min(1, args.save_minutes) if over else args.save_minutes)
+            due = halt or judge or step == total
+            due = due or since_saved > (min(1, args.save_minutes) if over else args.save_minutes)
             if due or over or step % 10 == 0 or step <= 10:
                 now, steps = time.perf_counter(), step - since[1]
                 means = {name: float(value) / steps for name, value in sums.items()}
@@ -1618,14 +1633,15 @@ def train(
                     )
                 speed = steps * sum(size for _, size in streams.values()) / (now - since[0])
                 row = {"lr": lr(epoch), "images_per_s": speed, "waiting": waited / (now - began), **means}
-                bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()}, refresh=False)
+                bar.set_postfix({name: f"{value:.4g}" for name, value in {**means, **row}.items()}, refresh=False)
                 if not rank:
                     log.add({"step": step, "epoch": epoch, **row})
                     for name, value in row.items():
                         board.add_scalar(name, value, step)
                 sums, since = {}, (now, step)
-            if due and not rank:
-                save()
+            if due:
+                if not rank:
+                    save()
                 saved = time.perf_counter()
             if look and not rank and step % look_every == 0:
                 picture = look(batch, step)
@@ -1634,7 +1650,7 @@ def train(
                 board.add_image("picture", picture, step, dataformats="HWC")
             if (over or step == total) and not halt:
                 row = score() if score and over else {}
-                if args.validate and not rank and ((epoch + 1) % args.validate_every == 0 or step == total):
+                if judge and not rank:
                     row |= validate(args, validation)
                 if row and not rank:
                     scores.add({"step": step, "epoch": epoch, **row})
@@ -1652,6 +1668,8 @@ def train(
         bar.close()
         with contextlib.suppress(OSError):
             board and board.close()
+    if world > 1:
+        torch.distributed.barrier()  # last.pth is written before anybody leaves or reads it
     if halt:
         if not rank:
             print(f"stopped at step {step}: {last} is whole; the same command goes on from there", file=sys.stderr)

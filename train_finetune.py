@@ -59,7 +59,7 @@ class Args(common.Training):
     """Epochs after which the learning rate is divided by 10. Default: imagenet and rotation every 30, moco 120 160; 20
     with --finetune."""
     cosine: bool | None = None
-    """Half a cosine to 0 instead of --decay-epochs. Default: with --moco-v2 from scratch."""
+    """True: half a cosine to 0 instead of --decay-epochs. Default: with --moco-v2 from scratch."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4
@@ -297,7 +297,7 @@ class Net(ResNet):
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Share of samples whose label is the highest logit, and among the five highest where there are more."""
-    place = (logits > logits.gather(1, labels[:, None])).sum(1)  # of the label's logit
+    place = (logits >= logits.gather(1, labels[:, None])).sum(1) - 1  # of the label's logit; a tie is not won
     return {f"top{k}": (place < k).float().mean() for k in (1, 5) if k == 1 or logits.shape[1] > 5}
 
 

@@ -68,7 +68,8 @@ class Args(common.Training):
     lr: float = 1e-4
     """Learning rate of Adam at the start of either phase; it falls as (1 - epoch / epochs)^0.9."""
     out_layer: Literal["layer4", "layer3"] = "layer4"
-    """Last stage of the ResNet-18: layer4 as released, layer3 as the paper says; all beyond layer2 at stride 1."""
+    """Last stage of the ResNet-18: layer4 as released, layer3 as the paper says; all beyond layer2 at stride 1. For
+    layer3, propagate.py and evaluate.py take --layer res3."""
     crop: int = 256
     """Side of the crops, in pixels, a multiple of 64."""
     full: int = 640
@@ -78,7 +79,7 @@ class Args(common.Training):
     gap: int = 50
     """Most frames between the two of a pair."""
     temperature: float = 1.0
-    """Affinities are divided by it before the softmax."""
+    """Affinities are divided by it before the softmax; propagate.py takes the same."""
     threshold: float = 2.5
     """Samples whose colour loss is above count 0."""
     threshold_steps: tuple[int, int] = (6000, 12000)
@@ -140,8 +141,9 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list[np.n
         if len(frames) < len(set(times)):
             raise UserError(video.broken or f"{path}: not all of its frames can be decoded")
         return [frames[t] for t in times]
-    except UserError as error:
-        raise Unreadable(str(error)) from error
+    except (UserError, OSError) as error:
+        why = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise Unreadable(why) from error
 
 
 def integer(low: int, high: int) -> int:
@@ -486,7 +488,8 @@ class UVC(nn.Module):
 
     def __init__(self, args: Args, coders: tuple[nn.Module, nn.Module], warmup_steps: int, classes: int = 0):
         super().__init__()
-        self.args, self.warmup_steps, self.shown, self.moved = args, warmup_steps, None, None
+        self.args, self.warmup_steps, self.shown = args, warmup_steps, None
+        self.moved, self.negatives = None, None  # moco: the step at which its keys' network moved, the queue before it
         row = common.MODELS["uvc+"]
         settings = replace(row.settings, layer=args.out_layer.replace("layer", "res"))
         self.backbone = common.build_net(row, settings).to(memory_format=torch.channels_last)
@@ -606,7 +609,7 @@ class UVC(nn.Module):
         right. BatchNorm sees groups of a quarter of the batch, those of the keys shuffled over all processes."""
         query_images, key_images = self.pictures(images.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
         rank, world = rank_world()
-        groups = max(1, 4 // world)
+        groups = max(1, 4 // (world * self.args.accumulate))
         query = torch.cat([self.auxiliary(self.backbone(part)) for part in query_images.chunk(groups)])
         query = F.normalize(query.float(), dim=1)  # N 128
         with torch.no_grad():
@@ -614,7 +617,7 @@ class UVC(nn.Module):
                 pairs = ((self.key_backbone, self.backbone), (self.key_auxiliary, self.auxiliary))
                 for old, new in ((o, p) for k, q in pairs for o, p in zip(k.parameters(), q.parameters(), strict=True)):
                     old.lerp_(new, 0.001)
-                self.moved = step
+                self.moved, self.negatives = step, self.queue.clone()
             everything = gather(key_images)
             order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(step)).to(images.device)
             mine = everything[order].chunk(world)[rank]
@@ -622,7 +625,7 @@ class UVC(nn.Module):
             keys = gather(F.normalize(keys.float(), dim=1))[order.argsort()]
         with torch.autocast(images.device.type, enabled=False):
             own = (query * keys.chunk(world)[rank]).sum(1, keepdim=True)
-            logits = torch.cat([own, query @ self.queue.clone()], 1) / 0.07
+            logits = torch.cat([own, query @ self.negatives], 1) / 0.07
         start = int(self.pointer)
         self.queue[:, start : start + len(keys)] = keys.T
         self.pointer.fill_((start + len(keys)) % self.queue.shape[1])
@@ -671,9 +674,22 @@ def check(args: Args) -> Args:
         raise UserError(f"--crop {args.crop}: give a multiple of 64, the concentration loss has windows of 64 pixels")
     if args.full <= args.crop or args.full % 8:
         raise UserError(f"--full {args.full}: give a multiple of 8 above --crop {args.crop}")
-    for flag in ("epochs", "batch_size", "pairs_per_video", "gap", "look_every", "autoencoder_steps"):
+    numbers = (
+        "epochs",
+        "batch_size",
+        "pairs_per_video",
+        "gap",
+        "look_every",
+        "autoencoder_steps",
+        "queue",
+        "image_size",
+    )
+    for flag in (*numbers, *(["image_batch_size"] if args.image_batch_size is not None else [])):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+    for flag in ("image_weight", "image_batch_size", "image_grey"):
+        if args.image_objective == "none" and getattr(args, flag):
+            raise UserError(f"--{flag.replace('_', '-')}: --image-objective none has no use for it; say which")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: give 0 to --epochs {args.epochs}")
     if args.amp == "bfloat16":
@@ -703,7 +719,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
         return torch.from_numpy(np.ascontiguousarray(frame[:, ::-1] if integer(0, 1) else frame))
 
     held = videos[::10] if len(videos) >= 20 else videos  # few: all are learnt from, and tell nothing about others
-    learn = [video for video in videos if video not in set(held)] or videos
+    learn = [video for i, video in enumerate(videos) if i % 10 or not held]
     frames = Images(learn * math.ceil(500 * args.batch_size / len(learn)), change)  # 500 steps an epoch
     method = AutoEncoder().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(method.parameters())
@@ -748,6 +764,14 @@ def main(args: Args) -> None:
     args = check(args)
     videos = find_videos(args.data)
     images = find_images(args, videos)
+    parts = rank_world()[1] * max(1, args.accumulate)
+    wanted = [("--batch-size", len(videos) * args.pairs_per_video, args.batch_size)]
+    wanted += [("--image-batch-size", len(images), args.image_batch_size)] if images else []
+    for flag, count, size in wanted:
+        if count < size:
+            raise UserError(f"{flag} {size}: there are {count} samples an epoch; give fewer, or more --pairs-per-video")
+        if size % parts:
+            raise UserError(f"{flag} {size}: is no multiple of {parts}, processes x --accumulate; change one of them")
     coders = load_autoencoder(args.autoencoder) if args.autoencoder else None
     device = common.start_training(args)
     coders = coders or load_autoencoder(train_autoencoder(args, videos, device))
@@ -773,6 +797,7 @@ def main(args: Args) -> None:
 
     layer = args.out_layer.replace("layer", "res")
     validation = ["--model", "uvc+", "--layer", layer, "--localization", "none", "--context", "7"]
+    validation += ["--temperature", str(args.temperature)]
     # The frames differ between the phases, so each is a call of train() that goes on where the one before stopped.
     done, last, total = 0, args.out / "last.pth", min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     if args.resume and last.is_file():

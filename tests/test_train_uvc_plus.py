@@ -476,7 +476,7 @@ def test_transforms_keep_what_they_should():
     assert np.array_equal(whole[30:170], cv2.resize(frame, (200, 140)))
 
 
-def test_lab_is_what_propagate_sees(imagenet_free_frame=None):
+def test_lab_is_what_propagate_sees():
     """The grey input of training is that of the extractor which propagate.py runs, bit for bit."""
     frame = next(clip.render(frames=1, height=64, width=64))[0]
     net = uvc.UVC(args(), coded(), 0).eval()
