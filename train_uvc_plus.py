@@ -687,7 +687,7 @@ def check(args: Args) -> Args:
     for flag in (*numbers, *(["image_batch_size"] if args.image_batch_size is not None else [])):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
-    for flag in ("image_weight", "image_batch_size", "image_grey"):
+    for flag in ("image_weight", "image_grey"):
         if args.image_objective == "none" and getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')}: --image-objective none has no use for it; say which")
     if not 0 <= args.warmup_epochs <= args.epochs:
