@@ -236,6 +236,7 @@ VFS = {"vip": {"size": "560x560", "context": 8}, "jhmdb": {"size": "240x240", "c
 
 MODELS = {
     "default": Model("resnet18", "UVC+ with rotation, trained with this project", **STILL, input="lightness",
+        settings=Propagation(layer="res2", temperature=0.01),  # chosen on DAVIS train sequences, weights/README.md
         source="a part of this project: weights/default.pth", licence="MIT"),
     "imagenet": Model("resnet18", "ImageNet classification", **STILL, paper=65.8, mark=r"^fc\.weight 1000x512$",
         source=TORCHVISION + "resnet18-f37072fd.pth"),

@@ -522,7 +522,7 @@ def test_the_model_of_a_weights_file_sets_the_defaults(tmp_path):
     assert parse_args(propagate.Args, ["--weights", bare]).model == "imagenet"
     own = str(save(tmp_path / "own.pth", {"state_dict": R18(stages=3), "meta": {"task": "torchvision:resnet18"}}))
     assert parse_args(propagate.Args, ["--weights", own]).model == "torchvision:resnet18"
-    assert parse_args(propagate.Args, []).propagation == Propagation()
+    assert parse_args(propagate.Args, []).propagation == MODELS["default"].settings
     assert parse_args(propagate.Args, []).model == "default"
     assert preset("crw", "vip") == replace(MODELS["crw"].settings, size="560x560", context=4)
 
