@@ -24,6 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import clip  # noqa: E402
 import train_uvc_plus as uvc  # noqa: E402
 
+MARK = "<!-- above: written by training_uvc.py; below: by hand -->"
+
 SMALL = {"crop": 128, "full": 256, "out_layer": "layer3", "batch_size": 4, "image_batch_size": 2, "image_size": 112}
 SMALL["image_objective"] = "rotation"
 STEPS = 20
@@ -132,7 +134,9 @@ def main() -> None:
         "|---|---:|---:|---:|",
         *memory,
     ]
-    (ROOT / "benchmarks" / "training_uvc.md").write_text("\n".join(text) + "\n")
+    path = ROOT / "benchmarks" / "training_uvc.md"
+    by_hand = path.read_text().partition(MARK)[2] if path.is_file() else "\n"
+    path.write_text("\n".join([*text, "", MARK]) + by_hand)
     print("\n".join(text))
 
 
