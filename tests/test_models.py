@@ -244,6 +244,9 @@ def system(name):
         p = R50(stages=3) if "r50" in name else R18(stages=3)
         fc = torch.zeros(4 if name == "rotation" else 1000, 2048 if "r50" in name else 512)
         return p, {**p, **STRANGER, "fc.weight": fc}, lambda f: F.normalize(resnet(p, rgb(f)))
+    if name == "default":  # grey, layer2
+        p = R18(stages=3)
+        return p, {"state_dict": {**p}, "meta": {"task": name}}, lambda f: F.normalize(resnet(p, lightness(f), 2))
     if name.endswith("-finetuned"):  # train_finetune.py writes the name beside the weights
         p = R18(stages=3)
         content = {"state_dict": p | STRANGER | {"fc.weight": torch.zeros(4, 512)}, "meta": {"task": name}}
@@ -520,7 +523,7 @@ def test_the_model_of_a_weights_file_sets_the_defaults(tmp_path):
     assert parse_args(propagate.Args, ["--weights", crw, "--model", "vfs"]).propagation == MODELS["vfs"].settings
     bare = str(save(tmp_path / "bare.pth", R18(stages=3)))
     assert parse_args(propagate.Args, ["--weights", bare]).model == "imagenet"
-    own = str(save(tmp_path / "own.pth", {"state_dict": R18(stages=3), "meta": {"task": "torchvision:resnet18"}}))
+    own = str(save(tmp_path / "own.pth", {"state_dict": {**R18(stages=3)}, "meta": {"task": "torchvision:resnet18"}}))
     assert parse_args(propagate.Args, ["--weights", own]).model == "torchvision:resnet18"
     assert parse_args(propagate.Args, []).propagation == MODELS["default"].settings
     assert parse_args(propagate.Args, []).model == "default"

@@ -424,7 +424,7 @@ def test_moco_is_momentum_contrast():
     net.queue.copy_(before)
     q = torch.cat([net.auxiliary(net.backbone(net.pictures(x[None, 0]))) for x in images])
     q, old = F.normalize(q, dim=1), net.queue.clone()
-    loss = net.moco(images, 6)[0]
+    loss = net.moco(images, 7)[0]
     k = net.queue[:, :4].T
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ old], 1) / 0.07
     assert loss.item() == pytest.approx(-logits.log_softmax(1)[:, 0].mean().item(), rel=1e-3)
