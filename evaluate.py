@@ -1,6 +1,6 @@
 """A data set -> the paper's scores, tables and figures.
 
-    python evaluate.py --dataset davis --data DAVIS                      # the default model, a row of Table 6
+    python evaluate.py --dataset davis --data DAVIS --model imagenet     # a row of the paper's Table 6
     python evaluate.py --dataset davis --data DAVIS --predictions A B    # score any methods' masks side by side
     python evaluate.py --data DAVIS --sweep topk=1,5,10 --sweep temperature=0.02,0.05,1
     python evaluate.py --data DAVIS --paper table4                       # paper's figure, ours, the difference
