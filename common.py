@@ -785,9 +785,8 @@ def propagate_windows(target: Tensor, features: Tensor, labels: Tensor, s: Propa
         if s.localization == "predicted" and age > 15:
             far[i] = torch.stack(torch.meshgrid(ys, xs, indexing="ij"), -1).float()
             D = min(4, age // 15 + 1)
-            for y, x in itertools.product(
-                range(min(D, h)), range(min(D, w))
-            ):  # the cells D apart are a frame of their own
+            # the cells D apart are a frame of their own
+            for y, x in itertools.product(range(min(D, h)), range(min(D, w))):
                 P = correlate(query[y::D, x::D], keys[i, y::D, x::D], R).flatten(2).softmax(-1).unflatten(2, (S, S))
                 far[i][y::D, x::D] += D * torch.stack([P.sum(3) @ d.float(), P.sum(2) @ d.float()], -1)
     z = torch.zeros(h, w, values.shape[3], device=d.device)
@@ -1329,6 +1328,16 @@ def rank_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def all_gather(x: Tensor) -> Tensor:
+    """x of all processes, one after the other."""
+    world = rank_world()[1]
+    if world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world)]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 def start_training(args: Training) -> torch.device:
     """Check the flags against those of OUT/last.pth, seed, join the process group. To be called first."""
     flags = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
@@ -1357,6 +1366,14 @@ def read_checkpoint(path: Path) -> dict:
         return {key: state[key] for key in ("step", "config", "method", "optimizer", "scaler")}
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """torch.save, whole or not at all; UserError where it cannot be written."""
+    whole = io.BytesIO()  # torch.save to a full disk is no OSError
+    torch.save(content, whole)
+    with atomic(path) as temporary:
+        temporary.write_bytes(whole.getbuffer())
 
 
 def check_resume(args: Training, state: dict) -> None:
@@ -1561,11 +1578,8 @@ def train(
     def save() -> None:
         state = {"step": step, "config": {flag: str(value) for flag, value in vars(args).items()}}
         state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        for path, content in ((last, state), (args.out / "weights.pth", weights())):
-            whole = io.BytesIO()  # torch.save to a full disk is no OSError
-            torch.save(content, whole)
-            with atomic(path) as temporary:
-                temporary.write_bytes(whole.getbuffer())
+        write_checkpoint(last, state)
+        write_checkpoint(args.out / "weights.pth", weights())
 
     stopped, halt, lost, sums = [], 0, set(), {}
 

@@ -33,7 +33,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import v2
 
 import common
-from common import PICTURES, Unreadable, UserError, rank_world
+from common import PICTURES, Unreadable, UserError, all_gather, rank_world
 
 
 @dataclass
@@ -334,15 +334,6 @@ class Rotation(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), **accuracy(logits, labels)}
 
 
-def gather(x: Tensor) -> Tensor:
-    """x of all processes, one after the other."""
-    if rank_world()[1] == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(rank_world()[1])]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
 def contrast(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Logits of each query (N x D) with its own key (N x D), then with the queue (D x K): N x (1 + K)."""
     return torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / temperature
@@ -381,10 +372,10 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def keys(self, images: Tensor, step: int) -> Tensor:
         """Keys of the images of all processes, in their order."""
-        rank, everybody = rank_world()[0], gather(images)
+        rank, everybody = rank_world()[0], all_gather(images)
         order = torch.randperm(len(everybody), generator=torch.Generator().manual_seed(step)).to(images.device)
         own = order[rank * len(images) : (rank + 1) * len(images)]
-        shuffled = gather(self.embed(self.encoder_k, everybody[own]))
+        shuffled = all_gather(self.embed(self.encoder_k, everybody[own]))
         return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
 
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:

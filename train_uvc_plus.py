@@ -30,7 +30,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
 import common
-from common import PICTURES, Unreadable, UserError, Video, rank_world
+from common import PICTURES, Unreadable, UserError, Video, all_gather, rank_world
 
 
 @dataclass
@@ -618,11 +618,11 @@ class UVC(nn.Module):
                 for old, new in ((o, p) for k, q in pairs for o, p in zip(k.parameters(), q.parameters(), strict=True)):
                     old.lerp_(new, 0.001)
                 self.moved, self.negatives = step, self.queue.clone()
-            everything = gather(key_images)
+            everything = all_gather(key_images)
             order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(step)).to(images.device)
             mine = everything[order].chunk(world)[rank]
             keys = torch.cat([self.key_auxiliary(self.key_backbone(part)) for part in mine.chunk(groups)])
-            keys = gather(F.normalize(keys.float(), dim=1))[order.argsort()]
+            keys = all_gather(F.normalize(keys.float(), dim=1))[order.argsort()]
         with torch.autocast(images.device.type, enabled=False):
             own = (query * keys.chunk(world)[rank]).sum(1, keepdim=True)
             logits = torch.cat([own, query @ self.negatives], 1) / 0.07
@@ -645,15 +645,6 @@ class UVC(nn.Module):
                 cv2.rectangle(row[1], (l, t), (r, b), (255, 40, 40), max(2, row[1].shape[0] // 100))
             rows.append(np.hstack([cv2.resize(part, (side, side), interpolation=cv2.INTER_AREA) for part in row]))
         return np.vstack(rows)
-
-
-def gather(x: Tensor) -> Tensor:
-    """The tensors of all processes, one after the other."""
-    if rank_world()[1] == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(rank_world()[1])]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
 
 
 def from_lab(x: Tensor) -> list[np.ndarray]:
@@ -719,7 +710,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
         return torch.from_numpy(np.ascontiguousarray(frame[:, ::-1] if integer(0, 1) else frame))
 
     held = videos[::10] if len(videos) >= 20 else videos  # few: all are learnt from, and tell nothing about others
-    learn = [video for i, video in enumerate(videos) if i % 10 or not held]
+    learn = [video for i, video in enumerate(videos) if i % 10 or len(videos) < 20]
     frames = Images(learn * math.ceil(500 * args.batch_size / len(learn)), change)  # 500 steps an epoch
     method = AutoEncoder().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(method.parameters())
@@ -753,8 +744,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
         errors = ", ".join(f"{name} {value:.3g}" for name, value in (score() if test else {}).items())
         print(f"Lab auto-encoder: error {errors} (Lab units) on {len(test)} frames; learnt from {len(learn)} videos")
         for name, part in weights().items():
-            with common.atomic(folder / f"{name}.pth") as path:
-                torch.save(part, path)
+            common.write_checkpoint(folder / f"{name}.pth", part)
     if rank_world()[1] > 1:
         torch.distributed.barrier()
     return folder
@@ -776,7 +766,7 @@ def main(args: Args) -> None:
     device = common.start_training(args)
     coders = coders or load_autoencoder(train_autoencoder(args, videos, device))
 
-    steps_per_epoch = max(1, len(videos) * args.pairs_per_video // args.batch_size)
+    steps_per_epoch = len(videos) * args.pairs_per_video // args.batch_size
     warmup = args.warmup_epochs * steps_per_epoch
     torch.manual_seed(args.seed)
     method = UVC(args, coders, warmup, max(images.labels, default=-1) + 1 if images else 0).to(device)

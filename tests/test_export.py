@@ -26,15 +26,7 @@ SMALL = Propagation(context=3, radius=4, topk=5)
 FLAGS = ("--model", "random", "--context", "3", "--radius", "4", "--topk", "5")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # What runs: one graph of the small clip for all tests, made through the command line.

@@ -28,15 +28,7 @@ SMALL = ["--crop", 64, "--full", 128, "--out-layer", "layer3", "--batch-size", 2
 SMALL += ["--epochs", 2, "--warmup-epochs", 1, "--image-size", 64, "--image-batch-size", 2, "--look-every", 2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")
@@ -693,6 +685,10 @@ def test_autoencoder_is_trained_first_and_kept(videos, tmp_path, cli):
     assert code == 0, err
     assert "Lab auto-encoder" not in out
     assert (tmp_path / "out" / "autoencoder" / "decoder.pth").stat().st_mtime_ns == before
+    few = ["--data", videos / "a", "--pairs-per-video", 2, "--autoencoder-steps", 1, "--max-steps", 1]
+    code, out, err = cli(uvc, *SMALL, *few, "--out", tmp_path / "few")
+    assert code == 0, err
+    assert "on 1 frames; learnt from 1 videos" in out
     flags = ["--data", root, "--autoencoder", tmp_path / "out" / "autoencoder", "--out", tmp_path / "other"]
     code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", 1)
     assert code == 0, err
