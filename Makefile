@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(PY) evaluate.py --data $(CLIP) --predictions results --out results/demo
 	@echo "Look at results/demo/overlay.mp4 and results/demo/contact_sheet.jpg"
 
-test: .venv/ready
+test: .venv/tests
 	$(PY) -m pytest
 
 bench: .venv/ready
@@ -28,6 +28,10 @@ bench: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -r $(REQUIREMENTS)
+	touch $@
+
+.venv/tests: .venv/ready tests/requirements.txt
+	$(PY) -m pip install --quiet -r tests/requirements.txt
 	touch $@
 
 clean:

@@ -440,7 +440,7 @@ class Encoder(nn.Module):
             x = torch.stack([(116 * fy - 66) / 50, 500 / 127 * (fx - fy), 200 / 127 * (fy - fz)], 1)
         x = x.to(self.mean.dtype)
         x = self.net(x if self.input in ("unit", "lab") else (x - self.mean) / self.std)
-        return F.normalize(x, dim=1) if self.settings.l2 else x
+        return F.normalize(x.float(), dim=1).to(x.dtype) if self.settings.l2 else x  # half knows no 1e-12: 0 / 0
 
 
 XYZ = (  # linear sRGB -> X, Y, Z of D65, each over its white
@@ -1267,7 +1267,8 @@ class TensorRTEngine:
             self.tensors["seen"].fill_(self.seen)
             if mask is not None:
                 self.tensors["mask"].copy_(torch.from_numpy(mask))
-            self.context.execute_async_v3(self.stream.cuda_stream)
+            if not self.context.execute_async_v3(self.stream.cuda_stream):
+                raise UserError("TensorRT could not run a step (its reasons stand above); build the engine again here")
         for name in ("memory_features", "memory_labels"):  # what was written is read next
             a, b = self.tensors[name], self.tensors[f"new_{name}"]
             self.tensors[name], self.tensors[f"new_{name}"] = b, a

@@ -195,7 +195,7 @@ class Step(nn.Module):
             weight = [b.softmax(2) if t is None else (b - t).exp() for b, t in zip(best, total, strict=True)]
             weight = [w * share[a:b, None] for w, (a, b, _) in zip(weight, self.parts, strict=True)]
             weight, entry = (torch.cat([each.flatten(1) for each in part], 1) for part in (weight, entry))
-        copied = weight[:, None] @ F.embedding(entry, values)  # the soft copy, line 33: Q 1 L
+        copied = (weight[..., None] * F.embedding(entry, values)).sum(1)  # the soft copy, line 33: Q L
         return copied.view(*query.shape[:2], -1)
 
     def labels_from_mask(self, mask: Tensor) -> Tensor:
@@ -330,13 +330,13 @@ def write_engine(path: Path, graph: Path, info: dict) -> None:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph.read_bytes()):
-        raise UserError(
-            f"{graph}: TensorRT {trt.__version__} cannot read it ({parser.get_error(0).desc()}); try --opset 18"
-        )
+        error = parser.get_error(0)
+        what = f"{error.node_operator()} {error.node_name()} ({error.desc()})"
+        raise UserError(f"{graph}: TensorRT {trt.__version__} cannot read {what}; try --opset 18")
     config = builder.create_builder_config()
     timings = path.with_suffix(".timing")
     cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    config.set_timing_cache(cache or config.create_timing_cache(b""), ignore_mismatch=False)  # a broken one is None
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(

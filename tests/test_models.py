@@ -449,6 +449,17 @@ def test_the_grid_is_that_of_the_features_for_odd_frames(name):
             assert encoder(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:] == settings.grid(*size)
 
 
+def test_half_precision_normalises_as_float32_does():
+    """A cell where every ReLU is shut stays zero (0 / 0 would spread over the memory), and squares may pass 65504."""
+    x = torch.tensor([[0.0, 0.0, 0.0], [3e-5, 4e-5, 0.0], [600.0, 0.0, 800.0]]).T.view(1, 3, 1, 3)
+    net = torch.nn.Module()
+    net.forward = lambda _: x.half()
+    encoder = common.Encoder(net, Propagation()).half()
+    features = encoder(torch.zeros(1, 8, 24, 3, dtype=torch.uint8))[0, :, 0].T
+    wanted = torch.tensor([[0.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.6, 0.0, 0.8]])
+    assert features.dtype == torch.float16 and torch.allclose(features.float(), wanted, atol=2e-3)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
