@@ -43,6 +43,8 @@ class Args(common.Training):
     """Folder with *encoder*.pth and *decoder*.pth of the Lab auto-encoder; without it, it is trained first."""
     autoencoder_steps: int = 20_000
     """Steps of that training; it is kept in OUT/autoencoder/."""
+    init: Path | None = None
+    """Weights of a ResNet-18 for the backbone to start from; without it these are random, as released."""
     image_objective: Literal["none", "rotation", "moco", "imagenet"] = "none"
     """The image loss of UVC+; none is UVC."""
     image_data: str = "frames"
@@ -478,6 +480,22 @@ def cycle_accuracy(S: Tensor) -> Tensor:
 # UVC and UVC+
 
 
+def build_backbone(args: Args) -> nn.Module:
+    """A ResNet-18 up to --out-layer, its weights random or those of --init, which must hold all of them."""
+    row = common.MODELS["uvc+"]
+    net = common.build_net(row, replace(row.settings, layer=args.out_layer.replace("layer", "res")))
+    if args.init:
+        state, wanted = common.read_weights(args.init)[0], net.state_dict()
+        for key, value in wanted.items():
+            if key not in state or state[key].shape != value.shape:
+                raise UserError(
+                    f"--init {args.init}: has no fitting {key}; give a ResNet-18 up to {args.out_layer} with "
+                    "torchvision's names and its BatchNorm"
+                )
+        net.load_state_dict({key: state[key] for key in wanted})
+    return net
+
+
 class UVC(nn.Module):
     """Backbone, auto-encoder and image network; forward() gives the loss and its terms.
 
@@ -490,9 +508,7 @@ class UVC(nn.Module):
         super().__init__()
         self.args, self.warmup_steps, self.shown = args, warmup_steps, None
         self.moved, self.negatives = None, None  # moco: the step at which its keys' network moved, the queue before it
-        row = common.MODELS["uvc+"]
-        settings = replace(row.settings, layer=args.out_layer.replace("layer", "res"))
-        self.backbone = common.build_net(row, settings).to(memory_format=torch.channels_last)
+        self.backbone = build_backbone(args).to(memory_format=torch.channels_last)
         self.encoder, self.decoder = (
             part.requires_grad_(False).eval().to(memory_format=torch.channels_last) for part in coders
         )
@@ -762,6 +778,8 @@ def main(args: Args) -> None:
             raise UserError(f"{flag} {size}: there are {count} samples an epoch; give fewer, or more --pairs-per-video")
         if size % parts:
             raise UserError(f"{flag} {size}: is no multiple of {parts}, processes x --accumulate; change one of them")
+    if args.init:  # what does not fit is refused before an auto-encoder is trained
+        build_backbone(args)
     coders = load_autoencoder(args.autoencoder) if args.autoencoder else None
     device = common.start_training(args)
     coders = coders or load_autoencoder(train_autoencoder(args, videos, device))

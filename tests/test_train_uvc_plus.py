@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -563,6 +564,21 @@ def test_weights_go_into_propagate(trained, small_clip, tmp_path, cli, flags):
     assert len(list((tmp_path / "masks").glob("*.png"))) == 3
 
 
+def test_it_starts_from_given_weights(trained, videos, coders, tmp_path, cli):
+    """One step of a tiny learning rate leaves them where they are; so does going on."""
+    flags = [*SMALL, "--data", videos, "--autoencoder", coders, "--lr", 1e-9, "--out", tmp_path / "out"]
+    shutil.copy(trained / "weights.pth", tmp_path / "start.pth")
+    for steps in (1, 2):
+        code, _, err = cli(uvc, *flags, "--init", tmp_path / "start.pth", "--max-steps", steps)
+        assert code == 0, err
+        before = torch.load(tmp_path / "start.pth", weights_only=True)["state_dict"]
+        after = torch.load(tmp_path / "out" / "weights.pth", weights_only=True)["state_dict"]
+        weights = [key for key in before if "running" not in key and "num" not in key]
+        assert weights and all(torch.allclose(before[key], after[key], atol=1e-6) for key in weights)
+    code, _, err = cli(uvc, *flags, "--max-steps", 3)
+    assert code == 2 and "--init" in err  # another start is another run
+
+
 def test_resumed_is_the_same(trained, videos, coders, tmp_path, cli):
     """Stopped after one step, and after the warm-up, and gone on with: the weights of the run that was not."""
     flags = [*SMALL, "--data", videos, "--autoencoder", coders, "--image-objective", "rotation", "--out", tmp_path]
@@ -755,6 +771,11 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
         (["--data", "{videos}", "--image-weight", "0.5"], "--image-weight: --image-objective none"),
         (["--data", "{videos}", "--image-objective", "moco", "--queue", "0"], "--queue 0: give 1 or more"),
         (["--data", "{videos}", "--autoencoder", "{coders}", "--seed", "-1"], "--seed -1: give 0 or more"),
+        (["--data", "{videos}", "--init", "none.pth"], "none.pth: no such weights file"),
+        (
+            ["--data", "{videos}", "--init", "{default}", "--out-layer", "layer4"],
+            "has no fitting layer4.0.conv1.weight",
+        ),
     ],
     ids=lambda value: " ".join(value[2:] or value) if isinstance(value, list) else "",
 )
@@ -764,6 +785,7 @@ def test_bad_input_is_one_line(flags, message, videos, coders, tmp_path, cli):
     (tmp_path / "swapped" / "encoder.pth").symlink_to(coders / "my_decoder.pth")
     (tmp_path / "swapped" / "decoder.pth").symlink_to(coders / "my_encoder.pth")
     places = {"empty": tmp_path / "empty", "swapped": tmp_path / "swapped", "videos": videos, "coders": coders}
+    places["default"] = ROOT / "weights" / "default.pth"
     flags = [flag.format(**places) for flag in flags]
     code, _, err = cli(uvc, *SMALL, "--out", tmp_path / "out", *flags)
     assert code == 2, err
