@@ -1112,6 +1112,7 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     title = f"{title[args.dataset]} {args.subset}: {esc(best.name)}"
     over = {"vip": "part classes", "jhmdb": "joints"}.get(args.dataset, "objects")
     count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
+    count += f" in {esc(args.data.resolve().name)}" if args.data else ""
     note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
     text.append(f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {count}{note}</div>")
     numbers = [(percent(overall.get(c)), c) for c in columns] + [

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import PALETTE, film_writer, write_mask
+from common import PALETTE, Video, film_writer, write_mask
 
 
 def texture(rng: np.random.Generator, side: int, colours: list[tuple[int, int, int]], fineness: int) -> np.ndarray:
@@ -91,6 +91,9 @@ def write_clip(folder: Path, fps: float = 15, truth: str = "truth", **shape) -> 
 
 if __name__ == "__main__":  # laid out as DAVIS is, so that evaluate.py scores the demo
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results/demo-clip")
-    print(write_clip(folder, truth="Annotations/480p/demo"))
+    print(film := write_clip(folder, truth="Annotations/480p/demo"))
+    (pictures := folder / "JPEGImages" / "480p" / "demo").mkdir(parents=True, exist_ok=True)
+    for t, frame in Video(film).frames(range(60)):
+        cv2.imwrite(str(pictures / f"{t:05d}.jpg"), frame[..., ::-1])
     (folder / "ImageSets" / "2017").mkdir(parents=True, exist_ok=True)
     (folder / "ImageSets" / "2017" / "val.txt").write_text("demo\n")
