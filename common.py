@@ -1778,10 +1778,7 @@ class Video:
     def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         if self.pictures:
             for index in indices:
-                picture = cv2.imread(str(self.pictures[index]), cv2.IMREAD_COLOR_RGB)
-                if picture is None:
-                    raise UserError(f"{self.pictures[index]}: cannot be read as a picture; replace or remove it")
-                yield index, picture
+                yield index, read_picture(self.pictures[index])
         elif len(indices) < 2 or indices[0] < indices[-1]:
             yield from self._decode(indices)
         else:  # backwards: blocks of frames, each decoded forwards
@@ -1829,6 +1826,21 @@ class Video:
                 self.broken = f"{self.source}: breaks off after frame {done}; the frames up to there are kept"
         if done < 0 and first == 0:
             raise UserError(f"{self.source}: no frame can be decoded; is it whole? Try to play it")
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """A JPEG, PNG, ... -> H x W x 3 uint8 RGB. UserError if it is damaged."""
+    try:
+        data = Path(path).read_bytes()
+        if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9", len(data) // 2) < 0:  # OpenCV would fill it up with grey
+            raise UserError(f"{path}: is a JPEG that breaks off; replace or remove it")
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
+    except (OSError, cv2.error) as error:
+        why = getattr(error, "strerror", None) or "is too large"
+        raise UserError(f"{path}: cannot be read as a picture ({why}); replace or remove it") from error
+    if picture is None:
+        raise UserError(f"{path}: cannot be read as a picture; replace or remove it")
+    return picture
 
 
 def ahead(items: Iterable, depth: int = 4) -> Iterator:

@@ -23,7 +23,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -195,20 +194,6 @@ def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, in
     return train, held, classes
 
 
-def read_picture(path: str) -> Tensor:
-    """A picture as it is to be looked at, 3 x H x W uint8 RGB. Unreadable if it is damaged."""
-    try:
-        data = Path(path).read_bytes()
-        if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9", len(data) // 2) < 0:  # OpenCV would fill it up with grey
-            raise Unreadable(f"{path}: is a JPEG that breaks off")
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
-    except (OSError, cv2.error) as error:
-        raise Unreadable(f"{path}: {getattr(error, 'strerror', None) or 'is too large'}") from error
-    if picture is None:
-        raise Unreadable(f"{path}: is no picture, or damaged")
-    return torch.from_numpy(picture).permute(2, 0, 1)
-
-
 class Pictures(Dataset):
     """Samples {"label": class number, and for each of `views` a picture 3 x crop x crop uint8}."""
 
@@ -221,7 +206,10 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
-        picture = read_picture(os.fsdecode(self.paths[index]))
+        try:
+            picture = torch.from_numpy(common.read_picture(os.fsdecode(self.paths[index]))).permute(2, 0, 1)
+        except UserError as error:
+            raise Unreadable(str(error)) from error
         return {"label": int(self.labels[index]), **{view: self.transform(picture) for view in self.views}}
 
 

@@ -133,10 +133,7 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list[np.n
     """The frames `choose(length)` of a video, or a picture. Raises Unreadable."""
     try:
         if path.suffix.lower() in PICTURES and path.is_file():
-            picture = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
-            if picture is None:
-                raise UserError(f"{path}: cannot be read as a picture")
-            return [picture]
+            return [common.read_picture(path)]
         video = open_video(path)
         times = choose(len(video))
         frames = dict(video.frames(sorted(set(times))))

@@ -368,6 +368,21 @@ def test_frames_by_index_in_either_direction(small_clip, tmp_path):
     assert video.broken is None
 
 
+def test_a_picture_that_breaks_off_stops_a_run_that_can_go_on(small_clip, tmp_path, cli):
+    """It would come back grey from the break on, and wrong masks with it."""
+    (tmp_path / "frames").mkdir()
+    for index, frame in Video(small_clip / "clip.mp4").frames(range(6)):
+        cv2.imwrite(str(tmp_path / "frames" / f"{index}.jpg"), frame[..., ::-1])
+    whole = (tmp_path / "frames" / "4.jpg").read_bytes()
+    (tmp_path / "frames" / "4.jpg").write_bytes(whole[: len(whole) // 2])
+    job = [*RANDOM, "--mask", small_clip / "f0.png", "--video", tmp_path / "frames", "--out", tmp_path / "out"]
+    code, _, err = cli(propagate, *job)
+    assert code == 2 and "4.jpg: is a JPEG that breaks off; replace or remove it" in err
+    assert len(masks_in(tmp_path / "out")) == 4
+    (tmp_path / "frames" / "4.jpg").write_bytes(whole)
+    assert cli(propagate, *job)[0] == 0 and len(masks_in(tmp_path / "out")) == 6
+
+
 def test_a_truncated_film_gives_the_frames_before_the_break(small_clip, tmp_path, cli):
     remux(small_clip / "clip.mp4", tmp_path / "whole.mkv")
     for name, data in (

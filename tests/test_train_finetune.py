@@ -20,7 +20,7 @@ import common
 import evaluate
 import propagate
 import train_finetune
-from common import Unreadable, UserError
+from common import UserError
 from train_finetune import Args, Classification, MoCo, Net, Rotation, settle
 
 ROOT = Path(train_finetune.__file__).parent
@@ -472,13 +472,11 @@ def test_pictures_of_many_kinds(tmp_path):
     colour = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
     for name in ("a.png", "b.bmp", "c.TIFF", "d.webp", "e.ppm"):
         assert cv2.imwrite(str(tmp_path / name), colour[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, 101])
-        picture = train_finetune.read_picture(str(tmp_path / name))
-        assert picture.dtype == torch.uint8 and np.array_equal(picture.permute(1, 2, 0).numpy(), colour), name
+        assert np.array_equal(common.read_picture(tmp_path / name), colour), name
     cv2.imwrite(str(tmp_path / "grey.png"), colour[..., 0])
     cv2.imwrite(str(tmp_path / "deep.png"), colour[..., 0].astype(np.uint16) * 257)
     for name in ("grey.png", "deep.png"):
-        picture = train_finetune.read_picture(str(tmp_path / name))
-        assert picture.dtype == torch.uint8 and np.array_equal(picture[2].numpy(), colour[..., 0]), name
+        assert np.array_equal(common.read_picture(tmp_path / name)[..., 2], colour[..., 0]), name
 
 
 def test_damaged_pictures_are_told(tmp_path):
@@ -490,8 +488,8 @@ def test_damaged_pictures_are_told(tmp_path):
         ("empty.jpg", b""),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(Unreadable, match=f"{name}: "):
-            train_finetune.read_picture(str(tmp_path / name))
+        with pytest.raises(common.UserError, match=f"{name}: .*; replace or remove it"):
+            common.read_picture(tmp_path / name)
 
 
 def test_damaged_pictures_are_named_and_skipped(data, tmp_path, cli):

@@ -722,6 +722,9 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
     (root / "sizes").mkdir()
     for t in range(2):
         cv2.imwrite(str(root / "sizes" / f"{t}.png"), np.zeros((70 + t, 70, 3), np.uint8))
+    (root / "cut").mkdir()
+    for t in range(2):
+        (root / "cut" / f"{t}.jpg").write_bytes((videos / "a" / "00000.jpg").read_bytes()[:500])
     (root / "broken.mp4").write_bytes(b"no film")
     (root / "empty.mkv").touch()
     with av.open(str(root / "sound.avi"), "w") as film:
@@ -735,6 +738,7 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
     kept = (tmp_path / "out" / "unreadable.txt").read_text()
     for name, why in (
         ("one", "one frame"),
+        ("cut/0.jpg", "breaks off"),
         ("broken.mp4", "cannot be read as a film"),
         ("empty.mkv", "is empty"),
         ("sound.avi", "no video stream"),
