@@ -2,11 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import common
 from common import Propagation, labels_from_mask, load_encoder, mask_from_labels, propagate_labels, propagate_video
 
 
@@ -170,3 +173,30 @@ def test_minmax_lets_a_faint_label_win_and_an_absent_one_not():
     assert mask_from_labels(labels, [1, 2], (4, 4)).sum() == 0
     stretched = mask_from_labels(labels, [1, 2], (4, 4), minmax=True)
     assert stretched[0, 0] == 1 and (stretched == 2).sum() == 0
+
+
+@pytest.mark.parametrize("model", ["imagenet", "default", "crw", "mast", "corrflow", "uvc", "vfs"])
+@pytest.mark.parametrize(
+    "factors",
+    [{}, {"aggregation": "per-frame"}, {"localization": "window"}, {"localization": "none", "minmax": True}],
+    ids=lambda factors: ",".join(factors) or "own",
+)
+@pytest.mark.filterwarnings("ignore:.*meta")
+def test_on_a_gpu_everything_stays_there(model, factors):
+    """No GPU is needed: fake tensors have shapes and a device alone, and one that is still on the CPU among those of
+    the GPU is an error."""
+    own = common.MODELS[model].settings
+    if own.localization == "track":  # its boxes are computed on the CPU
+        own = replace(own, localization="fixed")
+    settings = replace(own, **{"context": 2} | factors)
+    with torch.no_grad(), FakeTensorMode(), torch.device("cuda"):
+        encoder = common.Encoder(common.build_net(common.MODELS[model], settings).eval(), settings)
+        encoder.input = common.MODELS[model].input
+        for name, buffer in list(encoder.named_buffers(recurse=False)):
+            encoder.register_buffer(name, buffer.cuda(), persistent=False)
+        frames = (torch.zeros(1, 96, 160, 3, dtype=torch.uint8) for _ in range(5))
+        features = (encoder(frame)[0] for frame in frames)
+        first = labels_from_mask(torch.zeros(96, 160, dtype=torch.uint8), [1, 2], settings.grid(96, 160))
+        for labels in propagate_video(features, [(next(features), first)], settings):
+            mask = mask_from_labels(labels, [1, 2], (96, 160), settings.minmax)
+            assert labels.device.type == mask.device.type == "cuda" and mask.shape == (96, 160)
