@@ -57,8 +57,9 @@ class Args(common.Training):
     decay_epochs: tuple[int, ...] | None = None
     """Epochs after which the learning rate is divided by 10. Default: imagenet and rotation every 30, moco 120 160; 20
     with --finetune."""
-    cosine: bool | None = None
-    """True: half a cosine to 0 instead of --decay-epochs. Default: with --moco-v2 from scratch."""
+    schedule: Literal["steps", "cosine"] | None = None
+    """Of the learning rate: steps at --decay-epochs, or half a cosine to 0. Default: cosine for --moco-v2
+    from scratch, else steps."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4
@@ -106,7 +107,7 @@ def settle(args: Args) -> Args:
         "epochs": epochs,
         "lr": lr * args.batch_size / 256,
         "decay_epochs": decay,
-        "cosine": args.moco_v2 and not args.finetune,
+        "schedule": "cosine" if args.moco_v2 and not args.finetune else "steps",
         "min_area": 0.2 if moco else 0.08,
         "temperature": 0.2 if args.moco_v2 else 0.07,
         "bn_groups": parts * max(math.ceil(8 / parts), 2 if world == 1 else 1) if moco else None,
@@ -136,7 +137,7 @@ def settle(args: Args) -> Args:
 
 def learning_rate(args: Args) -> Callable[[int], float]:
     """The learning rate of an epoch, the first is 0."""
-    if args.cosine:
+    if args.schedule == "cosine":
         return lambda epoch: args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
     return lambda epoch: args.lr * 0.1 ** sum(epoch >= after for after in args.decay_epochs)
 

@@ -98,6 +98,7 @@ def images(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
         ({"objective": "rotation", "finetune": Path("w")}, 40, {0: 0.01, 19: 0.01, 20: 1e-3, 39: 1e-3}),
         ({"objective": "moco", "finetune": Path("w")}, 40, {0: 3e-3, 19: 3e-3, 20: 3e-4, 39: 3e-4}),
         ({"objective": "moco", "moco_v2": True, "finetune": Path("w")}, 40, {0: 3e-3, 20: 3e-4}),
+        ({"objective": "rotation", "schedule": "cosine", "epochs": 30, "lr": 1.0}, 30, {0: 1.0, 10: 0.75, 15: 0.5}),
     ],
 )
 def test_the_schedule_is_the_papers(flags, epochs, rates):
