@@ -16,19 +16,23 @@ After writing, the graph is run against the PyTorch path on --video and --mask, 
 differs is removed, with exit code 1. The file's metadata say what made it (model, settings, sizes, version).
 """
 
+import io
 import json
+import logging
 import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,8 +58,10 @@ class Args:
     """ONNX operator set, 18 to 20."""
     fp16: bool = False
     """Features, affinities and memory in half precision, for GPUs; labels stay float32."""
+    int8: bool = False
+    """Convolutions, affinities and memory in INT8, with ranges measured on --video; the rest stays float32."""
     tensorrt: bool = False
-    """Also build a TensorRT engine (.engine, beside --out) for the GPU of this machine; implies --fp16."""
+    """Also build a TensorRT engine (.engine, beside --out) for this machine's GPU; implies --fp16 without --int8."""
     video: str | None = None
     """Check on this film or folder of pictures instead of a clip made here; needs --mask."""
     mask: Path | None = None
@@ -77,10 +83,19 @@ class Step(nn.Module):
     Every shape is fixed when it is built. A tile of target cells meets the context cells that the regions of its
     cells cover; the keys of all frames at these cells are gathered, so the (h w) x (n h w) affinity is never formed.
     A slot of the memory that is not filled yet is read as slot 0 and its entries are dropped before the softmax.
+    With a scale the memory holds the features as int8, in steps of it, and the affinities are integer products.
     """
 
-    def __init__(self, encoder: common.Encoder, size: tuple[int, int], objects: int, tile: tuple[int, int] = (12, 16)):
+    def __init__(
+        self,
+        encoder: common.Encoder,
+        size: tuple[int, int],
+        objects: int,
+        tile: tuple[int, int] = (12, 16),
+        scale: float | None = None,
+    ):
         super().__init__()
+        self.int8 = scale and (scale, 0, -128, 127, torch.int8)
         s = encoder.settings
         self.encoder, self.settings, self.size, self.objects = encoder, s, size, objects
         self.slots, self.grid = 1 + s.context, s.grid(*size)
@@ -126,7 +141,7 @@ class Step(nn.Module):
         self, frame: Tensor, mask: Tensor, seen: Tensor, memory_features: Tensor, memory_labels: Tensor
     ) -> tuple[Tensor, ...]:
         (h, w), n = self.grid, self.settings.context
-        frames = frame.to(memory_features.dtype)[None]  # TensorRT knows uint8 as an input alone: cast first
+        frames = frame.to(self.encoder.mean.dtype)[None]  # TensorRT knows uint8 as an input alone: cast first
         features = self.encoder(frames)[0]  # C h w
         query = features.permute(1, 2, 0)  # h w C
         keys, values = memory_features.flatten(0, 2), memory_labels.flatten(0, 2)  # an entry is (slot, cell)
@@ -144,6 +159,7 @@ class Step(nn.Module):
         start = seen == 0
         z = torch.where(start, self.labels_from_mask(mask), z)
         winner = torch.where(start, mask.int(), self.winner(z.permute(2, 0, 1)))
+        query = self.quantise(query)
         if n:  # slot 0 is the annotated frame's for good, the others are a ring
             place = (torch.where(start, 0, 1 + (seen - 1) % n).long(),)
             memory = memory_features.index_put(place, query[None]), memory_labels.index_put(place, z[None])
@@ -151,15 +167,23 @@ class Step(nn.Module):
             memory = torch.where(start, query[None], memory_features), torch.where(start, z[None], memory_labels)
         return winner.to(torch.uint8), z.permute(2, 0, 1), features, *memory
 
+    def quantise(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized_decomposed.quantize_per_tensor(x, *self.int8) if self.int8 else x
+
+    def dequantise(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized_decomposed.dequantize_per_tensor(x, *self.int8) if self.int8 else x
+
     def search(
         self, query: Tensor, windows: list, keys: Tensor, values: Tensor, first: Tensor, filled: Tensor
     ) -> Tensor:
         """Algorithm 1 for a tile: query ty x tx x C -> soft labels ty x tx x L."""
-        s, q, found = self.settings, query.flatten(0, 1), []
+        s, found = self.settings, []
+        q = self.dequantise(self.quantise(query.flatten(0, 1)))  # runtimes fuse the pair into the product below
         unfilled = torch.where(filled, 0.0, -math.inf).to(q.dtype)
         for (a, b, _), (cells, outside) in zip(self.parts, windows, strict=True):
             entry = cells[:, None] + first[a:b]  # cells n
-            A = (q @ keys.index_select(0, entry.flatten()).T).unflatten(1, entry.shape)  # Eq. 1: Q cells n
+            key = self.dequantise(keys.index_select(0, entry.flatten()).T)
+            A = (q @ key).unflatten(1, entry.shape)  # Eq. 1: Q cells n
             k, inside = min(s.topk, len(cells)), A
             if outside is not None and not (self.overall and self.norm == "topk"):
                 inside = A.masked_fill(outside[:, :, None], -math.inf)
@@ -251,6 +275,10 @@ def check_args(args: Args) -> None:
         )
     if min(args.height, args.width) < 16:
         raise UserError(f"--height {args.height} --width {args.width}: give 16 pixels or more")
+    if args.int8 and args.fp16:
+        raise UserError("--int8 and --fp16: give one of the two; what --int8 leaves stays float32")
+    if args.int8 and not args.video:
+        raise UserError("--int8: needs --video and --mask, frames like those to come: its ranges are measured on them")
     if bool(args.video) != bool(args.mask):
         raise UserError("--video and --mask: give both to check on a clip of your own, or none")
     if args.out.suffix != ".onnx":
@@ -289,13 +317,14 @@ def resize_by_matmul(self, output_size, align_corners, scales_h=None, scales_w=N
     return op.MatMul(op.MatMul(down, self), across)
 
 
-def write_onnx(path: Path, args: Args, encoder: common.Encoder, info: dict) -> None:
-    """Trace one step and write it, with what a runner must know in its metadata."""
+def write_onnx(path: Path, args: Args, encoder: common.Encoder, info: dict, scale: float | None = None) -> None:
+    """Trace one step and write it, with what a runner must know in its metadata. scale: see Step."""
     import onnx
 
-    half = args.fp16 or args.tensorrt
-    size, dtype = (args.height, args.width), torch.float16 if half else torch.float32
-    step = Step(encoder, size, args.objects, tile=(24, 32) if half else (12, 16)).eval()  # a GPU likes few launches
+    gpu = args.fp16 or args.tensorrt
+    size, dtype = (args.height, args.width), torch.float16 if gpu and not args.int8 else torch.float32
+    tile = (24, 32) if gpu else (12, 16)  # a GPU likes few launches
+    step = Step(encoder, size, args.objects, tile, scale).eval()
     with torch.inference_mode():
         channels = encoder(torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).shape[1]
     encoder.to(dtype)
@@ -303,7 +332,7 @@ def write_onnx(path: Path, args: Args, encoder: common.Encoder, info: dict) -> N
         "frame": torch.zeros(*size, 3, dtype=torch.uint8),
         "mask": torch.zeros(size, dtype=torch.uint8),
         "seen": torch.zeros(1, dtype=torch.int32),
-        "memory_features": torch.zeros(step.slots, *step.grid, channels, dtype=dtype),
+        "memory_features": torch.zeros(step.slots, *step.grid, channels, dtype=torch.int8 if args.int8 else dtype),
         "memory_labels": torch.zeros(step.slots, *step.grid, args.objects + 1),
     }
     program = torch.onnx.export(
@@ -318,6 +347,50 @@ def write_onnx(path: Path, args: Args, encoder: common.Encoder, info: dict) -> N
     graph = program.model_proto
     onnx.helper.set_model_props(graph, {"softcopy": json.dumps(info)})
     onnx.save(graph, path)
+
+
+def quantise_convolutions(path: Path, frames: list[np.ndarray]) -> None:
+    """Turn the graph's convolutions to INT8 in place, with the ranges that its tensors take on the frames.
+
+    Zero points are 0, weights have a scale a channel and biases stay float32, as TensorRT demands. ONNX Runtime runs
+    a convolution in integers where nothing else reads its INT8 input: of the convolutions of one tensor the first is
+    taken, the other (a ResNet's projection) and the residual sums read the tensor as it was.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, quantize_static
+
+    nodes = onnx.load(path).graph.node
+    taken = list({node.input[0]: node.name for node in reversed(nodes) if node.op_type == "Conv"}.values())
+    empty = {
+        tensor.name: np.zeros(
+            [d.dim_value for d in tensor.type.tensor_type.shape.dim],
+            onnx.helper.tensor_dtype_to_np_dtype(tensor.type.tensor_type.elem_type),
+        )
+        for tensor in onnx.load(path).graph.input
+    }
+    feeds = iter([empty | {"frame": frame} for frame in frames])
+    logging.disable(logging.WARNING)  # it advises steps that change nothing here
+    with redirect_stdout(io.StringIO()):
+        quantize_static(
+            path,
+            path,
+            SimpleNamespace(get_next=lambda: next(feeds, None)),
+            op_types_to_quantize=["Conv"],
+            nodes_to_quantize=taken,
+            per_channel=True,
+            calibrate_method=CalibrationMethod.Percentile,  # nearer to float32 than MinMax and Entropy
+            extra_options={"ActivationSymmetric": True, "QuantizeBias": False},
+        )
+    logging.disable(logging.NOTSET)
+    model = onnx.load(path)
+    made = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.op_type in ("Add", "Conv") and node.name not in taken:
+            for i, name in enumerate(node.input):
+                if name in made and made[name].op_type == "DequantizeLinear":
+                    exact = made[made[name].input[0]].input[0]
+                    node.input[i] = name if made[exact].op_type == "Conv" else exact
+    onnx.save(model, path)
 
 
 def write_engine(path: Path, graph: Path, info: dict) -> None:
@@ -453,7 +526,7 @@ def main(args: Args) -> None:
     args.width = width if args.width is None else args.width
     check_args(args)
     check_packages(args)
-    half = args.fp16 or args.tensorrt
+    dtype = "int8" if args.int8 else "float16" if args.fp16 or args.tensorrt else "float32"
     frames = args.propagation.context + 6 if args.frames is None else args.frames
     if frames < 2:
         raise UserError(f"--frames {frames}: give 2 or more; the first one is given")
@@ -463,15 +536,18 @@ def main(args: Args) -> None:
     encoder = common.load_encoder(args.model, args.weights, args.propagation)
     info = {"version": common.__version__, "model": args.model, "weights": args.weights and args.weights.name}
     info |= {"height": args.height, "width": args.width, "objects": args.objects, "ids": [*range(args.objects + 1)]}
-    info |= {"dtype": "float16" if half else "float32", "settings": asdict(args.propagation)}
+    info |= {"dtype": dtype, "settings": asdict(args.propagation)}
 
     print(f"{args.out}: running PyTorch on {len(clip)} frames", file=sys.stderr)
     reference, rate = run_reference(encoder, clip, mask, args.objects)
     print(f"{args.out}: tracing one step", file=sys.stderr)
-    least = 0.99 if half else 0.999
+    least = 0.999 if dtype == "float32" else 0.99
+    scale = max(float(np.abs(features).max()) for *_, features in reference) / 127 if args.int8 else None
     with ExitStack() as files:
         graph = files.enter_context(common.atomic(args.out))
-        write_onnx(graph, args, encoder.cpu(), info)
+        write_onnx(graph, args, encoder.cpu(), info, scale)
+        if args.int8:
+            quantise_convolutions(graph, clip[:: math.ceil(len(clip) / 5)])
         good = check(graph, clip, mask, reference, rate, least)
         if good and args.tensorrt:
             engine = files.enter_context(common.atomic(args.out.with_suffix(".engine")))

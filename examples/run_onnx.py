@@ -24,7 +24,7 @@ info = json.loads(session.get_modelmeta().custom_metadata_map["softcopy"])
 device = "cpu" if session.get_providers()[0].startswith("CPU") else "cuda"
 
 # 2. Two memories on the device, zeros at first: each step reads one and writes the other.
-kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 memories = [
     {
         tensor.name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(tensor.shape, kinds[tensor.type]), device, 0)
