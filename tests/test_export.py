@@ -4,9 +4,11 @@ import ctypes
 import importlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -77,6 +79,14 @@ def half(tmp_path_factory) -> Path:
     flags = ["--fp16", "--height", 50, "--width", 77, "--objects", 9, "--opset", 20, "--frames", 4, "--minmax"]
     flags += ["--aggregation", "per-frame", "--softmax", "region", "--exempt-first", "--out", path]
     export.main(common.parse_args(export.Args, [str(flag) for flag in (*FLAGS, *flags)]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def int8(small_clip, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("int8") / "tracker.onnx"
+    flags = ["--int8", "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--objects", 3]
+    export.main(common.parse_args(export.Args, [str(flag) for flag in (*FLAGS, *flags, "--out", path)]))
     return path
 
 
@@ -237,6 +247,8 @@ def assert_tensorrt_reads(path: Path) -> None:
             assert kind(node.output[0]) != onnx.TensorProto.INT64, f"{here}: 64-bit arithmetic"
         if node.op_type in CONSTANT_AXES.split():
             assert all(name in constants for name in node.input[1:]), here
+        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert constants[node.input[2]].dtype == np.int8 and not constants[node.input[2]].any(), here
         elif node.op_type == "TopK":
             assert attributes["sorted"].i == 1 if "sorted" in attributes else True, here
             assert node.input[1] in constants and constants[node.input[1]].item() < 3840, here
@@ -253,7 +265,7 @@ def assert_tensorrt_reads(path: Path) -> None:
             assert node.op_type in PLAIN.split(), here
 
 
-@pytest.mark.parametrize("graph", ["tracker", "reduced", "half", "default"])
+@pytest.mark.parametrize("graph", ["tracker", "reduced", "half", "default", "int8"])
 def test_tensorrt_reads_the_graph(graph, request):
     assert_tensorrt_reads(request.getfixturevalue(graph))
 
@@ -409,6 +421,49 @@ def test_half_precision_is_checked_too(half):
     assert common.load_engine(half).info["dtype"] == "float16"
 
 
+def test_int8_is_int8(int8, tmp_path):
+    """Convolutions stand between INT8 tensors, the affinities are products of two, and ONNX Runtime fuses both."""
+    graph = onnx.load(int8).graph
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    read = {name: node.op_type for node in graph.node for name in node.input}
+    projections = {node.input[0]: node for node in graph.node if node.op_type == "Conv"}
+    convolutions = [node for node in graph.node if node.op_type == "Conv" and ".downsample." not in node.input[1]]
+    assert len(convolutions) == 13 and len(projections) == 15
+    for node in convolutions:
+        assert made[node.input[0]] == made[node.input[1]] == "DequantizeLinear"
+        assert read[node.output[0]] == "QuantizeLinear"
+    kinds = {i.name: i.type.tensor_type.elem_type for i in graph.input}
+    assert kinds["memory_features"] == onnx.TensorProto.INT8 and kinds["memory_labels"] == onnx.TensorProto.FLOAT
+    assert common.load_engine(int8).info["dtype"] == "int8"
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(int8, options, providers=["CPUExecutionProvider"])
+    fused = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    tiles = len(common.cuts(12, 12)) * len(common.cuts(20, 16))
+    assert fused["QLinearConv"] == 13 and fused["MatMulIntegerToFloat"] == tiles
+
+
+def test_the_int8_memory_holds_features_in_steps(int8):
+    graph = onnx.load(int8).graph
+    made = {name: node for node in graph.node for name in node.output}
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    (scale,) = {
+        float(constants[made[name].input[1]])
+        for node in graph.node
+        if node.op_type == "MatMul" and made[node.input[0]].op_type == "DequantizeLinear"
+        for name in node.input
+    }
+    session = onnxruntime.InferenceSession(int8)
+    feed = {i.name: np.zeros(i.shape, {"tensor(float)": np.float32}.get(i.type, np.int8)) for i in session.get_inputs()}
+    feed |= {"frame": np.full((96, 160, 3), 99, np.uint8), "mask": np.zeros((96, 160), np.uint8)}
+    feed["seen"] = np.array([0], np.int32)
+    features, memory = session.run(["features", "new_memory_features"], feed)
+    steps = np.clip(np.round(features / scale), -128, 127).transpose(1, 2, 0)
+    assert np.abs(memory[0] - steps).max() <= 1 and (memory[0] == steps).mean() > 0.999  # a tie may round either way
+    assert memory[0].max() > 60 and not memory[1:].any()
+
+
 def test_many_objects_and_no_context(tmp_path, cli):
     out = tmp_path / "tracker.onnx"
     size = ("--height", 48, "--width", 64, "--objects", 200, "--frames", 3, "--radius", 2, "--context", 0)
@@ -426,13 +481,15 @@ def test_a_graph_that_fails_its_check_is_not_left(tracker, small_clip, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_real_video(shared, imagenet, tmp_path, cli):
+@pytest.mark.parametrize("precision", [[], ["--int8"]])
+def test_real_video(precision, shared, imagenet, tmp_path, cli):
     folder = shared / "data" / "DAVIS_train_256"
     frames = next(iter(folder.glob("JPEGImages/*/bear")))
     mask = next(iter(folder.glob("Annotations/*/bear"))) / "00000.png"
     flags = ["--weights", imagenet, "--video", frames, "--mask", mask, "--size", 128, "--context", 4, "--frames", 8]
-    code, text, err = cli(export, *flags, "--out", tmp_path / "tracker.onnx")
+    code, text, err = cli(export, *flags, *precision, "--out", tmp_path / "tracker.onnx")
     assert code == 0 and "check: 7 frames" in text, err + text
+    assert float(re.search(r"([\d.]+)% of the mask pixels agree", text)[1]) > (99 if precision else 99.9)
 
 
 @pytest.mark.parametrize(
@@ -451,6 +508,8 @@ def test_real_video(shared, imagenet, tmp_path, cli):
         (["--frames", 1], "--frames 1: give 2 or more"),
         (["--video", "clip.mp4"], "--video and --mask: give both"),
         (["--video", "clip.mp4", "--mask", "f0.png"], "clip.mp4: no such video"),
+        (["--int8"], "--int8: needs --video and --mask"),
+        (["--int8", "--fp16"], "--int8 and --fp16: give one of the two"),
         (["--out", "tracker.engine"], "give a name that ends in .onnx"),
         (["--out", __file__.replace(".py", ".onnx"), "--model", "none"], "unknown model 'none'"),
     ],
