@@ -100,7 +100,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", choices=["torch", "onnx"])
+    parser.add_argument("--work", choices=["torch", "float32", "int8"])
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     with torch.inference_mode():
