@@ -33,7 +33,6 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,6 +95,8 @@ class Step(nn.Module):
         scale: float | None = None,
     ):
         super().__init__()
+        if scale:
+            import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
         self.int8 = scale and (scale, 0, -128, 127, torch.int8)
         s = encoder.settings
         self.encoder, self.settings, self.size, self.objects = encoder, s, size, objects
@@ -168,7 +169,7 @@ class Step(nn.Module):
             memory = torch.where(start, query[None], memory_features), torch.where(start, z[None], memory_labels)
         return winner.to(torch.uint8), z.permute(2, 0, 1), features, *memory
 
-    def quantise(self, x: Tensor) -> Tensor:
+    def quantise(self, x: Tensor) -> Tensor:  # ONNX's QuantizeLinear
         return torch.ops.quantized_decomposed.quantize_per_tensor(x, *self.int8) if self.int8 else x
 
     def dequantise(self, x: Tensor) -> Tensor:
