@@ -1178,7 +1178,10 @@ class OnnxEngine:
             raise UserError(f"--device {device}: this ONNX Runtime has no CUDA; run pip install onnxruntime-gpu")
         if order[0].startswith("Tensorrt"):  # building takes minutes: keep the engine beside the graph
             cache = {"trt_engine_cache_path": f"{path}.cache", "trt_timing_cache_path": f"{path}.cache"}
-            order[0] = order[0], {"trt_engine_cache_enable": True, "trt_timing_cache_enable": True, **cache}
+            cache |= {"trt_engine_cache_enable": True, "trt_timing_cache_enable": True}
+            content = path.read_bytes()  # the metadata can be asked for only later; a precision has to be allowed
+            allowed = {"trt_fp16_enable": b'"dtype": "float16"', "trt_int8_enable": b'"dtype": "int8"'}
+            order[0] = order[0], cache | {option: mark in content for option, mark in allowed.items()}
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time

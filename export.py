@@ -96,7 +96,7 @@ class Step(nn.Module):
     ):
         super().__init__()
         if scale:
-            import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+            from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
         self.int8 = scale and (scale, 0, -128, 127, torch.int8)
         s = encoder.settings
         self.encoder, self.settings, self.size, self.objects = encoder, s, size, objects

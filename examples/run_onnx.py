@@ -15,8 +15,10 @@ import onnxruntime
 graph, film, first_mask, out = sys.argv[1:]
 
 # 1. Open the graph; its metadata say what it was made for.
-wanted = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+content, there = Path(graph).read_bytes(), onnxruntime.get_available_providers()
+allowed = {"trt_fp16_enable": b'"dtype": "float16"' in content, "trt_int8_enable": b'"dtype": "int8"' in content}
+wanted = {"TensorrtExecutionProvider": allowed, "CUDAExecutionProvider": {}, "CPUExecutionProvider": {}}
+providers = [(name, wanted[name]) for name in wanted if name in there]
 options = onnxruntime.SessionOptions()
 options.enable_mem_pattern = False  # a fifth less memory
 session = onnxruntime.InferenceSession(graph, options, providers=providers)
@@ -25,14 +27,9 @@ device = "cpu" if session.get_providers()[0].startswith("CPU") else "cuda"
 
 # 2. Two memories on the device, zeros at first: each step reads one and writes the other.
 kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
-memories = [
-    {
-        tensor.name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(tensor.shape, kinds[tensor.type]), device, 0)
-        for tensor in session.get_inputs()
-        if tensor.name.startswith("memory_")
-    }
-    for _ in range(2)
-]
+inputs, place = session.get_inputs(), onnxruntime.OrtValue.ortvalue_from_numpy
+memory = [(tensor.name, tensor.shape, kinds[tensor.type]) for tensor in inputs if tensor.name.startswith("memory_")]
+memories = [{name: place(np.zeros(shape, kind), device, 0) for name, shape, kind in memory} for _ in range(2)]
 
 # 3. The annotated frame's mask: ids 1 to info["objects"], here from the grey values of a picture.
 mask = cv2.imread(first_mask, cv2.IMREAD_GRAYSCALE)

@@ -331,6 +331,25 @@ def test_tensorrt_builds_the_graph(graph, target, tensorrt, request, tmp_path, m
     assert engine.with_suffix(".timing").stat().st_size > 0
 
 
+def test_onnx_runtime_lets_tensorrt_use_the_graphs_precision(tracker, half, int8, monkeypatch):
+    """It refuses a layer in half precision that it was not allowed."""
+    given = {}
+
+    def session(path, options, providers):
+        given[path] = providers
+        raise RuntimeError("no TensorRT here")
+
+    there = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    for graph in (tracker, half, int8):
+        with pytest.raises(common.UserError, match="no TensorRT here"):
+            common.load_engine(graph)
+        (name, options), last = given[str(graph)]
+        assert [name, last] == there and options["trt_engine_cache_enable"]
+        assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == (graph == half, graph == int8)
+
+
 def test_what_tensorrt_cannot_read_is_said(tracker, tensorrt, tmp_path, monkeypatch):
     model = onnx.load(tracker)
     next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Det"
