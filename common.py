@@ -1179,12 +1179,13 @@ class OnnxEngine:
         if order[0].startswith("Tensorrt"):  # building takes minutes: keep the engine beside the graph
             cache = {"trt_engine_cache_path": f"{path}.cache", "trt_timing_cache_path": f"{path}.cache"}
             cache |= {"trt_engine_cache_enable": True, "trt_timing_cache_enable": True}
-            content = path.read_bytes()  # the metadata can be asked for only later; a precision has to be allowed
+            content = path.read_bytes()  # TensorRT wants to know the precisions now, the metadata can be asked later
             allowed = {"trt_fp16_enable": b'"dtype": "float16"', "trt_int8_enable": b'"dtype": "int8"'}
             order[0] = order[0], cache | {option: mark in content for option, mark in allowed.items()}
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time
+        options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=order)
         except Exception as error:
@@ -1836,10 +1837,10 @@ def read_picture(path: str | Path) -> np.ndarray:
     try:
         data = Path(path).read_bytes()
         if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9", len(data) // 2) < 0:  # OpenCV would fill it up with grey
-            raise UserError(f"{path}: is a JPEG that breaks off; replace or remove it")
+            raise UserError(f"{path}: is a JPEG without an end, it breaks off; replace or remove it")
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
     except (OSError, cv2.error) as error:
-        why = getattr(error, "strerror", None) or "is too large"
+        why = getattr(error, "strerror", None) or getattr(error, "err", None) or "too large"
         raise UserError(f"{path}: cannot be read as a picture ({why}); replace or remove it") from error
     if picture is None:
         raise UserError(f"{path}: cannot be read as a picture; replace or remove it")

@@ -28,7 +28,6 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -59,9 +58,10 @@ class Args:
     fp16: bool = False
     """Features, affinities and memory in half precision, for GPUs; labels stay float32."""
     int8: bool = False
-    """Convolutions, affinities and memory in INT8, with ranges measured on --video; the rest stays float32."""
+    """Convolutions, affinities and memory in INT8, with the ranges that the frames of the check have (of --video, which
+    should be like those to come); the rest stays float32."""
     tensorrt: bool = False
-    """Also build a TensorRT engine (.engine, beside --out) for this machine's GPU; implies --fp16 without --int8."""
+    """Also build a TensorRT engine (.engine, beside --out) for this machine's GPU; without --int8 it implies --fp16."""
     video: str | None = None
     """Check on this film or folder of pictures instead of a clip made here; needs --mask."""
     mask: Path | None = None
@@ -95,9 +95,9 @@ class Step(nn.Module):
         scale: float | None = None,
     ):
         super().__init__()
-        if scale:
+        if scale is not None:
             from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
-        self.int8 = scale and (scale, 0, -128, 127, torch.int8)
+        self.int8 = None if scale is None else (scale, 0, -128, 127, torch.int8)
         s = encoder.settings
         self.encoder, self.settings, self.size, self.objects = encoder, s, size, objects
         self.slots, self.grid = 1 + s.context, s.grid(*size)
@@ -180,12 +180,13 @@ class Step(nn.Module):
     ) -> Tensor:
         """Algorithm 1 for a tile: query ty x tx x C -> soft labels ty x tx x L."""
         s, found = self.settings, []
-        q = self.dequantise(self.quantise(query.flatten(0, 1)))  # runtimes fuse the pair into the product below
+        entries = [cells[:, None] + first[a:b] for (a, b, _), (cells, _) in zip(self.parts, windows, strict=True)]
+        key = keys.index_select(0, torch.cat([entry.flatten() for entry in entries]))
+        q = self.dequantise(self.quantise(query.flatten(0, 1)))  # runtimes fuse it, read once, into the product
+        products = (q @ self.dequantise(key.T)).split([entry.numel() for entry in entries], 1)  # Eq. 1
         unfilled = torch.where(filled, 0.0, -math.inf).to(q.dtype)
-        for (a, b, _), (cells, outside) in zip(self.parts, windows, strict=True):
-            entry = cells[:, None] + first[a:b]  # cells n
-            key = self.dequantise(keys.index_select(0, entry.flatten()).T)
-            A = (q @ key).unflatten(1, entry.shape)  # Eq. 1: Q cells n
+        for (a, b, _), (cells, outside), entry, A in zip(self.parts, windows, entries, products, strict=True):
+            A = A.unflatten(1, entry.shape)  # Q cells n
             k, inside = min(s.topk, len(cells)), A
             if outside is not None and not (self.overall and self.norm == "topk"):
                 inside = A.masked_fill(outside[:, :, None], -math.inf)
@@ -292,14 +293,19 @@ def check_args(args: Args) -> None:
 
 def check_packages(args: Args) -> None:
     """Refuse to start without what the export needs."""
+    if args.int8 and not find_spec("torch.ao.quantization.fx._decomposed"):
+        raise UserError(
+            f"--int8: torch {torch.__version__} has none of its operators; leave it away or take torch 2.14"
+        )
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if missing:
         raise UserError(f"{missing[0]}: is not installed; run pip install {' '.join(missing)}")
     if args.tensorrt and not (find_spec("tensorrt") and torch.cuda.is_available()):
+        precision = "--int8" if args.int8 else "--fp16"
         lacks = "the tensorrt package (pip install tensorrt)" if not find_spec("tensorrt") else "an NVIDIA GPU"
         raise UserError(
-            f"--tensorrt: needs {lacks}; or export with --fp16 and build the engine where there is one: trtexec "
-            f"--onnx={args.out} --saveEngine={args.out.with_suffix('.engine')} --stronglyTyped"
+            f"--tensorrt: needs {lacks}; or export with {precision} alone and build the engine where there is one: "
+            f"trtexec --onnx={args.out} --saveEngine={args.out.with_suffix('.engine')} --stronglyTyped"
         )
 
 
@@ -323,8 +329,8 @@ def write_onnx(path: Path, args: Args, encoder: common.Encoder, info: dict, scal
     """Trace one step and write it, with what a runner must know in its metadata. scale: see Step."""
     import onnx
 
-    gpu = args.fp16 or args.tensorrt
-    size, dtype = (args.height, args.width), torch.float16 if gpu and not args.int8 else torch.float32
+    gpu, int8 = args.fp16 or args.tensorrt, scale is not None
+    size, dtype = (args.height, args.width), torch.float16 if gpu and not int8 else torch.float32
     tile = (24, 32) if gpu else (12, 16)  # a GPU likes few launches
     step = Step(encoder, size, args.objects, tile, scale).eval()
     with torch.inference_mode():
@@ -334,7 +340,7 @@ def write_onnx(path: Path, args: Args, encoder: common.Encoder, info: dict, scal
         "frame": torch.zeros(*size, 3, dtype=torch.uint8),
         "mask": torch.zeros(size, dtype=torch.uint8),
         "seen": torch.zeros(1, dtype=torch.int32),
-        "memory_features": torch.zeros(step.slots, *step.grid, channels, dtype=torch.int8 if args.int8 else dtype),
+        "memory_features": torch.zeros(step.slots, *step.grid, channels, dtype=torch.int8 if int8 else dtype),
         "memory_labels": torch.zeros(step.slots, *step.grid, args.objects + 1),
     }
     program = torch.onnx.export(
@@ -359,31 +365,55 @@ def quantise_convolutions(path: Path, frames: list[np.ndarray]) -> None:
     taken, the other (a ResNet's projection) and the residual sums read the tensor as it was.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationMethod, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
 
-    nodes = onnx.load(path).graph.node
-    taken = list({node.input[0]: node.name for node in reversed(nodes) if node.op_type == "Conv"}.values())
+    model = onnx.load(path)
+    made = {name: node for node in model.graph.node for name in node.output}
+
+    def source(name: str) -> str:
+        """The tensor that is padded or pooled into this one."""
+        while name in made and made[name].op_type in ("Pad", "AveragePool"):
+            name = made[name].input[0]
+        return name
+
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    taken = list({source(node.input[0]): node.name for node in reversed(convolutions)}.values())
     empty = {
         tensor.name: np.zeros(
             [d.dim_value for d in tensor.type.tensor_type.shape.dim],
             onnx.helper.tensor_dtype_to_np_dtype(tensor.type.tensor_type.elem_type),
         )
-        for tensor in onnx.load(path).graph.input
+        for tensor in model.graph.input
     }
-    feeds = iter([empty | {"frame": frame} for frame in frames])
+
+    class Reader(CalibrationDataReader):
+        """One frame at a time: the activations of all together would fill the memory."""
+
+        def __len__(self) -> int:
+            return len(frames)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.left = iter(frames[start_index:end_index])
+
+        def get_next(self) -> dict | None:
+            return None if (frame := next(self.left, None)) is None else empty | {"frame": frame}
+
+    level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it advises steps that change nothing here
-    with redirect_stdout(io.StringIO()):
-        quantize_static(
-            path,
-            path,
-            SimpleNamespace(get_next=lambda: next(feeds, None)),
-            op_types_to_quantize=["Conv"],
-            nodes_to_quantize=taken,
-            per_channel=True,
-            calibrate_method=CalibrationMethod.Percentile,  # nearer to float32 than MinMax and Entropy
-            extra_options={"ActivationSymmetric": True, "QuantizeBias": False},
-        )
-    logging.disable(logging.NOTSET)
+    try:
+        with redirect_stdout(io.StringIO()):
+            quantize_static(
+                path,
+                path,
+                Reader(),
+                op_types_to_quantize=["Conv"],
+                nodes_to_quantize=taken,
+                per_channel=True,
+                calibrate_method=CalibrationMethod.Percentile,  # nearer to float32 than MinMax and Entropy
+                extra_options={"ActivationSymmetric": True, "QuantizeBias": False, "CalibStridedMinMax": 1},
+            )
+    finally:
+        logging.disable(level)
     model = onnx.load(path)
     made = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
@@ -391,7 +421,7 @@ def quantise_convolutions(path: Path, frames: list[np.ndarray]) -> None:
             for i, name in enumerate(node.input):
                 if name in made and made[name].op_type == "DequantizeLinear":
                     exact = made[made[name].input[0]].input[0]
-                    node.input[i] = name if made[exact].op_type == "Conv" else exact
+                    node.input[i] = name if exact in made and made[exact].op_type == "Conv" else exact
     onnx.save(model, path)
 
 
@@ -411,7 +441,8 @@ def write_engine(path: Path, graph: Path, info: dict) -> None:
     config = builder.create_builder_config()
     timings = path.with_suffix(".timing")
     cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
-    config.set_timing_cache(cache or config.create_timing_cache(b""), ignore_mismatch=False)  # a broken one is None
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # broken, or of another GPU
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(
@@ -544,19 +575,26 @@ def main(args: Args) -> None:
     reference, rate = run_reference(encoder, clip, mask, args.objects)
     print(f"{args.out}: tracing one step", file=sys.stderr)
     least = 0.999 if dtype == "float32" else 0.99
-    scale = max(float(np.abs(features).max()) for *_, features in reference) / 127 if args.int8 else None
+    scale = None
+    if args.int8:
+        with torch.inference_mode():
+            largest = float(encoder(torch.from_numpy(clip[0]).to(encoder.mean.device)[None]).abs().max())
+        scale = max([largest, *(float(np.abs(features).max()) for *_, features in reference)]) / 127 or 1.0
     with ExitStack() as files:
         graph = files.enter_context(common.atomic(args.out))
         write_onnx(graph, args, encoder.cpu(), info, scale)
         if args.int8:
-            quantise_convolutions(graph, clip[:: math.ceil(len(clip) / 5)])
+            quantise_convolutions(
+                graph, [clip[i] for i in np.linspace(0, len(clip) - 1, min(5, len(clip))).astype(int)]
+            )
         good = check(graph, clip, mask, reference, rate, least)
         if good and args.tensorrt:
             engine = files.enter_context(common.atomic(args.out.with_suffix(".engine")))
             write_engine(engine, graph, info)
             good = check(engine, clip, mask, reference, rate, least)
         if not good:
-            print(f"{args.out}: the check failed, nothing is left behind", file=sys.stderr)
+            hint = "; leave --int8 away, or give a clip like those to come" if args.int8 else ""
+            print(f"{args.out}: the check failed, nothing is left behind{hint}", file=sys.stderr)
             sys.exit(1)
     print(
         f"{args.out}: {args.height}x{args.width}, {args.objects} object(s), {args.propagation.context} context frames"

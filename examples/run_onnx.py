@@ -21,6 +21,7 @@ wanted = {"TensorrtExecutionProvider": allowed, "CUDAExecutionProvider": {}, "CP
 providers = [(name, wanted[name]) for name in wanted if name in there]
 options = onnxruntime.SessionOptions()
 options.enable_mem_pattern = False  # a fifth less memory
+options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI
 session = onnxruntime.InferenceSession(graph, options, providers=providers)
 info = json.loads(session.get_modelmeta().custom_metadata_map["softcopy"])
 device = "cpu" if session.get_providers()[0].startswith("CPU") else "cuda"

@@ -189,14 +189,16 @@ def test_on_a_gpu_everything_stays_there(model, factors):
     if own.localization == "track":  # its boxes are computed on the CPU
         own = replace(own, localization="fixed")
     settings = replace(own, **{"context": 2} | factors)
-    with torch.no_grad(), FakeTensorMode(), torch.device("cuda"):
-        encoder = common.Encoder(common.build_net(common.MODELS[model], settings).eval(), settings)
-        encoder.input = common.MODELS[model].input
+    row = common.MODELS[model]
+    with torch.no_grad(), FakeTensorMode():
+        with torch.device("cuda"):  # what follows must find the device by itself
+            encoder = common.Encoder(common.build_net(row, settings).eval(), settings, row.input)
+            frames = torch.zeros(5, 1, 96, 160, 3, dtype=torch.uint8)
+            annotation = torch.zeros(96, 160, dtype=torch.uint8)
         for name, buffer in list(encoder.named_buffers(recurse=False)):
             encoder.register_buffer(name, buffer.cuda(), persistent=False)
-        frames = (torch.zeros(1, 96, 160, 3, dtype=torch.uint8) for _ in range(5))
         features = (encoder(frame)[0] for frame in frames)
-        first = labels_from_mask(torch.zeros(96, 160, dtype=torch.uint8), [1, 2], settings.grid(96, 160))
+        first = labels_from_mask(annotation, [1, 2], settings.grid(96, 160))
         for labels in propagate_video(features, [(next(features), first)], settings):
             mask = mask_from_labels(labels, [1, 2], (96, 160), settings.minmax)
             assert labels.device.type == mask.device.type == "cuda" and mask.shape == (96, 160)
