@@ -183,7 +183,8 @@ class Step(nn.Module):
         entries = [cells[:, None] + first[a:b] for (a, b, _), (cells, _) in zip(self.parts, windows, strict=True)]
         key = keys.index_select(0, torch.cat([entry.flatten() for entry in entries]))
         q = self.dequantise(self.quantise(query.flatten(0, 1)))  # runtimes fuse it, read once, into the product
-        products = (q @ self.dequantise(key.T)).split([entry.numel() for entry in entries], 1)  # Eq. 1
+        product = q @ self.dequantise(key.T)  # Eq. 1
+        products = product.split([entry.numel() for entry in entries], 1) if len(entries) > 1 else [product]
         unfilled = torch.where(filled, 0.0, -math.inf).to(q.dtype)
         for (a, b, _), (cells, outside), entry, A in zip(self.parts, windows, entries, products, strict=True):
             A = A.unflatten(1, entry.shape)  # Q cells n
