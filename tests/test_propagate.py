@@ -377,7 +377,7 @@ def test_a_picture_that_breaks_off_stops_a_run_that_can_go_on(small_clip, tmp_pa
     (tmp_path / "frames" / "4.jpg").write_bytes(whole[: len(whole) // 2])
     job = [*RANDOM, "--mask", small_clip / "f0.png", "--video", tmp_path / "frames", "--out", tmp_path / "out"]
     code, _, err = cli(propagate, *job)
-    assert code == 2 and "4.jpg: is a JPEG that breaks off; replace or remove it" in err
+    assert code == 2 and "4.jpg: is a JPEG without an end, it breaks off; replace or remove it" in err
     assert len(masks_in(tmp_path / "out")) == 4
     (tmp_path / "frames" / "4.jpg").write_bytes(whole)
     assert cli(propagate, *job)[0] == 0 and len(masks_in(tmp_path / "out")) == 6
