@@ -2,7 +2,7 @@
 
     python export.py --model imagenet --height 480 --width 854 --objects 1 --context 20 --out tracker.onnx
     python export.py --model imagenet --video clip.mp4 --mask f0.png --tensorrt --out tracker.onnx  # and tracker.engine
-    python export.py --model imagenet --video clip.mp4 --mask f0.png --int8 --out tracker.onnx  # faster, on CPUs too
+    python export.py --model imagenet --video clip.mp4 --mask f0.png --int8 --out tracker.onnx  # faster on CPUs
     python propagate.py --engine tracker.onnx --video clip.mp4 --mask f0.png
 
 A program calls the graph once a frame and hands the memory back; it needs a runtime and nothing else:

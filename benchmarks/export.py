@@ -64,7 +64,7 @@ def main() -> None:
         encoder = common.load_encoder("random", None, SETTINGS, "cpu")
         export.write_onnx(folder / "float32.onnx", args, encoder, {})
         tracing, nodes = time.perf_counter() - start, len(onnx.load(folder / "float32.onnx").graph.node)
-        args.int8, frames = True, [frame for _, frame in common.Video(folder / "clip.mp4").frames(range(5))]
+        frames = [frame for _, frame in common.Video(folder / "clip.mp4").frames(range(5))]
         scale = float(encoder(torch.from_numpy(frames[0])[None]).max()) / 127
         export.write_onnx(folder / "int8.onnx", args, encoder, {}, scale)
         export.quantise_convolutions(folder / "int8.onnx", frames)

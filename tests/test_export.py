@@ -465,8 +465,8 @@ def test_propagate_keeps_the_ids_and_goes_on(tracker, small_clip, tmp_path, cli)
     assert [path.read_bytes() for path in masks] == before
 
 
-@pytest.mark.parametrize("graph", ["tracker", "int8"])
-def test_the_example_gives_the_same_masks(graph, small_clip, tmp_path, request):
+@pytest.mark.parametrize(("graph", "share"), [("tracker", 0.999), ("int8", 0.998)])
+def test_the_example_gives_the_same_masks(graph, share, small_clip, tmp_path, request):
     tracker = request.getfixturevalue(graph)
     cv2.imwrite(str(tmp_path / "grey.png"), read_ids(small_clip / "f0.png"))
     command = [sys.executable, "examples/run_onnx.py", tracker, small_clip / "clip.mp4", tmp_path / "grey.png"]
@@ -478,7 +478,7 @@ def test_the_example_gives_the_same_masks(graph, small_clip, tmp_path, request):
     for index, frame in common.Video(small_clip / "clip.mp4").frames(range(12)):
         answer = engine.step(frame, None if index else mask)
         own = cv2.imread(str(tmp_path / "out" / f"{index:05d}.png"), cv2.IMREAD_GRAYSCALE)
-        assert (own == answer).mean() > 0.998  # OpenCV's decoder rounds colours in its own way
+        assert (own == answer).mean() > share  # OpenCV's decoder rounds colours in its own way
 
 
 def test_half_precision_is_checked_too(half):
