@@ -688,7 +688,8 @@ def propagate_labels(
     parts = [(a, part.contiguous() if part.shape[2] > 1 else part, local) for a, part, local in parts]
 
     most = max(part.shape[2] for _, part, _ in parts)
-    ty, tx = (12, 16) if target.device.type == "cpu" else (24, 32)  # caches like it small, a GPU few launches
+    cpu = target.device.type == "cpu"
+    ty, tx = (30, 8) if cpu else (24, 32)  # caches like it small, a GPU few launches
     while (norm == "frame" or not all(local for *_, local in parts)) and h * w * most * ty * tx > 2**26:
         ty, tx = math.ceil(ty / 2), math.ceil(tx / 2)  # a window of the whole frame: keep the tile under 256 MiB
     query = query if norm == "topk" else query / s.temperature
@@ -706,7 +707,10 @@ def propagate_labels(
                 if scratch.numel() < rows * cols * m * len(q):
                     scratch = query.new_empty(rows * cols * m * len(q))
                 A = scratch[: rows * cols * m * len(q)].view(rows, cols * m, len(q))
-                torch.bmm(part[top:bottom, left:right].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)  # Eq. 1
+                if cpu and local and norm != "frame":
+                    near_products(part, q, s, (y0, y1, x0, x1), (ya, yb, xa, xb), A)  # Eq. 1
+                else:
+                    torch.bmm(part[top:bottom, left:right].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)  # Eq. 1
                 A = A.view(rows, cols, m, len(q)) if norm == "topk" else A.view(rows, cols, m, len(q)).float()
                 near = A[ya - top : yb - top, xa - left : xb - left].flatten(0, 1)  # cells m q
                 outside = beyond(s, (y0, y1, x0, x1), (ya, yb, xa, xb), A.device) if local else None
@@ -737,6 +741,19 @@ def cuts(length: int, step: int) -> list[tuple[int, int]]:
     """Cut 0..length into even pieces of at most `step`."""
     pieces = math.ceil(length / step)
     return [(i * length // pieces, (i + 1) * length // pieces) for i in range(pieces)]
+
+
+def near_products(part: Tensor, q: Tensor, s: Propagation, tile: tuple, window: tuple, out: Tensor) -> None:
+    """The products of a tile's queries (q x C) and the context cells of its window (part: h x w x m x C), row by row of
+    the window and without most of those that the fixed region forbids, whose place in `out` is left as it was: a third
+    of the work less. out: rows x (columns m) x q."""
+    (y0, y1, x0, x1), (ya, yb, xa, xb), R, m = tile, window, s.radius, part.shape[2]
+    for y, row in zip(range(ya, yb), out, strict=True):
+        away = max(y0 - y, y - y1 + 1, 0)  # rows to the nearest query
+        near = R if s.shape == "square" else math.isqrt(R**2 - away**2 - 1)
+        rows = slice((max(y - R, y0) - y0) * (x1 - x0), (min(y + R + 1, y1) - y0) * (x1 - x0))
+        left, right = max(x0 - near, xa), min(x1 + near, xb)
+        torch.mm(part[y, left:right].flatten(0, 1), q[rows].T, out=row[(left - xa) * m : (right - xa) * m, rows])
 
 
 def beyond(s: Propagation, tile: tuple, window: tuple, device) -> Tensor:
@@ -1141,23 +1158,49 @@ def points_from_labels(labels: Tensor, size: tuple[int, int], best: int = 3) -> 
 def load_engine(path: Path, device: str = "auto") -> "OnnxEngine | TensorRTEngine":
     """A graph of export.py, ready to run: .onnx by ONNX Runtime, .engine by TensorRT.
 
-    info says what it was made from (model, settings, height, width, objects, ...). step(frame, mask) starts at an
-    annotated frame, step(frame) follows; both give the frame's mask. read("labels") and read("features") are those of
-    the last step. Raises UserError for a file that is not a graph of export.py or cannot run here.
+    info is what engine_info says. step(frame, mask) starts at an annotated frame, step(frame) follows; both give the
+    frame's mask. read("labels") and read("features") are those of the last step. One thread at a time. Raises UserError
+    for a file that is not a graph of export.py or cannot run here.
     """
+    info = engine_info(path)
+    return (OnnxEngine if path.suffix == ".onnx" else TensorRTEngine)(path, info, device)
+
+
+def engine_info(path: Path) -> dict:
+    """What export.py wrote into a graph or an engine about itself: model, settings, height, width, objects, ..."""
     if not path.is_file():
         raise UserError(f"{path}: no such engine; make it with export.py")
     if path.suffix not in (".onnx", ".engine"):
         raise UserError(f"{path}: is neither .onnx nor .engine; give a file that export.py wrote")
-    return (OnnxEngine if path.suffix == ".onnx" else TensorRTEngine)(path, device)
-
-
-def engine_info(text: str | bytes | None, path: Path) -> dict:
-    """What export.py wrote into the file about itself."""
+    text, twin = TensorRTEngine.read_file(path)[0] if path.suffix == ".engine" else None, path.with_suffix(".onnx")
+    if not (text or twin.is_file()):  # built by trtexec: what it is stands in the graph that it was built from
+        raise UserError(f"{path}: was not written by softcopy's export.py, nor is {twin} beside it")
     try:
-        return json.loads(text)
-    except (TypeError, ValueError) as error:
+        if not text:
+            import onnx
+
+            text = {entry.key: entry.value for entry in onnx.load(twin).metadata_props}["softcopy"]
+        info = json.loads(text)
+        return {
+            key: info[key] for key in ("version", "model", "settings", "height", "width", "objects", "dtype")
+        } | info
+    except ImportError as error:
+        raise UserError(f"{path}: needs the onnx package; run pip install onnx") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: was not written by softcopy's export.py; make it again with export.py") from error
+    except Exception as error:  # of protobuf
+        raise UserError(f"{path}: ONNX cannot load it; is it whole? Export it again") from error
+
+
+def engine_settings(path: Path, info: dict) -> Propagation:
+    """The settings that a graph was exported with; info: what engine_info says of it."""
+    try:
+        return Propagation(**info["settings"])
+    except TypeError as error:
+        raise UserError(
+            f"{path}: was made by softcopy {info['version']}, which this {__version__} cannot read; make it again with "
+            "export.py"
+        ) from error
 
 
 class OnnxEngine:
@@ -1166,38 +1209,55 @@ class OnnxEngine:
     The memory stays on the device, twice: a step reads one copy and writes the other.
     """
 
-    def __init__(self, path: Path, device: str = "auto"):
+    def __init__(self, path: Path, info: dict, device: str = "auto"):
         try:
             import onnxruntime
         except ImportError as error:
             raise UserError(f"{path}: needs the onnxruntime package; run pip install onnxruntime") from error
-        there = onnxruntime.get_available_providers()
-        order = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-        order = [name for name in order if name in there and (device != "cpu" or name.startswith("CPU"))]
-        if device.startswith("cuda") and order[0].startswith("CPU"):
-            raise UserError(f"--device {device}: this ONNX Runtime has no CUDA; run pip install onnxruntime-gpu")
-        if order[0].startswith("Tensorrt"):  # building takes minutes: keep the engine beside the graph
-            cache = {"trt_engine_cache_path": f"{path}.cache", "trt_timing_cache_path": f"{path}.cache"}
-            cache |= {"trt_engine_cache_enable": True, "trt_timing_cache_enable": True}
-            content = path.read_bytes()  # TensorRT wants to know the precisions now, the metadata can be asked later
-            allowed = {"trt_fp16_enable": b'"dtype": "float16"', "trt_int8_enable": b'"dtype": "int8"'}
-            order[0] = order[0], cache | {option: mark in content for option, mark in allowed.items()}
+        where, order = pick_device(device), [("CPUExecutionProvider", {})]
+        if where.type == "cuda":
+            number = {"device_id": torch.cuda.current_device() if where.index is None else where.index}
+            order.insert(0, ("CUDAExecutionProvider", number))
+            with contextlib.suppress(ImportError):
+                import tensorrt  # noqa: F401  with its libraries, which ONNX Runtime's TensorRT wants
+
+                # Building takes minutes: the engine is kept, by the graph's content (the name alone forgets weights).
+                cache = str(Path(torch.hub.get_dir()).parent / "softcopy")
+                kept = {"trt_engine_cache_enable": True, "trt_engine_cache_path": cache}
+                kept |= {"trt_timing_cache_enable": True, "trt_timing_cache_path": cache}
+                kept |= {"trt_engine_cache_prefix": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+                order.insert(0, ("TensorrtExecutionProvider", number | kept))
+            if hasattr(onnxruntime, "preload_dlls"):
+                with contextlib.redirect_stdout(sys.stderr):
+                    onnxruntime.preload_dlls()  # CUDA of the pip packages, where torch has not loaded the same
+        order = [each for each in order if each[0] in onnxruntime.get_available_providers()]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
         options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time
         options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=order)
-        except Exception as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"{path}: ONNX Runtime cannot load it ({reason}); is it whole? Export it again") from error
-        self.info = engine_info(self.session.get_modelmeta().custom_metadata_map.get("softcopy"), path)
-        self.provider, self.seen = self.session.get_providers()[0].removesuffix("ExecutionProvider"), 0
-        place = "cpu" if self.provider == "CPU" else "cuda"
+        self.session = None
+        while self.session is None:
+            try:
+                self.session = onnxruntime.InferenceSession(str(path), options, providers=order, enable_fallback=0)
+            except Exception as error:
+                reason, failed = str(error).splitlines()[0][:200], order.pop(0)[0].removesuffix("ExecutionProvider")
+                if not order:
+                    raise UserError(
+                        f"{path}: ONNX Runtime cannot load it ({reason}); is it whole? Export it again"
+                    ) from error
+                print(f"note: {path}: {failed} cannot run it ({reason}); going on without", file=sys.stderr)
+        self.info, self.seen = info, 0
+        self.provider = self.session.get_providers()[0].removesuffix("ExecutionProvider")
+        if self.provider == "CPU" and where.type == "cuda":
+            if device != "auto":
+                raise UserError(f"--device {device}: ONNX Runtime has no CUDA here; run pip install onnxruntime-gpu")
+            print(f"note: {path}: ONNX Runtime has no CUDA here, so the CPU runs it", file=sys.stderr)
+        place = ("cpu", 0) if self.provider == "CPU" else ("cuda", number["device_id"])
 
         def zeros(tensor):
             kind = {"float": "float32"}.get(name := tensor.type[7:-1], name)  # tensor(float16) -> float16
-            return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(tensor.shape, kind), place, 0)
+            return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(tensor.shape, kind), *place)
 
         memory = [tensor for tensor in self.session.get_inputs() if tensor.name.startswith("memory_")]
         self.memory = [{tensor.name: zeros(tensor) for tensor in memory} for _ in range(2)]
@@ -1221,7 +1281,7 @@ class OnnxEngine:
         return self.read("new_mask")
 
     def read(self, name: str) -> np.ndarray:
-        return self.outputs[name].numpy()
+        return self.outputs[name].numpy().copy()  # on the CPU a view of what the next step writes
 
 
 class TensorRTEngine:
@@ -1229,17 +1289,17 @@ class TensorRTEngine:
 
     MAGIC = b"softcopy engine\n"  # then 4 bytes, the length of the JSON that follows; then TensorRT's plan
 
-    def __init__(self, path: Path, device: str = "auto"):
+    @classmethod
+    def read_file(cls, path: Path) -> tuple[bytes | None, bytes]:
+        """The JSON that export.py wrote (none in a file of trtexec's), and TensorRT's plan."""
         content = path.read_bytes()
-        if content.startswith(self.MAGIC):
-            start = len(self.MAGIC) + 4
-            end = start + int.from_bytes(content[start - 4 : start], "little")
-            self.info, plan = engine_info(content[start:end], path), content[end:]
-        else:  # built by trtexec: what it is stands in the graph that it was built from
-            twin = path.with_suffix(".onnx")
-            if not twin.is_file():
-                raise UserError(f"{path}: was not written by softcopy's export.py, nor is {twin} beside it")
-            self.info, plan = OnnxEngine(twin, "cpu").info, content
+        if not content.startswith(cls.MAGIC):
+            return None, content
+        start = len(cls.MAGIC) + 4
+        end = start + int.from_bytes(content[start - 4 : start], "little")
+        return content[start:end], content[end:]
+
+    def __init__(self, path: Path, info: dict, device: str = "auto"):
         try:
             import tensorrt as trt
         except ImportError as error:
@@ -1248,20 +1308,30 @@ class TensorRTEngine:
             ) from error
         if device == "cpu" or not torch.cuda.is_available():
             raise UserError(f"{path}: a TensorRT engine needs an NVIDIA GPU; give the .onnx to run elsewhere")
-        here, built = torch.cuda.get_device_name(), self.info.get("hardware")
-        self.engine = None
+        where = torch.device("cuda" if device == "auto" else device)
+        self.info, self.engine = info, None
+        here, built = torch.cuda.get_device_name(where), info.get("hardware")
         if built in (None, here):
-            self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-            self.engine = self.runtime.deserialize_cuda_engine(plan)
+            with torch.cuda.device(where):
+                self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+                self.engine = self.runtime.deserialize_cuda_engine(self.read_file(path)[1])
         if self.engine is None:
-            made = f"{built or 'another GPU'} and TensorRT {self.info.get('tensorrt', '(unknown)')}"
-            raise UserError(f"{path}: was built for {made}, here is {here} and {trt.__version__}; build it again here")
-        self.provider, self.seen, self.context = "TensorRT", 0, self.engine.create_execution_context()
-        self.stream, self.tensors = torch.cuda.Stream(), {}
-        for name in (self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)):
-            kind, shape = trt.nptype(self.engine.get_tensor_dtype(name)), tuple(self.engine.get_tensor_shape(name))
-            self.tensors[name] = torch.from_numpy(np.zeros(shape, kind)).cuda()
-            self.context.set_tensor_address(name, self.tensors[name].data_ptr())
+            made = f"{built or 'another GPU'} and TensorRT {info.get('tensorrt', '(unknown)')}"
+            raise UserError(
+                f"{path}: was built for {made}, here is {here} and {trt.__version__}, or it is damaged; build it again "
+                "here"
+            )
+        if tuple(self.engine.get_tensor_shape("frame")) != (info["height"], info["width"], 3):
+            raise UserError(f"{path}: was built from another graph than the .onnx beside it; build it again")
+        self.provider, self.seen, self.tensors = "TensorRT", 0, {}
+        with torch.cuda.device(where):
+            self.context, self.stream = self.engine.create_execution_context(), torch.cuda.Stream()
+            if self.context is None:
+                raise UserError(f"{path}: {here} has not enough free memory for it; close what else runs there")
+            for name in (self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)):
+                kind, shape = trt.nptype(self.engine.get_tensor_dtype(name)), tuple(self.engine.get_tensor_shape(name))
+                self.tensors[name] = torch.from_numpy(np.zeros(shape, kind)).cuda()
+                self.context.set_tensor_address(name, self.tensors[name].data_ptr())
 
     def step(self, frame: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """frame H x W x 3 uint8; mask H x W uint8 starts afresh with this annotated frame -> mask H x W uint8."""
@@ -1998,8 +2068,8 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: np.ndarray = PALETTE, 
 
 
 def parse_args(args_type, argv: Sequence[str] | None = None):
-    """Parse a script's Args, a dataclass. Where it has `propagation`, the defaults are those of its --model, without
-    one those of the system that --weights is recognised as."""
+    """Parse a script's Args, a dataclass. Where it has `propagation`, the defaults are those of --engine or --model,
+    without one those of the system that --weights is recognised as."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
     if issubclass(args_type, Training):
         return tyro.cli(args_type, args=argv, config=config)
@@ -2007,7 +2077,12 @@ def parse_args(args_type, argv: Sequence[str] | None = None):
     peek.add_argument("--model")
     peek.add_argument("--weights", type=Path)
     peek.add_argument("--dataset", default="davis")
+    peek.add_argument("--engine", type=Path)
     given = peek.parse_known_args(argv)[0]
+    if given.engine and hasattr(args_type, "engine"):  # model and settings are fixed in it
+        info = engine_info(given.engine)
+        default = replace(args_type(), model=info["model"], propagation=engine_settings(given.engine, info))
+        return tyro.cli(args_type, args=argv, default=default, config=config)
     bare = given.weights and not given.model  # without a sign of a system: a ResNet of torchvision's, most likely
     name = (recognise(*read_weights(given.weights)) or "imagenet") if bare else given.model or args_type().model
     default = replace(args_type(), model=name, propagation=preset(name, given.dataset))

@@ -436,25 +436,18 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
                     break
 
 
-def open_engine(args: Args, size: tuple[int, int], annotations: dict, ids: list):
-    """Load --engine; refuse what it was not made for."""
-    engine = common.load_engine(args.engine, args.device)
-    info, default = engine.info, Args()
-    try:
-        settings = Propagation(**info["settings"])
-    except TypeError as error:
-        raise UserError(
-            f"{args.engine}: was made by softcopy {info['version']}, which this {common.__version__} cannot read; "
-            "make it again with export.py"
-        ) from error
-    for flag in ("model", "weights", "dtype"):
-        if (value := getattr(args, flag)) not in (getattr(default, flag), info.get(flag)):
-            raise UserError(
-                f"--{flag} {value}: is fixed in {args.engine} ({info.get(flag)}); leave it away or export anew"
-            )
-    for flag, value in asdict(args.propagation).items():
-        if value not in (getattr(common.find_model(args.model).settings, flag), getattr(settings, flag)):
-            flag, own = flag.replace("_", "-"), getattr(settings, flag)
+def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dict, ids: list) -> None:
+    """Refuse what --engine was not made for. info: what the file says of itself."""
+    fixed = common.engine_settings(args.engine, info)
+    flags = {"model": (args.model, info["model"])}
+    if args.weights:
+        flags["weights"] = args.weights.name, info.get("weights")
+    if args.dtype != Args.dtype:
+        flags["dtype"] = args.dtype, info["dtype"]
+    flags |= {flag: (value, getattr(fixed, flag)) for flag, value in asdict(args.propagation).items()}
+    for flag, (value, own) in flags.items():
+        if value != own:
+            flag = flag.replace("_", "-")
             raise UserError(f"--{flag} {value}: is fixed in {args.engine} ({own}); leave it away or export anew")
     if args.points:
         raise UserError(f"--points: {args.engine} follows masks; give --mask, or run without --engine")
@@ -469,7 +462,6 @@ def open_engine(args: Args, size: tuple[int, int], annotations: dict, ids: list)
         raise UserError(
             f"--mask: has {len(ids)} objects, {args.engine} follows {info['objects']}; export with --objects {len(ids)}"
         )
-    return engine, settings
 
 
 def track_engine(args: Args, video, order, annotations: dict[int, np.ndarray], results: Results, engine, clock) -> None:
@@ -606,7 +598,8 @@ def main(args: Args) -> None:
         raise UserError("--localization track: follows masks, these are key points; take --localization none or fixed")
     engine = None
     if args.engine:
-        engine, args.propagation = open_engine(args, video.size, annotations, ids)
+        check_engine(args, common.engine_info(args.engine), video.size, annotations, ids)
+        engine = common.load_engine(args.engine, args.device)
     else:
         check_topk(args.propagation, video.size, len(annotations))
         encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
@@ -665,7 +658,8 @@ def main(args: Args) -> None:
     versions |= {"opencv": cv2.__version__, "av": av.__version__}
     if made:
         rates = {"whole run": round(made / seconds, 2), **rates}
-        write_json(out / "run.json", {"job": job, "versions": versions, "frames": made, "frames_per_second": rates})
+        record = {"job": job, "versions": versions, "frames": made, "frames_per_second": rates}
+        write_json(out / "run.json", record | {"ran_on": engine.provider if engine else str(encoder.mean.device)})
     what = f"{len(order)} frames of points.csv" if results.points else f"{len(order)} masks"
     print(
         f"{out}: {what}, overlay.mp4, contact_sheet.jpg"

@@ -62,11 +62,11 @@ def main() -> None:
         start = time.perf_counter()
         args = export.Args(height=SIZE[0], width=SIZE[1], propagation=SETTINGS)
         encoder = common.load_encoder("random", None, SETTINGS, "cpu")
-        export.write_onnx(folder / "float32.onnx", args, encoder, {})
+        export.write_onnx(folder / "float32.onnx", args, encoder, export.describe(args))
         tracing, nodes = time.perf_counter() - start, len(onnx.load(folder / "float32.onnx").graph.node)
         frames = [frame for _, frame in common.Video(folder / "clip.mp4").frames(range(5))]
         scale = float(encoder(torch.from_numpy(frames[0])[None]).max()) / 127
-        export.write_onnx(folder / "int8.onnx", args, encoder, {}, scale)
+        export.write_onnx(folder / "int8.onnx", args, encoder, export.describe(args) | {"dtype": "int8"}, scale)
         export.quantise_convolutions(folder / "int8.onnx", frames)
         megabytes = [(folder / f"{path}.onnx").stat().st_size / 1e6 for path in ("float32", "int8")]
         results = {"torch": [], "float32": [], "int8": []}

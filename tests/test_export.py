@@ -60,8 +60,8 @@ def reduced(tmp_path_factory) -> Path:
     """A graph of four tiles whose frames are reduced first: 300 x 200 pixels to 240 x 160, a grid of 20 x 30."""
     path = tmp_path_factory.mktemp("reduced") / "tracker.onnx"
     settings = replace(SMALL, size="160", radius=3)
-    args = export.Args(height=200, width=300, objects=2, propagation=settings)
-    export.write_onnx(path, args, common.load_encoder("random", None, settings, "cpu"), {})
+    args = export.Args("random", height=200, width=300, objects=2, propagation=settings)
+    export.write_onnx(path, args, common.load_encoder("random", None, settings, "cpu"), export.describe(args))
     return path
 
 
@@ -70,7 +70,7 @@ def default(tmp_path_factory) -> Path:
     """A graph of the default model, which turns frames to 8-bit lightness."""
     path = tmp_path_factory.mktemp("default") / "tracker.onnx"
     args = export.Args(height=64, width=96, objects=1, propagation=SMALL)
-    export.write_onnx(path, args, common.load_encoder("default", None, SMALL, "cpu"), {})
+    export.write_onnx(path, args, common.load_encoder("default", None, SMALL, "cpu"), export.describe(args))
     return path
 
 
@@ -213,6 +213,15 @@ def test_metadata_say_what_made_it(tracker):
     assert Propagation(**info["settings"]) == SMALL and info["dtype"] == "float32"
 
 
+def test_an_answer_stays_what_it_was(tracker, small_clip):
+    engine, mask = common.load_engine(tracker), read_ids(small_clip / "f0.png")
+    frames = dict(common.Video(small_clip / "clip.mp4").frames(range(12)))
+    first, labels = engine.step(frames[0], mask), engine.read("labels")
+    kept = first.copy(), labels.copy()
+    second = engine.step(frames[11])
+    assert (first == kept[0]).all() and (labels == kept[1]).all() and (second != first).any()
+
+
 # What TensorRT reads (its ONNX parser's published list, opsets 9 to 20): the operators used here, with restrictions.
 
 PLAIN = """
@@ -246,7 +255,12 @@ def assert_tensorrt_reads(path: Path) -> None:
         assert node.domain == "", here
         inputs = [name for name in node.input if name]
         for name in [*inputs, *node.output]:
-            assert kind(name) != onnx.TensorProto.UINT8 or (name in ends and node.op_type == "Cast"), here
+            if kind(name) == onnx.TensorProto.UINT8:
+                assert name in ends and node.op_type == "Cast", here
+                other = kind(node.output[0] if name == node.input[0] else node.input[0])
+                assert other in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16), (
+                    f"{here}: 8 bits to or from integers"
+                )
         if node.op_type in ARITHMETIC.split():
             assert kind(node.output[0]) != onnx.TensorProto.INT64, f"{here}: 64-bit arithmetic"
         if node.op_type in CONSTANT_AXES.split():
@@ -325,33 +339,55 @@ def test_tensorrt_builds_the_graph(graph, target, tensorrt, request, tmp_path, m
     monkeypatch.setitem(sys.modules, "tensorrt", without_gpu(tensorrt, target))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test GPU")
     engine = tmp_path / "tracker.engine"
-    export.write_engine(engine, request.getfixturevalue(graph), {"model": "random"})
-    content = engine.read_bytes()
-    start = len(common.TensorRTEngine.MAGIC) + 4
-    end = start + int.from_bytes(content[start - 4 : start], "little")
-    info = json.loads(content[start:end])
-    assert info == {"model": "random", "hardware": "NVIDIA Test GPU", "tensorrt": tensorrt.__version__}
-    weights = onnx.load(request.getfixturevalue(graph)).graph.initializer
-    assert len(content) - end > 0.9 * sum(onnx.numpy_helper.to_array(weight).nbytes for weight in weights)
+    graph = request.getfixturevalue(graph)
+    engine.write_bytes(export.build_engine(graph, common.engine_info(graph), tmp_path / "tracker.timing"))
+    made = {"hardware": "NVIDIA Test GPU", "tensorrt": tensorrt.__version__}
+    assert common.engine_info(engine) == common.engine_info(graph) | made
+    weights = onnx.load(graph).graph.initializer
+    _, plan = common.TensorRTEngine.read_file(engine)
+    assert len(plan) > 0.9 * sum(onnx.numpy_helper.to_array(weight).nbytes for weight in weights)
 
 
-def test_onnx_runtime_lets_tensorrt_use_the_graphs_precision(tracker, half, int8, monkeypatch):
-    """It refuses a layer in half precision that it was not allowed."""
-    given = {}
+def on_a_gpu(monkeypatch, *providers: str) -> list:
+    """ONNX Runtime for a GPU, where there is none: the providers asked of each session; all but the CPU's fail."""
+    asked, real = [], onnxruntime.InferenceSession
 
-    def session(path, options, providers):
-        given[path] = providers
-        raise RuntimeError("no TensorRT here")
+    def session(path, options, providers, enable_fallback):
+        asked.append(list(providers))
+        if providers[0][0] != "CPUExecutionProvider":
+            raise RuntimeError("no such library\nand more")
+        return real(path, options, providers)
 
-    there = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setattr(common, "pick_device", lambda name: torch.device("cuda:1" if name == "auto" else name))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [f"{p}ExecutionProvider" for p in providers])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    for graph in (tracker, half, int8):
-        with pytest.raises(common.UserError, match="no TensorRT here"):
-            common.load_engine(graph)
-        (name, options), last = given[str(graph)]
-        assert [name, last] == there and options["trt_engine_cache_enable"]
-        assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == (graph == half, graph == int8)
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    return asked
+
+
+def test_providers_come_in_order_and_fall_back(tracker, half, monkeypatch, capfd):
+    """TensorRT, CUDA, CPU; all on the GPU that was asked for; what fails is named, and the next one is taken."""
+    asked = on_a_gpu(monkeypatch, "Tensorrt", "CUDA", "CPU")
+    engine = common.load_engine(tracker)
+    names = [[name.removesuffix("ExecutionProvider") for name, _ in each] for each in asked]
+    assert names == [["Tensorrt", "CUDA", "CPU"], ["CUDA", "CPU"], ["CPU"]] and engine.provider == "CPU"
+    (_, tensorrt), (_, cuda), (_, cpu) = asked[0]
+    assert tensorrt["device_id"] == cuda["device_id"] == 1 and cpu == {}
+    out, err = capfd.readouterr()
+    assert out == "" and f"note: {tracker}: Tensorrt cannot run it (no such library); going on without\n" in err
+    assert "ONNX Runtime has no CUDA here, so the CPU runs it" in err
+
+    # An engine that TensorRT built is found again by the graph's content: precision and weights are the graph's.
+    assert tensorrt["trt_engine_cache_enable"] and not any("fp16" in key or "int8" in key for key in tensorrt)
+    common.load_engine(half)
+    assert asked[3][0][1]["trt_engine_cache_prefix"] != tensorrt["trt_engine_cache_prefix"]
+
+
+def test_a_device_that_onnx_runtime_lacks_is_refused(tracker, monkeypatch):
+    on_a_gpu(monkeypatch, "CPU")
+    with pytest.raises(common.UserError, match="--device cuda:0: ONNX Runtime has no CUDA here; run pip install onnx"):
+        common.load_engine(tracker, "cuda:0")
+    assert common.load_engine(tracker, "cpu").provider == "CPU"
 
 
 @pytest.mark.parametrize("kept", ["fitting", "broken", "other GPU"])
@@ -390,8 +426,7 @@ def test_timings_are_kept_for_the_next_engine(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test GPU")
     (tmp_path / "graph.onnx").write_bytes(b"graph")
     (tmp_path / "tracker.timing").write_bytes(kept.encode())
-    export.write_engine(tmp_path / "tracker.engine", tmp_path / "graph.onnx", {})
-    assert (tmp_path / "tracker.engine").read_bytes().endswith(b"plan")
+    assert export.build_engine(tmp_path / "graph.onnx", {}, tmp_path / "tracker.timing").endswith(b"plan")
     assert (tmp_path / "tracker.timing").read_bytes() == (b"new fitting" if kept == "fitting" else b"new ")
 
 
@@ -401,7 +436,7 @@ def test_what_tensorrt_cannot_read_is_said(tracker, tensorrt, tmp_path, monkeypa
     onnx.save(model, tmp_path / "changed.onnx")
     monkeypatch.setitem(sys.modules, "tensorrt", without_gpu(tensorrt, "SM89"))
     with pytest.raises(common.UserError, match=r"changed.onnx: TensorRT [0-9.]+ cannot read Det node_relu"):
-        export.write_engine(tmp_path / "tracker.engine", tmp_path / "changed.onnx", {})
+        export.build_engine(tmp_path / "changed.onnx", {}, tmp_path / "tracker.timing")
 
 
 def test_the_graph_searches_locally(reduced):
@@ -549,6 +584,70 @@ def test_a_graph_that_fails_its_check_is_not_left(tracker, small_clip, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@torch.inference_mode()
+def test_features_that_are_no_numbers_or_a_lost_object_fail_the_check(tracker, small_clip, monkeypatch, capsys):
+    """Of no number the arg-max is background: most of the pixels of a small object's film."""
+    clip = [frame for _, frame in common.Video(small_clip / "clip.mp4").frames(range(4))]
+    mask = np.zeros((96, 160), np.uint8)
+    mask[30:41, 50:61] = 1
+    encoder = common.load_encoder("random", None, SMALL, "cpu")
+    reference, rate = export.run_reference(encoder, clip, mask, 3)
+    answers = iter(reference)
+
+    class Engine:
+        provider = "CPU"
+        object_there, number = True, 0.0
+
+        def step(self, frame, mask=None):
+            if mask is None:
+                self.now = next(answers)
+                return self.now[0] if self.object_there else np.zeros_like(self.now[0])
+
+        def read(self, name):
+            return self.now[{"labels": 1, "features": 2}[name]] + self.number
+
+    monkeypatch.setattr(common, "load_engine", lambda path: Engine())
+    for there, number, good in ((True, 0, True), (False, 0, False), (True, math.nan, False), (True, math.inf, False)):
+        answers, Engine.object_there, Engine.number = iter(reference), there, number
+        assert export.check(tracker, clip, mask, reference, rate, 0.99, 3) == good
+        said = capsys.readouterr().out
+        assert float(re.search(r"([\d.]+)% of the mask pixels agree", said)[1]) > 99
+        assert there or "0.0% of the object that agrees least (80%)" in said
+
+
+def test_features_of_any_length_fit_half_precision(tmp_path):
+    """Affinities that are not of unit vectors would leave half's range: UVC's, CorrFlow's, MAST's."""
+    s = replace(SMALL, l2=False, temperature=1000.0)
+    encoder = common.load_encoder("random", None, s, "cpu")
+    args = export.Args("random", height=64, width=96, fp16=True, propagation=s)
+    clip = [frame for frame, _ in export.moving_clip(5, (64, 96), 1)]
+    mask = next(export.moving_clip(1, (64, 96), 1))[1]
+    with torch.inference_mode():
+        for weight in encoder.net[-1][-1].conv2.parameters():
+            weight.mul_(64)
+        longest = float(encoder(torch.from_numpy(clip[0])[None]).square().sum(1).max())
+    assert 65504 < longest < 64 * 65504
+    reference, rate = export.run_reference(encoder, clip, mask, 1)
+    export.write_onnx(tmp_path / "tracker.onnx", args, encoder.cpu(), export.describe(args))
+    assert export.check(tmp_path / "tracker.onnx", clip, mask, reference, rate, 0.99, 3)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (40, 200)])
+def test_the_clip_of_the_check_may_be_long(size):
+    clip = list(export.moving_clip(200, size, 2))
+    assert len(clip) == 200 and all(frame.shape == (*size, 3) and mask.max() == 2 for frame, mask in clip)
+
+
+def test_an_engine_of_an_earlier_graph_does_not_stay_beside_a_new_one(tmp_path, cli):
+    """trtexec's engines say nothing of themselves: the graph beside one is what it was built from."""
+    job = [*FLAGS, "--height", 48, "--width", 64, "--frames", 2, "--out", tmp_path / "tracker.onnx"]
+    (tmp_path / "tracker.engine").write_bytes(b"ftrt")
+    code, _, err = cli(export, *job)
+    assert code == 2 and "tracker.engine: is there already; add --overwrite" in err
+    assert cli(export, *job, "--overwrite")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["tracker.onnx"]
+
+
 @pytest.mark.parametrize("precision", [[], ["--int8"]])
 def test_real_video(precision, shared, imagenet, tmp_path, cli):
     folder = shared / "data" / "DAVIS_train_256"
@@ -630,6 +729,10 @@ def test_engines_that_cannot_run(tracker, small_clip, tmp_path, cli):
     foreign = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), opset_imports=opsets, ir_version=10)
     onnx.save(foreign, tmp_path / "foreign.onnx")
     assert "was not written by softcopy's export.py" in complaint(tmp_path / "foreign.onnx")
+    for info in ("", "{}", "[]", "5", '{"settings": {}}'):
+        onnx.helper.set_model_props(foreign, {"softcopy": info})
+        onnx.save(foreign, tmp_path / "foreign.onnx")
+        assert "was not written by softcopy's export.py" in complaint(tmp_path / "foreign.onnx")
     (tmp_path / "damaged.onnx").write_bytes(tracker.read_bytes()[:1000])
     assert "cannot load it" in complaint(tmp_path / "damaged.onnx")
     (tmp_path / "plan.engine").write_bytes(b"ftrt")
@@ -642,6 +745,9 @@ def test_engines_that_cannot_run(tracker, small_clip, tmp_path, cli):
     write_mask(tmp_path / "many.png", many)
     assert "has 5 objects" in (said := complaint(tracker, mask=tmp_path / "many.png")) and "--objects 5" in said
     assert "--topk 7: is fixed in" in complaint(tracker, "--topk", 7)
+    assert "--topk 10: is fixed in" in complaint(tracker, "--topk", 10)  # the default of a run without --engine
+    assert "--weights other.pth: is fixed in" in complaint(tracker, "--weights", "folder/other.pth")
+    assert "--device nonsense: cannot be used here" in complaint(tracker, "--device", "nonsense")
     assert "--dtype bfloat16: is fixed in" in complaint(tracker, "--dtype", "bfloat16")
     assert "starts from one annotated frame, not 2" in complaint(
         tracker, "--mask", small_clip / "f0.png", "--mask-frame", 0, "--mask-frame", 4
@@ -688,25 +794,27 @@ def test_an_engine_gives_the_graphs_masks(tracker, small_clip, tmp_path, cli, mo
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in_for_tensorrt(tracker))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "NVIDIA Test GPU")
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
     job = ["--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--mask-frame", 5]
     for engine in (path, tracker):
-        code, out, err = cli(propagate, *job, "--engine", engine, "--out", tmp_path / engine.suffix)
+        where = ("--device", "cpu") if engine == tracker else ()
+        code, out, err = cli(propagate, *job, "--engine", engine, *where, "--out", tmp_path / engine.suffix)
         assert code == 0 and "12 masks" in out, err
     for mask in sorted((tmp_path / ".onnx" / "masks").iterdir()):
         assert mask.read_bytes() == (tmp_path / ".engine" / "masks" / mask.name).read_bytes()
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Other GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "NVIDIA Other GPU")
     with pytest.raises(common.UserError, match="was built for NVIDIA Test GPU and TensorRT 0, here is NVIDIA Other"):
         common.load_engine(path)
 
 
 def test_an_engine_says_what_it_needs(tmp_path, cli, monkeypatch):
-    head = json.dumps({"hardware": "NVIDIA Test GPU"}).encode()
-    path = tmp_path / "tracker.engine"
+    info = export.describe(export.Args(height=96, width=160)) | {"hardware": "NVIDIA Test GPU"}
+    head, path = json.dumps(info).encode(), tmp_path / "tracker.engine"
     path.write_bytes(common.TensorRTEngine.MAGIC + len(head).to_bytes(4, "little") + head + b"plan")
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it fails
     with pytest.raises(common.UserError, match=r"needs the tensorrt package; run pip install tensorrt"):
