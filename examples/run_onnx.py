@@ -12,46 +12,48 @@ import cv2
 import numpy as np
 import onnxruntime
 
+if len(sys.argv) != 5:
+    sys.exit(f"usage: {sys.argv[0]} tracker.onnx film mask.png output-folder")
 graph, film, first_mask, out = sys.argv[1:]
 
 # 1. Open the graph; its metadata say what it was made for.
-content, there = Path(graph).read_bytes(), onnxruntime.get_available_providers()
-allowed = {"trt_fp16_enable": b'"dtype": "float16"' in content, "trt_int8_enable": b'"dtype": "int8"' in content}
-wanted = {"TensorrtExecutionProvider": allowed, "CUDAExecutionProvider": {}, "CPUExecutionProvider": {}}
-providers = [(name, wanted[name]) for name in wanted if name in there]
+onnxruntime.preload_dlls()  # CUDA of pip's packages
+wanted = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")]
+providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
 options = onnxruntime.SessionOptions()
 options.enable_mem_pattern = False  # a fifth less memory
 options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI
 session = onnxruntime.InferenceSession(graph, options, providers=providers)
 info = json.loads(session.get_modelmeta().custom_metadata_map["softcopy"])
-device = "cpu" if session.get_providers()[0].startswith("CPU") else "cuda"
+size, device = (info["height"], info["width"]), "cpu" if session.get_providers()[0][:3] == "CPU" else "cuda"
 
 # 2. Two memories on the device, zeros at first: each step reads one and writes the other.
 kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
-inputs, place = session.get_inputs(), onnxruntime.OrtValue.ortvalue_from_numpy
-memory = [(tensor.name, tensor.shape, kinds[tensor.type]) for tensor in inputs if tensor.name.startswith("memory_")]
+memory = [(t.name, t.shape, kinds[t.type]) for t in session.get_inputs() if t.name.startswith("memory_")]
+place = onnxruntime.OrtValue.ortvalue_from_numpy
 memories = [{name: place(np.zeros(shape, kind), device, 0) for name, shape, kind in memory} for _ in range(2)]
 
-# 3. The annotated frame's mask: ids 1 to info["objects"], here from the grey values of a picture.
-mask = cv2.imread(first_mask, cv2.IMREAD_GRAYSCALE)
-mask = np.searchsorted(np.unique(np.append(mask, 0)), mask).astype(np.uint8)
+# 3. The annotated frame's mask: grey ids, or a palette such as DAVIS's, whose colours hold the bits of the id.
+mask, video, seen = cv2.imread(first_mask, cv2.IMREAD_UNCHANGED), cv2.VideoCapture(film), 0
+if mask is not None and mask.ndim == 3:
+    mask = sum((mask[..., 2 - c].astype(int) >> (7 - k) & 1) << (3 * k + c) for k in range(3) for c in range(3))
+if mask is None or mask.shape != size or len(ids := np.unique(np.append(mask, 0))) > info["objects"] + 1:
+    sys.exit(f"error: {first_mask}: give a mask of {size[1]}x{size[0]} pixels with {info['objects']} object(s) at most")
+mask = np.searchsorted(ids, mask).astype(np.uint8)  # 1, 2, ...
 
 # 4. A step a frame.
 Path(out).mkdir(parents=True, exist_ok=True)
-video, seen = cv2.VideoCapture(film), 0
-while (read := video.read())[0]:
-    frame = cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
-    if frame.shape[:2] != (info["height"], info["width"]):
-        sys.exit(f"error: {film}: {graph} wants frames of {info['width']}x{info['height']}")
+while (read := video.read())[0] and read[1].shape[:2] == size:
     step = session.io_binding()
-    step.bind_cpu_input("frame", frame)
+    step.bind_cpu_input("frame", cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB))
     step.bind_cpu_input("mask", mask)  # read where seen is 0
     step.bind_cpu_input("seen", np.array([seen], np.int32))
-    for name in memories[0]:
-        step.bind_ortvalue_input(name, memories[0][name])
+    for name, before in memories[0].items():
+        step.bind_ortvalue_input(name, before)
         step.bind_ortvalue_output(f"new_{name}", memories[1][name])
     step.bind_output("new_mask", "cpu")
     session.run_with_iobinding(step)
-    cv2.imwrite(f"{out}/{seen:05d}.png", step.copy_outputs_to_cpu()[-1])
+    cv2.imwrite(f"{out}/{seen:05d}.png", step.get_outputs()[-1].numpy())
     memories.reverse()
     seen += 1
+sys.exit(print(f"{out}: {seen} masks") if seen else f"error: {film}: gives no frames of {size[1]}x{size[0]} pixels")

@@ -500,20 +500,39 @@ def test_propagate_keeps_the_ids_and_goes_on(tracker, small_clip, tmp_path, cli)
     assert [path.read_bytes() for path in masks] == before
 
 
+def example(*args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "examples/run_onnx.py", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(("graph", "share"), [("tracker", 0.999), ("int8", 0.998)])
 def test_the_example_gives_the_same_masks(graph, share, small_clip, tmp_path, request):
     tracker = request.getfixturevalue(graph)
-    cv2.imwrite(str(tmp_path / "grey.png"), read_ids(small_clip / "f0.png"))
-    command = [sys.executable, "examples/run_onnx.py", tracker, small_clip / "clip.mp4", tmp_path / "grey.png"]
-    result = subprocess.run([*map(str, command), str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = (ROOT / "examples" / "run_onnx.py").read_text().splitlines()
-    assert len(lines) < 60
+    cv2.imwrite(str(tmp_path / "grey.png"), 20 * read_ids(small_clip / "f0.png"))
     engine, mask = common.load_engine(tracker), read_ids(small_clip / "f0.png")
-    for index, frame in common.Video(small_clip / "clip.mp4").frames(range(12)):
-        answer = engine.step(frame, None if index else mask)
-        own = cv2.imread(str(tmp_path / "out" / f"{index:05d}.png"), cv2.IMREAD_GRAYSCALE)
-        assert (own == answer).mean() > share  # OpenCV's decoder rounds colours in its own way
+    for given in (tmp_path / "grey.png", small_clip / "f0.png"):
+        result = example(tracker, small_clip / "clip.mp4", given, tmp_path / "out")
+        assert result.returncode == 0 and result.stdout == f"{tmp_path / 'out'}: 12 masks\n", result.stderr
+        for index, frame in common.Video(small_clip / "clip.mp4").frames(range(12)):
+            answer = engine.step(frame, None if index else mask)
+            own = cv2.imread(str(tmp_path / "out" / f"{index:05d}.png"), cv2.IMREAD_GRAYSCALE)
+            assert (own == answer).mean() > share  # OpenCV's decoder rounds colours in its own way
+    assert len((ROOT / "examples" / "run_onnx.py").read_text().splitlines()) < 60
+
+
+def test_the_example_says_what_it_cannot_use(tracker, small_clip, tmp_path):
+    film, mask, out = small_clip / "clip.mp4", small_clip / "f0.png", tmp_path / "out"
+    cv2.imwrite(str(tmp_path / "other.png"), np.zeros((10, 10), np.uint8))
+    cv2.imwrite(str(tmp_path / "four.png"), np.repeat(np.arange(160, dtype=np.uint8)[None] // 35, 96, 0))
+    for args, message in (
+        ((), "usage: "),
+        ((tracker, tmp_path / "none.mp4", mask, out), "none.mp4: gives no frames of 160x96"),
+        ((tracker, film, tmp_path / "none.png", out), "none.png: give a mask of 160x96"),
+        ((tracker, film, tmp_path / "other.png", out), "other.png: give a mask of 160x96"),
+        ((tracker, film, tmp_path / "four.png", out), "with 3 object(s) at most"),
+    ):
+        result = example(*args)
+        assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
 
 
 def test_half_precision_is_checked_too(half):
