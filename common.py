@@ -83,7 +83,8 @@ class Propagation:
 
     size: str = "480"
     """Network input: short side in pixels (never enlarging), HxW exactly, or full (section 4.2). With /M the long
-    side is rounded down to a multiple of M (480/64: UVC)."""
+    side is rounded down to a multiple of M (480/64: UVC). Larger frames are reduced with anti-aliasing, but to HxW
+    plainly, as the protocols do."""
     upsample: int = 1
     """Enlarge the input this many times for a finer grid (Table 6c)."""
     layer: Literal["res2", "res3", "res4", "conv10", "conv13", "last"] = "res3"
@@ -221,7 +222,8 @@ UVC = {  # the released code, with boxes; the coordinates, the lost rule and the
     "settings": Propagation(size="480/64", layer="res4", l2=False, sampling="nearest", aggregation="per-frame",
                             temperature=1.0, topk=5, context=7, localization="track", minmax=True),
     "vip": {"size": "560x560", "context": 1, "localization": "none"},
-    "jhmdb": {"size": "320x320", "topk": 20, "localization": "none", "pad": True, "carry": "minmax", "minmax": False},
+    "jhmdb": {"size": "320x320", "topk": 20, "context": 7, "localization": "none", "pad": True, "carry": "minmax",
+              "minmax": False},
     "input": "lightness", "keys": ((r"^gray_encoder\.", ""),)}
 COLOUR = {  # CorrFlow and MAST have one net: stride 4, layer4 as wide as layer3, a convolution to 64 channels
     "slim": True, "head": lambda: {"post_convolution": nn.Conv2d(256, 64, 3, padding=1)},
@@ -310,11 +312,13 @@ def find_model(name: str) -> Model:
         return Model(arch, "ImageNet classification", Propagation(layer=layer), source=url, **STILL)
     if kind == "timm":
         settings, source = Propagation(), "timm fetches them from its hub"
-        if patch := re.search(r"patch(\d+)", arch):  # a ViT: the settings of DINO's authors
+        if patch := re.search(r"patch(\d+)", arch):  # a ViT: the settings of DINO's and DINOv3's authors
             settings = Propagation(
                 **{"size": "480/64", "layer": "last", "stride": int(patch[1]), "sampling": "nearest"},
                 **{"temperature": 0.1, "topk": 5, "context": 7, "shape": "square", "minmax": True},
             )
+            if "dinov3" in arch:  # its authors' circle holds the cells at distance 12 too, four more
+                settings = replace(settings, size="480", upsample=2, temperature=0.2, shape="circle")
         return Model(name, "see its card in timm's hub", settings, source=source, licence="see there", **STILL)
     raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}, torchvision:NAME or timm:NAME")
 
@@ -426,7 +430,8 @@ class Encoder(nn.Module):
         x = x.to(torch.float32 if self.input in ("lightness", "lab") else self.mean.dtype) / 255
         size = tuple(math.ceil(n / self.multiple) * self.multiple for n in self.settings.input_size(height, width))
         if size != (height, width):
-            x = F.interpolate(x, size=size, mode="bilinear", antialias=size[0] < height)
+            reduced = size[0] < height and "x" not in self.settings.size
+            x = F.interpolate(x, size=size, mode="bilinear", antialias=reduced)
         if self.input == "lightness":
             r, g, b = self.linear[(x * 255).round().long()].unbind(1)
             Y = torch.div(871 * r + 2929 * g + 296 * b + 2048, 4096, rounding_mode="floor")
@@ -464,6 +469,7 @@ def load_encoder(
     not used, is said in one line on stderr. Raises UserError for what is unknown, missing or does not fit.
     """
     model, device, dtype = find_model(name), pick_device(device), getattr(torch, dtype)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
     settings = settings or model.settings
     if model.arch.startswith("timm:"):
         net, mean, std = timm_model(model.arch[5:], weights and Path(weights))
@@ -1005,15 +1011,9 @@ def box_around(points: np.ndarray, reach: float, margin: float, w: float, h: flo
 
 def smooth_box(box: np.ndarray, before: np.ndarray, w: float, h: float) -> np.ndarray:
     """A box of the middle of `box`, whose size is a tenth the new and nine tenths the old one; nan if it had none."""
-    left, right, top, bottom = box
-    x = (0.1 * (right - left) + 0.9 * (before[1] - before[0])) / 2
-    y = (0.1 * (bottom - top) + 0.9 * (before[3] - before[2])) / 2
-    return grow_box(
-        np.array([(left + right) / 2 - x, (left + right) / 2 + x, (top + bottom) / 2 - y, (top + bottom) / 2 + y]),
-        0,
-        w,
-        h,
-    )
+    size = 0.1 * (box[1::2] - box[::2]) + 0.9 * (before[1::2] - before[::2])
+    middle = (box[::2] + box[1::2]) / 2
+    return grow_box(np.stack([middle - size / 2, middle + size / 2], 1).ravel(), 0, w, h)
 
 
 def stretch(labels: Tensor) -> Tensor:
@@ -1030,7 +1030,8 @@ def propagate_video(
 ) -> Iterator[Tensor]:
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
 
-    annotated: (features, labels) of the annotated frames, frame 0; the targets come after them, from frame 1 on.
+    annotated: (features, labels) of the annotated frames. The first is frame 0, and the targets come after it, from
+    frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away.
     recent: the last targets and their labels, oldest first, to go on with an earlier run: the last settings.context, or
     all where settings.history. The context lives in one ring buffer, so memory does not grow with the video. Each
     target is pulled only when it is due, so that several settings can share one pass over the frames (itertools.tee).
@@ -1064,7 +1065,7 @@ def propagate_video(
 
     first = [(f, z, label_boxes(z, s) if s.localization == "track" else None) for f, z in annotated]
     for slot in range(fixed):
-        remember(slot, 0, *first[slot])
+        remember(slot, -(10**6) if slot else 0, *first[slot])
     for i, each in enumerate(first[:1] * s.context if s.pad else () if s.keep_first else first[: s.context]):
         remember(ring + (-1 - i) % s.context, 0, *each)  # in the places of frames 0, -1, ...
     recent = list(recent)

@@ -424,6 +424,16 @@ def test_lightness_after_resizing_is_of_whole_levels():
     same(got, lightness(small.round().byte().permute(0, 2, 3, 1).contiguous().numpy()))
 
 
+def test_a_size_in_both_directions_is_reached_as_opencv_does():
+    """Protocols resize plainly (models.md, section 0); a short side is reached with anti-aliasing."""
+    frame = np.random.default_rng(0).integers(0, 256, (1, 90, 120, 3), dtype=np.uint8)
+    plain = cv2.resize(frame[0].astype(np.float32) / 255, (40, 40), interpolation=cv2.INTER_LINEAR)
+    for size, equal in (("40x40", True), ("40", False)):
+        encoder = common.Encoder(torch.nn.Identity(), Propagation(size=size, l2=False), "unit")
+        got = encoder(torch.from_numpy(frame))[0, :, :40, :40].permute(1, 2, 0)
+        assert (float((got - torch.from_numpy(plain)).abs().max()) < 1e-5) == equal
+
+
 def test_grids_of_the_systems():
     """The grids of a 480 x 854 frame (models.md 1c), and rule-64."""
     grids = {"crw": (60, 107), "vfs": (60, 107), "uvc": (60, 104), "mast": (120, 214), "corrflow": (120, 212)}
@@ -431,12 +441,14 @@ def test_grids_of_the_systems():
         assert MODELS[name].settings.grid(480, 854) == grid
     assert preset("timm:vit_small_patch16_224.dino").grid(480, 854) == (30, 52)
     assert preset("timm:vit_small_patch8_224.dino").grid(480, 854) == (60, 104)
-    assert Propagation(size="480", upsample=2, stride=16, layer="last").grid(480, 854) == (60, 107)
+    dinov3 = preset("timm:vit_small_patch16_dinov3.lvd1689m")
+    assert dinov3.grid(480, 854) == (60, 107) and (dinov3.temperature, dinov3.shape) == (0.2, "circle")
     uvc = MODELS["uvc"].settings
     assert uvc.input_size(480, 910) == (480, 896) and uvc.input_size(910, 480) == (896, 480)
     assert uvc.input_size(720, 1152) == (480, 768) and uvc.input_size(480, 480) == (480, 480)
     assert preset("uvc", "vip").input_size(480, 854) == (560, 560)
     assert preset("crw", "jhmdb").input_size(240, 320) == (320, 320)
+    assert preset("uvc", "jhmdb").context == preset("uvc+", "jhmdb").context == 7
 
 
 @pytest.mark.parametrize("name", ["imagenet", "deepcluster", "corrflow", "uvc", "crw"])

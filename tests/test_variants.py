@@ -420,3 +420,22 @@ def test_track_on_real_features(real):
     reference = Track(s, real[0], labels)
     for t, z in enumerate(propagate_video(iter(real[1:]), [(real[0], labels)], s), 1):
         assert (z - reference.step(real[t])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("change", [{"context": 1, "keep_first": False}, {"pad": True, "context": 3}, {}])
+def test_a_stretch_starts_from_its_own_annotated_frame(change, monkeypatch):
+    """The first annotated frame is the latest of the context, and what a full one is filled up with; others are far."""
+    seen = []
+
+    def look(target, features, labels, settings, annotated, ages, boxes):
+        seen.append((list(ages), labels[:, 1, 0, 0].tolist()))
+        return labels[0]
+
+    monkeypatch.setattr(common, "propagate_labels", look)
+    own, other = ((torch.zeros(4, 5, 6), torch.full((2, 5, 6), value)) for value in (1.0, 2.0))
+    list(common.propagate_video([torch.zeros(4, 5, 6)] * 2, [own, other], replace(Propagation(), **change)))
+    ages, values = seen[0]
+    assert values[ages.index(1)] == 1.0
+    assert all(age > 15 for age, value in zip(ages, values, strict=True) if value == 2.0)
+    assert values.count(1.0) == (1 + 3 if change.get("pad") else 1)
+    assert values.count(2.0) == (0 if change.get("keep_first") is False else 1)
