@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 from common import (
     Propagation,
     UserError,
