@@ -25,6 +25,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,10 +76,10 @@ def run(main, parse) -> None:
 
 @dataclass(frozen=True)
 class Propagation:
-    """Every factor that the paper studies (sections 2 and 4). The fields are flags of every script that propagates.
+    """Every factor that the paper studies (sections 2 and 4).
 
-    The defaults are the paper's best for still-image features (section 4.3, "Strong image baselines"); what the
-    paper leaves open was chosen on DAVIS train sequences (benchmarks/tuning.md).
+    The defaults are those of --model's authors. For still-image features they are the paper's best (section 4.3,
+    "Strong image baselines"); what the paper leaves open was chosen on DAVIS train sequences (benchmarks/tuning.md).
     """
 
     size: str = "480"
@@ -559,7 +560,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = textwrap.shorten(str(error).splitlines()[0], 100)
         raise UserError(f"--device {name}: cannot be used here ({reason}); take auto, cpu or cuda") from error
 
 
@@ -2071,20 +2072,31 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: np.ndarray = PALETTE, 
 def parse_args(args_type, argv: Sequence[str] | None = None):
     """Parse a script's Args, a dataclass. Where it has `propagation`, the defaults are those of --engine or --model,
     without one those of the system that --weights is recognised as."""
+    default = args_type()
+    if not issubclass(args_type, Training):
+        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        peek.add_argument("--model")
+        peek.add_argument("--weights", type=Path)
+        peek.add_argument("--dataset", default="davis")
+        peek.add_argument("--engine", type=Path)
+        given = peek.parse_known_args(argv)[0]
+        if given.engine and hasattr(args_type, "engine"):  # model and settings are fixed in it
+            info = engine_info(given.engine)
+            name, settings = info["model"], engine_settings(given.engine, info)
+        else:  # without a sign of a system: a ResNet of torchvision's, most likely
+            bare = given.weights and not given.model
+            name = (recognise(*read_weights(given.weights)) or "imagenet") if bare else given.model or default.model
+            settings = preset(name, given.dataset)
+        default = replace(default, model=name, propagation=settings)
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
-    if issubclass(args_type, Training):
-        return tyro.cli(args_type, args=argv, config=config)
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model")
-    peek.add_argument("--weights", type=Path)
-    peek.add_argument("--dataset", default="davis")
-    peek.add_argument("--engine", type=Path)
-    given = peek.parse_known_args(argv)[0]
-    if given.engine and hasattr(args_type, "engine"):  # model and settings are fixed in it
-        info = engine_info(given.engine)
-        default = replace(args_type(), model=info["model"], propagation=engine_settings(given.engine, info))
-        return tyro.cli(args_type, args=argv, default=default, config=config)
-    bare = given.weights and not given.model  # without a sign of a system: a ResNet of torchvision's, most likely
-    name = (recognise(*read_weights(given.weights)) or "imagenet") if bare else given.model or args_type().model
-    default = replace(args_type(), model=name, propagation=preset(name, given.dataset))
-    return tyro.cli(args_type, args=argv, default=default, config=config)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(args_type, args=argv, default=default, config=config)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        inside = (line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│"))
+        text = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), inside)).rstrip(". ")
+        text = text.replace("Unrecognized options", "unknown options or words (a pattern wants quotes)")
+        raise UserError(f"{text}; see --help") from stop

@@ -683,6 +683,9 @@ def test_real_video(precision, shared, imagenet, tmp_path, cli):
     [
         (["--objects", 0], "--objects 0: give 1 to 255"),
         (["--objects", 256], "--objects 256: give 1 to 255"),
+        (["--objects", "many"], "Error parsing --objects: invalid literal for int() with base 10: 'many'; see --help"),
+        (["--localization", "here"], "invalid choice 'here' for argument '--localization'. Expected one of ('none', "),
+        (["one.png", "two.png"], "unknown options or words (a pattern wants quotes): one.png, two.png; see --help"),
         (["--topk", 3840], "--topk 3840: cannot be exported, TensorRT's TopK ends below 3840"),
         (["--carry", "hard"], "--carry hard: cannot be exported, the graph has no such step"),
         (["--memory", "spaced"], "--memory spaced: cannot be exported"),
