@@ -2096,7 +2096,7 @@ def parse_args(args_type, argv: Sequence[str] | None = None):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        inside = (line.strip("│| ") for line in said.getvalue().splitlines() if line.startswith(("│", "|")))  # a box
-        text = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside)).rstrip(". ")
+        box = [line.strip("│ ").strip("─-") for line in said.getvalue().splitlines()[1:]]  # below its title
+        text = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, box))).rstrip(". ")
         text = text.replace("Unrecognized options", "unknown options or words (a pattern wants quotes)")
         raise UserError(f"{text}; see --help") from stop
