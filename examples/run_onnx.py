@@ -5,6 +5,7 @@ python examples/run_onnx.py tracker.onnx clip.mp4 f0.png masks/
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,8 +19,8 @@ graph, film, first_mask, out = sys.argv[1:]
 
 # 1. Open the graph; its metadata say what it was made for.
 onnxruntime.preload_dlls()  # CUDA of pip's packages
-wanted = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")]
-providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+usable = ("Tensorrt", "CUDA", "CPU") if shutil.which("nvidia-smi") else "CPU"  # in this order, where they are there
+providers = [name for name in onnxruntime.get_available_providers() if name.startswith(usable)]
 options = onnxruntime.SessionOptions()
 options.enable_mem_pattern = False  # a fifth less memory
 options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI
@@ -54,6 +55,5 @@ while (read := video.read())[0] and read[1].shape[:2] == size:
     step.bind_output("new_mask", "cpu")
     session.run_with_iobinding(step)
     cv2.imwrite(f"{out}/{seen:05d}.png", step.get_outputs()[-1].numpy())
-    memories.reverse()
-    seen += 1
+    memories, seen = memories[::-1], seen + 1
 sys.exit(print(f"{out}: {seen} masks") if seen else f"error: {film}: gives no frames of {size[1]}x{size[0]} pixels")
