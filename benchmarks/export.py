@@ -4,7 +4,8 @@
 
 480 x 854, one object, 20 context frames; the clip is drawn here. Each path runs in a process of its own, in turns; time
 is the median of whole frames (extraction, Algorithm 1, mask at full size) once the context is full. The weights are
-random, which changes no time. What INT8 costs in agreement has to be seen on real frames and weights: export.py --int8
+random, which changes no time. On a GPU half precision is timed as well, by ONNX Runtime's CUDA or TensorRT and, where
+the tensorrt package is, as an engine. What INT8 costs in agreement has to be seen on real frames and weights: export.py --int8
 prints it, and the README has three examples.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ def work(path: str, folder: Path) -> None:
     frames = (frame for _, frame in common.Video(folder / "clip.mp4").frames(range(FRAMES)))
     mask, times = common.read_ids(folder / "f0.png"), []
     if path != "torch":
-        engine = common.load_engine(folder / f"{path}.onnx")
+        engine = common.load_engine(folder / path)
         engine.step(next(frames), mask)
         answers = (engine.step(frame) for frame in frames)
     else:
@@ -69,25 +71,35 @@ def main() -> None:
         export.write_onnx(folder / "int8.onnx", args, encoder, export.describe(args) | {"dtype": "int8"}, scale)
         export.quantise_convolutions(folder / "int8.onnx", frames)
         megabytes = [(folder / f"{path}.onnx").stat().st_size / 1e6 for path in ("float32", "int8")]
-        results = {"torch": [], "float32": [], "int8": []}
+        results = {"torch": [], "float32.onnx": [], "int8.onnx": []}
+        if torch.cuda.is_available():
+            args.fp16 = True
+            export.write_onnx(folder / "float16.onnx", args, encoder, export.describe(args))
+            results["float16.onnx"] = []
+            if find_spec("tensorrt"):
+                built = export.build_engine(folder / "float16.onnx", export.describe(args), folder / "timings")
+                (folder / "float16.engine").write_bytes(built)
+                results["float16.engine"] = []
         for path in (*results, *results):
             command = [sys.executable, __file__, "--work", path, "--folder", str(folder)]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results[path].append([float(value) for value in out.split()])
             print(f"{path}: {results[path][-1][0]:.2f} s/frame, {results[path][-1][1]:.0f} MiB", file=sys.stderr)
     best = {path: np.min(measured, 0) for path, measured in results.items()}
-    titles = {"torch": "PyTorch", "float32": "ONNX Runtime", "int8": "ONNX Runtime, `--int8`"}
+    titles = {"torch": "PyTorch", "float32.onnx": "ONNX Runtime", "int8.onnx": "ONNX Runtime, `--int8`"}
+    titles |= {"float16.onnx": "ONNX Runtime, `--fp16`", "float16.engine": "TensorRT, `--tensorrt`"}
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
     load = os.getloadavg()[0]
     lines = [
         "# The exported graph: last measured",
         "",
-        f"`python benchmarks/export.py`, {platform.machine()}, {os.cpu_count()} cores (load {load:.1f}), torch "
+        f"`python benchmarks/export.py`, {platform.machine()}, {place} (load {load:.1f}), torch "
         f"{torch.__version__}, ONNX Runtime {onnxruntime.__version__}; the better of two runs in turns",
         "",
-        "| path, 480 x 854, n = 20 | s/frame | against PyTorch | peak memory, MiB |",
-        "|---|---:|---:|---:|",
+        "| path, 480 x 854, n = 20 | s/frame | frames/s | against PyTorch | peak memory, MiB |",
+        "|---|---:|---:|---:|---:|",
         *(
-            f"| {titles[path]} | {seconds:.2f} | {best['torch'][0] / seconds:.2f} x | {peak:.0f} |"
+            f"| {titles[path]} | {seconds:.3f} | {1 / seconds:.1f} | {best['torch'][0] / seconds:.2f} x | {peak:.0f} |"
             for path, (seconds, peak) in best.items()
         ),
         "",
@@ -100,7 +112,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", choices=["torch", "float32", "int8"])
+    parser.add_argument("--work")
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     with torch.inference_mode():
