@@ -5,8 +5,8 @@
 480 x 854, one object, 20 context frames; the clip is drawn here. Each path runs in a process of its own, in turns; time
 is the median of whole frames (extraction, Algorithm 1, mask at full size) once the context is full. The weights are
 random, which changes no time. On a GPU half precision is timed as well, by ONNX Runtime's CUDA or TensorRT and, where
-the tensorrt package is, as an engine. What INT8 costs in agreement has to be seen on real frames and weights: export.py --int8
-prints it, and the README has three examples.
+the tensorrt package is, as an engine. What INT8 costs in agreement has to be seen on real frames and weights: export.py
+--int8 prints it, and the README has three examples.
 """
 
 import argparse
