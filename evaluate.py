@@ -122,7 +122,6 @@ PAGES = {
     "vip": "https://sysu-hcp.net/lip/overview.php",
     "jhmdb": "http://jhmdb.is.tue.mpg.de/dataset",
 }
-SIZES = {"vip": "560x560", "jhmdb": "240x240"}  # section 7; elsewhere the model's own
 # fmt: off
 PARTS = ("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants", "gloves",
          "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe",
@@ -758,19 +757,9 @@ def check_prediction(seq: Sequence, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's figures, side by side with ours
 
-# paper.csv holds the printed figures (per cent). models: the first whose weights are at hand is run; settings: what
-# differs from the paper's common ones (section 4): 480 x full, k 5, n 7, radius 12 and the temperature below.
+# A line of paper.csv is a row: what it prints (per cent); models, of which the first whose weights are at hand is run
+# (MODEL@FILE: with weights/FILE alone); settings, what differs from the model's preset (sections 4.2 and 4.3).
 PAPER = Path(__file__).with_name("paper.csv")
-TEMPERATURES = {  # section 4.3 and the caption of Figure 4: per-frame, overall
-    "imagenet": (1 / 40, 1.0),
-    "rotation": (1 / 40, 1.0),
-    "deepcluster": (1 / 40, 1.0),
-    "moco-r18": (1 / 50, 1.0),
-    "uvc": (1.0, 1.0),
-    "uvc+": (1.0, 1.0),
-    "crw": (1 / 50, 1 / 20),
-}
-FIGURE_MODELS = ("rotation", "moco-r18", "imagenet", "uvc", "crw")
 FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the captions
     "figure4": {
         "temperature": [1 / t for t in (1, 5, 10, 20, 30, 40, 50)],
@@ -782,20 +771,24 @@ FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the capt
 NOTE = "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change."
 
 
+def read_paper(dataset: str) -> list[dict]:
+    """The lines of paper.csv for a data set; figures: what they print, models and settings as lists."""
+    with PAPER.open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["dataset"] == dataset]
+    for line in lines:
+        line["figures"] = {c: float(line[c]) for c in COLUMNS[dataset] if line.get(c)}
+        line["models"], line["settings"] = line["models"].split(), line["settings"].split()
+    return lines
+
+
 def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
     """The rows of a table or figure, in the paper's order; what cannot run says what it lacks."""
-    wanted = []  # name, models, settings, figures
-    for model, way in itertools.product(FIGURE_MODELS, ("overall", "per-frame")) if args.paper in FIGURE_AXES else ():
-        models = [f"{model}-finetuned", model] if model in ("imagenet", "moco-r18", "rotation") else [model]
-        fixed = [way, "none", *(["topk=10", "context=1"] if args.dataset == "vip" else [])]
-        for factor, values in FIGURE_AXES[args.paper].items():
-            wanted += [(f"{model}, {way}, {factor} {show(v)}", models, [*fixed, f"{factor}={v}"], {}) for v in values]
-    with PAPER.open(newline="") as file:
-        for line in csv.DictReader(file):
-            if line["table"] == args.paper:
-                figures = {c: float(line[c]) for c in COLUMNS[args.dataset] if line.get(c)}
-                wanted.append((line["row"], line["models"].split(), line["settings"].split(), figures))
-    rows = {}
+    wanted, rows = [], {}  # name, models, settings, figures
+    for line in (line for line in read_paper(args.dataset) if line["table"] == args.paper):
+        axes = FIGURE_AXES.get(args.paper, {})
+        points = [(f", {factor} {show(v)}", [f"{factor}={v}"]) for factor, values in axes.items() for v in values]
+        for suffix, word in points or [("", [])]:
+            wanted.append((line["row"] + suffix, line["models"], line["settings"] + word, line["figures"]))
     for name, models, words, figures in wanted:
         try:
             model, settings = paper_settings(args, models, words)
@@ -812,53 +805,26 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
 def paper_best(args: Args, row: Row) -> Row:
     """The same row with the best figures that the paper prints for its model on this data set, at this grid."""
     best = {}
-    with PAPER.open(newline="") as file:
-        for line in csv.DictReader(file):
-            scale = 2 if "upsample=2" in line["settings"] else 1
-            figures = {c: float(line[c]) for c in COLUMNS[args.dataset] if line.get(c)}
-            if (
-                line["dataset"] == args.dataset
-                and row.model in line["models"].split()
-                and scale == row.settings.upsample
-            ):
-                best = max(best, figures, key=lambda f: (f.get(MAIN[args.dataset], 0), len(f)))
+    for line in read_paper(args.dataset):
+        scale = 2 if "upsample=2" in line["settings"] else 1
+        if row.model in line["models"] and scale == row.settings.upsample:
+            best = max(best, line["figures"], key=lambda f: (f.get(MAIN[args.dataset], 0), len(f)))
     return replace(row, paper=best)
 
 
 def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str, Propagation]:
     """The model and settings of a row of the paper; UserError with what is missing."""
-    if not models:
-        raise UserError("printed in the paper from another one")
     if not (known := [m for m in models if m in MODELS]):
-        raise UserError(
-            f"weights of {models[-1].replace('-', ' ')} after the stride change (section 4.2); none are released"
-        )
-    chosen = [m for m in known if m == "random" or (args.weights and m == args.model) or find_weights(m, fetch=False)]
+        raise UserError("quoted in the paper from another one")
+    chosen = next((m for m in known if find_weights(m, fetch=False) or (args.weights and m == args.model)), None)
     if not chosen:
         raise UserError(f"weights of {known[0]} ({MODELS[known[0]].source}); put them in weights/, or give --weights")
-    own, paper, factors = preset(chosen[0], args.dataset), chosen[0].removesuffix("-finetuned") in TEMPERATURES, {}
-    if paper:  # run by the paper's own code; the other systems by their authors', as in their presets
-        factors |= {
-            "size": SIZES.get(args.dataset, own.size),
-            "upsample": 1,
-            "softmax": "auto",
-            "topk": 5,
-            "context": 7,
-        }
-        factors |= {"shape": "circle", "radius": 12, "exempt_first": False}
-    for word in words:
-        factor, _, text = word.partition("=")
-        if not text:
-            factor, text = "aggregation" if word in ("overall", "per-frame") else "localization", word
-        try:
-            factors[factor] = parse_value(factor, text)
-        except ValueError as error:
-            raise UserError(f"{factor} {text} is not among the factors of Propagation") from error
-    if paper:
-        per_frame = factors["aggregation"] == "per-frame"
-        temperature = TEMPERATURES[chosen[0].removesuffix("-finetuned")][not per_frame]
-        factors = {"temperature": temperature, "minmax": per_frame, **factors}
-    return chosen[0], replace(own, **factors)
+    factors = {}
+    for word in words:  # factor=value, or one of the two factors that the tables name by their values
+        factor, _, text = word.rpartition("=")
+        factor = factor or ("aggregation" if word in ("overall", "per-frame") else "localization")
+        factors[factor] = parse_value(factor, text)
+    return chosen, replace(preset(chosen, args.dataset), **factors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -726,6 +726,34 @@ def test_the_papers_figures_are_its_own():
             assert scores["J&F_M"] == pytest.approx((scores["J_M"] + scores["F_M"]) / 2, abs=0.11), name
 
 
+def test_every_row_of_the_paper_says_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_weights", lambda name, fetch=True: tmp_path / name)
+    settings = {}
+    for dataset in evaluate.COLUMNS:
+        for line in evaluate.read_paper(dataset):
+            if line["models"] != ["-"]:
+                row = line["table"], line["row"]
+                settings[row] = evaluate.paper_settings(
+                    evaluate.Args(dataset=dataset), line["models"], line["settings"]
+                )
+    with pytest.raises(evaluate.UserError, match="quoted in the paper from another one"):
+        evaluate.paper_settings(evaluate.Args(), ["-"], [])
+    model, s = settings["table4", "(c) ImageNet, none, per-frame"]
+    assert (model, s.topk, s.context, s.temperature, s.minmax) == ("imagenet-finetuned", 5, 7, 0.025, True)
+    model, s = settings["table6", "(b) CRW"]
+    assert (model, s.topk, s.context, s.temperature, s.exempt_first) == ("crw", 10, 20, 0.05, True)
+    model, s = settings["table8", "UVC"]
+    assert (model, s.size, s.localization, s.minmax, s.pad) == ("uvc", "240x240", "none", True, True)
+    temperatures = {
+        row: s.temperature for (table, row), (_, s) in settings.items() if table == "figure4"
+    }  # its caption
+    assert {row for row, t in temperatures.items() if t == 1} == {
+        *(f"{model}, overall" for model in ("rotation", "moco-r18", "imagenet", "uvc")),
+        "uvc, per-frame",
+    }
+    assert temperatures["crw, overall"] == 1 / 20 and temperatures["crw, per-frame"] == 1 / 50
+
+
 def test_two_processes_give_the_scores_of_one(whole, data, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*torchrun, *command("--data", data, *RANDOM, "--out", tmp_path)[1:]]
