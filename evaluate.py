@@ -105,7 +105,9 @@ class Args:
     """factor=value,value,... Give it several times: one factor at a time, or all combinations with --grid."""
     grid: bool = False
     """Sweep all combinations of the factors."""
-    paper: Literal["", "table1", "table2", "table3", "table4", "table6", "table7", "table8", "figure4", "figure5"] = ""
+    paper: Literal[
+        "", "table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "figure4", "figure5"
+    ] = ""
     """Run the rows of this table or figure of the paper, at the paper's settings, side by side with its figures."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -520,7 +522,7 @@ class Row:
 def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str = "", model: str = "", **more) -> Row:
     """The row of a model at some settings; its folder's name ends in a digest of all that the predictions depend on."""
     model = model or args.model
-    weights = args.weights if args.weights and model == args.model else find_weights(model)
+    weights, model = weights_of(args, model), model.partition("@")[0]
     fits(model, weights, settings.layer, settings.stride)
     own = asdict(preset(model, args.dataset))
     changed = [f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value]
@@ -529,6 +531,15 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     folder = out / "predictions" / f"{model}-{digest}"
     return Row(name or " ".join([model, *changed]), folder, model, weights, settings, **more)
+
+
+def weights_of(args: Args, model: str, fetch: bool = True) -> Path | None:
+    """--weights where they are of this model, else those that find_weights finds; of MODEL@FILE, weights/FILE alone."""
+    model, _, file = model.partition("@")
+    if file:
+        places = Path("weights", file), Path(__file__).with_name("weights") / file
+        return next((path for path in places if path.is_file()), None)
+    return args.weights if args.weights and model == args.model else find_weights(model, fetch)
 
 
 @lru_cache
@@ -758,7 +769,7 @@ def check_prediction(seq: Sequence, folder: Path) -> None:
 # The paper's figures, side by side with ours
 
 # A line of paper.csv is a row: what it prints (per cent); models, of which the first whose weights are at hand is run
-# (MODEL@FILE: with weights/FILE alone); settings, what differs from the model's preset (sections 4.2 and 4.3).
+# (MODEL@FILE: with weights/FILE); settings, what differs from the model's preset (sections 4.2 and 4.3).
 PAPER = Path(__file__).with_name("paper.csv")
 FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the captions
     "figure4": {
@@ -768,7 +779,10 @@ FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the capt
     },
     "figure5": {"context": [1, 2, 4, 7, 10, 20], "topk": [1, 3, 5, 10, 20, 50]},
 }
-NOTE = "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change."
+NOTE = (
+    "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change. Its UVC of Table 4 "
+    "is trained anew (59.4 without localization, the released one 57.8), here weights/uvc-ours.pth."
+)
 
 
 def read_paper(dataset: str) -> list[dict]:
@@ -806,25 +820,26 @@ def paper_best(args: Args, row: Row) -> Row:
     """The same row with the best figures that the paper prints for its model on this data set, at this grid."""
     best = {}
     for line in read_paper(args.dataset):
-        scale = 2 if "upsample=2" in line["settings"] else 1
-        if row.model in line["models"] and scale == row.settings.upsample:
+        scale, model = 2 if "upsample=2" in line["settings"] else 1, line["models"][0].removesuffix("-finetuned")
+        if row.model.removesuffix("-finetuned") == model and scale == row.settings.upsample:
             best = max(best, line["figures"], key=lambda f: (f.get(MAIN[args.dataset], 0), len(f)))
     return replace(row, paper=best)
 
 
 def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str, Propagation]:
     """The model and settings of a row of the paper; UserError with what is missing."""
-    if not (known := [m for m in models if m in MODELS]):
+    if models == ["-"]:
         raise UserError("quoted in the paper from another one")
-    chosen = next((m for m in known if find_weights(m, fetch=False) or (args.weights and m == args.model)), None)
-    if not chosen:
-        raise UserError(f"weights of {known[0]} ({MODELS[known[0]].source}); put them in weights/, or give --weights")
+    if not (chosen := next((model for model in models if weights_of(args, model, fetch=False)), None)):
+        sources = {model: MODELS[model].source if model in MODELS else "train_uvc_plus.py makes it" for model in models}
+        either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
+        raise UserError(f"weights of {either}; put them in weights/ under this name, or give --weights")
     factors = {}
     for word in words:  # factor=value, or one of the two factors that the tables name by their values
         factor, _, text = word.rpartition("=")
         factor = factor or ("aggregation" if word in ("overall", "per-frame") else "localization")
         factors[factor] = parse_value(factor, text)
-    return chosen, replace(preset(chosen, args.dataset), **factors)
+    return chosen, replace(preset(chosen.partition("@")[0], args.dataset), **factors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
