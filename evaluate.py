@@ -638,10 +638,8 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
         if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
             given_parts, kinds = read_instances(seq.instances / f"{seq.names[0]}.png")
             parts = [i for i in np.unique(given_parts).tolist() if i in kinds]
-            part_labels = labels_from_mask(
-                torch.from_numpy(given_parts.copy()).to(device), parts, grid, rows[0].settings.sampling
-            )
-            labels = torch.cat([labels, part_labels])
+            given_parts = torch.from_numpy(given_parts.copy()).to(device)
+            labels = torch.cat([labels, labels_from_mask(given_parts, parts, grid, rows[0].settings.sampling)])
 
     folders, tracks = [row.folder / ".partial" / seq.name for row in rows], [[] for _ in rows]
     for row, folder in zip(rows, folders, strict=True):
@@ -669,6 +667,8 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                     mask = nearest(mask_from_labels(soft, ids, full, row.settings.minmax).cpu().numpy(), size)
                 pending.append(writers.submit(write_mask, folder / f"{name}.png", mask))
                 if parts:
+                    if name == seq.names[0]:
+                        soft_parts, full = labels_from_mask(given_parts, parts, given_parts.shape), given_parts.shape
                     job = write_parts, folder / f"parts/{name}.png", soft_parts, [kinds[i] for i in parts], full, size
                     pending.append(writers.submit(*job))
             while len(pending) > 16 * len(rows):

@@ -423,6 +423,9 @@ def test_vip_runs_in_both_layouts(cli, tmp_path, variant):
     assert read_ids(folder / "videos1/00051.png").shape == (60, 80)
     text = (folder / "Instance_ids/videos1/00051.txt").read_text().split()
     assert [text[0], text[2]] == ["13", "14"] and 0 < float(text[1]) <= 1
+    # the first frame has the given parts, each with score 1, and not what the grid has left of them
+    assert (read_ids(folder / "Instance_ids/videos1/00001.png") == square((8, 8), (8, 40), side=32)).all()
+    assert (folder / "Instance_ids/videos1/00001.txt").read_text() == "13 1.000000\n14 1.000000\n"
     # what it wrote can be scored as anyone's, with the same numbers
     code, _, err = cli(
         evaluate, "--dataset", "vip", "--data", data, "--predictions", folder, "--out", tmp_path / "again"
