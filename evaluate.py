@@ -232,9 +232,13 @@ def read_instances(path: Path) -> tuple[np.ndarray, dict[int, int]]:
     """VIP: ids of the (person, part) instances, and the part class of each id (lines: id class ...)."""
     try:
         lines = [line.split() for line in path.with_suffix(".txt").read_text().splitlines() if line.strip()]
-        return read_ids(path), {int(line[0]): int(line[1]) for line in lines}
+        classes = {int(line[0]): int(line[1]) for line in lines}
+        if not all(0 <= number < 256 and 0 <= kind < 20 for number, kind in classes.items()):
+            raise ValueError
+        return read_ids(path), classes
     except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path.with_suffix('.txt')}: not found, or not lines of: instance id, part class") from error
+        lines = "instance id (1..255), part class (1..19)"
+        raise UserError(f"{path.with_suffix('.txt')}: not found, or not lines of: {lines}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,8 +382,11 @@ def score_vip(seq: Sequence, folder: Path, pool) -> dict:
         try:
             lines = [line.split() for line in (guess / f"{name}.txt").read_text().splitlines() if line.strip()]
             parts = [(i, int(line[0]), float(line[1])) for i, line in enumerate(lines, 1)]
+            if not all(i < 256 and 0 <= kind < 20 for i, kind, _ in parts):
+                raise ValueError
         except (OSError, ValueError, IndexError) as error:
-            raise UserError(f"{guess / name}.txt: not found, or not lines of: part class, score") from error
+            lines = "part class (1..19), score; one for each of the ids 1..255"
+            raise UserError(f"{guess / name}.txt: not found, or not lines of: {lines}") from error
         table = np.bincount(256 * truth.astype(int).ravel() + pred.ravel(), minlength=65536).reshape(256, 256)
         areas_t, areas_p = table.sum(1), table.sum(0)
         for number, kind in classes.items():

@@ -433,6 +433,27 @@ def test_vip_runs_in_both_layouts(cli, tmp_path, variant):
     assert code == 0 and read(tmp_path / "again")["overall"] == scores["overall"]
 
 
+@pytest.mark.parametrize("text", ["3 25 1\n", "999 13 1\n", "3\n"])
+@pytest.mark.parametrize("of", ["truth", "prediction"])
+def test_a_bad_list_of_vips_parts_is_named_and_the_others_are_run(cli, tmp_path, text, of):
+    mask, ids = square((8, 8), ids=(13,), side=32), square((8, 8), ids=(3,), side=32)
+    data = vip(tmp_path / "data", "flat", [mask] * 3, [ids] * 3, {3: 13})
+    for kind in ("Images", "Category_ids", "Instance_ids"):
+        shutil.copytree(data / kind / "videos1", data / kind / "videos2")
+    (data / "lists/val_videos.txt").write_text("videos1\nvideos2\n")
+    argv = ("--dataset", "vip", "--data", data, *RANDOM, "--out", tmp_path / "out")
+    path = data / "Instance_ids/videos1/00051.txt"
+    if of == "prediction":
+        assert cli(evaluate, *argv)[0] == 0
+        path = next((tmp_path / "out/predictions").glob("*/Instance_ids/videos1/00051.txt"))
+        text = {"3 25 1\n": "25 0.5\n", "999 13 1\n": "13 0.5\n" * 256}.get(text, text)
+    path.write_text(text)
+    code, _, err = cli(evaluate, *argv)
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert code == 1 and len(lines) == 1 and f"{path}: not found, or not lines of: " in lines[0], err
+    assert list(read(tmp_path / "out")["per_sequence"]) == ["videos2"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # JHMDB
 
