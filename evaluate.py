@@ -33,6 +33,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -146,54 +147,52 @@ class Sequence:
 
 
 def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]]:
-    """The sequences asked for, and why others that were asked for are missing. UserError if there are none."""
+    """The sequences asked for, and why others of the subset are missing. UserError if one that is named is not there,
+    or if there are none."""
     wanted = [name for name in args.sequences.split(",") if name]
     page = f"see {PAGES[args.dataset]}, and say where it is with --data"
-    if args.dataset.startswith("davis"):
-        pictures, truth = root / "JPEGImages/480p", root / "Annotations/480p"
-        listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
-        folders = [(name, pictures / name, truth / name, None) for name in wanted or read_list(listing, page)]
-    elif args.dataset == "vip":
-        lists, root = root / "lists", root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
-        truth = root / "Annotations" if (root / "Annotations").is_dir() else root
-        listing = (lists if lists.is_dir() else root / "lists") / f"{args.subset}_videos.txt"
-        folders = [
-            (name, root / "Images" / name, truth / "Category_ids" / name, truth / "Instance_ids" / name)
-            for name in wanted or read_list(listing, page)
-        ]
-    else:
+    instances, file = None, ""
+    if args.dataset == "jhmdb":
         pictures = root / "Frames" if (root / "Frames").is_dir() else root / "Rename_Images"
+        truth, file = root / "joint_positions", "joint_positions.mat"
         listings = sorted((root / "splits").glob(f"*_test_split{args.split}.txt"))
         if not listings:
             raise UserError(f"{root}/splits/<class>_test_split{args.split}.txt: not found; JHMDB is incomplete, {page}")
-        folders, chosen = [], {"val": "2", "train": "1", "test-dev": ""}[args.subset]
+        known, group = [], {"val": "2", "train": "1", "test-dev": ""}[args.subset]
         for listing in listings:
             kind = listing.name.removesuffix(f"_test_split{args.split}.txt")
-            for clip, group in (line.rsplit(maxsplit=1) for line in listing.read_text().splitlines() if line.strip()):
-                name = f"{kind}/{Path(clip).stem}"
-                if group == chosen if not wanted else {name, Path(clip).stem} & set(wanted):
-                    folders.append(
-                        (name, pictures / name, root / "joint_positions" / name / "joint_positions.mat", None)
-                    )
+            clips = [line.rsplit(maxsplit=1) for line in listing.read_text().splitlines() if line.strip()]
+            known += [f"{kind}/{Path(clip).stem}" for clip, of in clips if wanted or of == group]
+    else:
+        if args.dataset == "vip":
+            base = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
+            masks = base / "Annotations" if (base / "Annotations").is_dir() else base
+            pictures, truth, instances = base / "Images", masks / "Category_ids", masks / "Instance_ids"
+            lists = root / "lists" if (root / "lists").is_dir() else base / "lists"
+            listing = lists / f"{args.subset}_videos.txt"
+        else:
+            pictures, truth = root / "JPEGImages/480p", root / "Annotations/480p"
+            listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
+        # sequences that are named need not be of the subset, nor a list be there
+        known = (wanted and sorted(path.name for path in truth.glob("*"))) or read_list(listing, page)
+    chosen = {want: [name for name in known if want in (name, Path(name).name)] for want in wanted}
+    for want, names in chosen.items():
+        if not names:
+            near = ", ".join(get_close_matches(want, known) or known[:3])
+            raise UserError(f"--sequences {want}: is not in {truth}; names there are like {near}")
 
     sequences, missing = [], {}
-    for name, pictures, truth, instances in folders:
-        if not truth.exists():
-            missing[name] = f"{truth}: not found; the data set is incomplete, {page}"
+    for name in dict.fromkeys(itertools.chain(*chosen.values())) if wanted else known:
+        frames, annotation = pictures / name, truth / name / file
+        if not annotation.exists():
+            missing[name] = f"{annotation}: not found; the data set is incomplete, {page}"
             continue
-        frames = {p.stem for p in pictures.iterdir() if p.suffix.lower() in PICTURES} if pictures.is_dir() else set()
-        if truth.is_file():
-            annotated = {}
-        else:
-            annotated = {p.stem: p for p in sorted(truth.iterdir()) if p.suffix.lower() == ".png"}
-        names = set(annotated) if args.dataset == "vip" else frames | set(annotated)  # VIP: every 25th frame
+        masks = {p.stem: p for p in sorted(annotation.iterdir()) if p.suffix.lower() == ".png"} if not file else {}
+        names = {p.stem for p in frames.iterdir() if p.suffix.lower() in PICTURES} if frames.is_dir() else set()
+        names = set(masks) if args.dataset == "vip" else names | set(masks)  # VIP: every 25th frame
         names = tuple(sorted(names, key=lambda n: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", n)]))
-        files = annotated or dict.fromkeys(names or ("00001",), truth)
-        sequences.append(Sequence(args.dataset, name, pictures, names, files, instances))
-    if not folders and wanted:
-        raise UserError(
-            f"--sequences {args.sequences}: not in split {args.split} of {root}; names are like <class>/<clip>"
-        )
+        files = masks or dict.fromkeys(names or ("00001",), annotation)
+        sequences.append(Sequence(args.dataset, name, frames, names, files, instances and instances / name))
     if not sequences:
         raise UserError(next(iter(missing.values()), f"{root}: the {args.subset} list is empty, {page}"))
     return sequences, missing

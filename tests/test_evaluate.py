@@ -330,6 +330,25 @@ def test_an_incomplete_data_set_is_scored_as_far_as_it_goes(cli, tmp_path):
     assert code == 0 and list(read(tmp_path / "out")["per_object"]) == ["c_1"]
 
 
+def test_a_sequence_that_is_not_there_is_named_before_any_work(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "DAVIS", {"gold-fish": masks, "goat": masks, "dog": masks})
+    clips = jhmdb(tmp_path / "JHMDB", {"a_wave": grid_of_joints(3), "another": grid_of_joints(3)})
+    vip(tmp_path / "VIP", "fine", masks, masks, {1: 1})
+    for dataset, names, near in (
+        ("davis", "dog,goats", f"goats: is not in {data}/Annotations/480p; names there are like goat"),
+        ("davis", "swan", f"swan: is not in {data}/Annotations/480p; names there are like dog, goat, gold-fish"),
+        ("vip", "video1", "names there are like videos1"),
+        ("jhmdb", "another,a_waves", f"a_waves: is not in {clips}/joint_positions; names there are like wave/a_wave"),
+    ):
+        argv = ("--dataset", dataset, "--data", tmp_path / dataset.upper(), "--sequences", names)
+        code, _, err = cli(evaluate, *argv, *RANDOM, "--out", tmp_path / "out")
+        assert code == 2 and len(err.splitlines()) == 1 and near in err and not (tmp_path / "out").exists(), err
+    for name in ("another", "wave/another"):
+        args = evaluate.Args(dataset="jhmdb", sequences=name)
+        assert [seq.name for seq in evaluate.read_dataset(args, clips)[0]] == ["wave/another"]
+
+
 @pytest.mark.parametrize(
     "argv, says",
     [
