@@ -720,7 +720,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
         groups.setdefault(key or row.folder, []).append(row)
     total, quiet = len(rows) * sum(len(seq.names) for seq in sequences), os.environ.get("RANK", "0") != "0"
     device = args.device
-    if device == "auto" and torch.cuda.is_available():
+    if device in ("auto", "cuda") and torch.cuda.is_available():  # each of torchrun's processes has its own
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     with tqdm(total=total, unit="frame", smoothing=0.05, dynamic_ncols=True, disable=quiet) as bar:
 

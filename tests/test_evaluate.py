@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,10 +17,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.io import loadmat, savemat
 
 import clip
+import common
 import evaluate
 from common import read_ids, write_mask
 
@@ -833,3 +836,34 @@ def test_two_processes_give_the_scores_of_one(whole, data, tmp_path):
     assert done.stdout.count("J&F_M") == 1  # one table
     ours, theirs = read(tmp_path), read(whole)
     assert ours["per_object"] == theirs["per_object"] and ours["overall"] == theirs["overall"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_takes_its_own_gpu(data, cli, tmp_path, monkeypatch, device):
+    def load(*args):
+        raise evaluate.UserError(f"asked for {args[3]}")
+
+    monkeypatch.setattr(evaluate, "fits", lambda *_: None)
+    monkeypatch.setattr(evaluate, "load_encoder", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    code, _, err = cli(evaluate, "--data", data, *RANDOM, "--device", device, "--out", tmp_path)
+    assert code == 2 and "asked for cuda:3" in err
+
+
+def test_processes_that_fetch_the_same_weights_do_not_meet(tmp_path, monkeypatch):
+    both = multiprocessing.get_context("fork").Barrier(2)
+
+    def download(link, path):
+        Path(path).write_bytes(b"weights")
+        both.wait(20)
+
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.chdir(tmp_path)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map(common.find_weights, ["deepcluster"] * 2, chunksize=1)  # its link names no hash
+    assert found == [tmp_path / "checkpoints/deepcluster.pth"] * 2 and found[0].read_bytes() == b"weights"
+    assert list(found[0].parent.iterdir()) == found[:1]
