@@ -363,7 +363,7 @@ def score_davis(seq: Sequence, folder: Path, pool) -> dict:
     return {"J": scores[:, 0].T, "F": scores[:, 1].T, "frames": annotated[1:-1]}
 
 
-def score_vip(seq: Sequence, folder: Path, pool) -> dict:
+def score_vip(seq: Sequence, folder: Path) -> dict:
     """Confusion matrix (truth x prediction) over all frames; and for AP^r_vol the parts' classes, scores, IoUs."""
     confusion, found, present = np.zeros((20, 20), np.int64), [], np.zeros(20, np.int64)
     guess = folder / "Instance_ids" / seq.name
@@ -420,7 +420,7 @@ def average_precision(parts: np.ndarray, present: np.ndarray) -> float:
     return float(np.mean(aps)) if aps else math.nan
 
 
-def score_jhmdb(seq: Sequence, folder: Path, pool) -> dict:
+def score_jhmdb(seq: Sequence, folder: Path) -> dict:
     """Distance of each joint in each frame but the first (15 x T-1), in units of 0.6 of the person's diagonal.
 
     The person's box holds the true joints that the prediction shows; joints it does not show are nan: not counted.
@@ -441,7 +441,6 @@ def score_jhmdb(seq: Sequence, folder: Path, pool) -> dict:
     return {"distance": distance[1:].T}
 
 
-SCORE = {"davis": score_davis, "davis2016": score_davis, "vip": score_vip, "jhmdb": score_jhmdb}
 MAIN = {"davis": "J&F_M", "davis2016": "J&F_M", "vip": "mIoU", "jhmdb": "PCK@0.1"}  # the figure to rank by
 DAVIS_COLUMNS = ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"]
 PCK_COLUMNS = [f"PCK@{a / 10}" for a in range(1, 6)]
@@ -583,15 +582,10 @@ def sweep_settings(args: Args, base: Propagation) -> list[Propagation]:
 def parse_value(factor: str, text: str):
     """A value of a field of Propagation from text."""
     kind = next(f.type for f in fields(Propagation) if f.name == factor)
-    if kind is bool:
-        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else fail(text)
-    if choices := get_args(kind):
-        return {str(choice): choice for choice in choices}[text] if text in map(str, choices) else fail(text, choices)
-    return kind(text)
-
-
-def fail(text: str, choices=("true", "false")):
-    raise ValueError(f"{text!r} is none of {', '.join(map(str, choices))}")
+    choices = {"true": True, "false": False} if kind is bool else {choice: choice for choice in get_args(kind)}
+    if choices and text.lower() not in choices:
+        raise ValueError(f"{text!r} is none of {', '.join(choices)}")
+    return choices[text.lower()] if choices else kind(text)
 
 
 def first_mask(seq: Sequence) -> np.ndarray:
@@ -722,10 +716,12 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
     device = args.device
     if device in ("auto", "cuda") and torch.cuda.is_available():  # each of torchrun's processes has its own
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    score = {"vip": score_vip, "jhmdb": score_jhmdb}.get(args.dataset, partial(score_davis, pool=pool))
     with tqdm(total=total, unit="frame", smoothing=0.05, dynamic_ncols=True, disable=quiet) as bar:
 
-        def failure(row: Row, seq: Sequence, error: UserError) -> None:
-            failed[row.name][seq.name] = str(error)
+        def failure(rows: list[Row], seq: Sequence, error: UserError) -> None:
+            for row in rows:
+                failed[row.name][seq.name] = str(error)
             bar.write(f"error: {error}", file=sys.stderr)
 
         for group, seq in itertools.product(groups.values(), sequences):
@@ -740,17 +736,15 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 if todo:
                     propagate(seq, encoder, todo, bar)
             except UserError as error:
-                failure((todo or group)[0], seq, error)
-                for row in todo or group:
-                    failed[row.name][seq.name] = str(error)
+                failure(todo or group, seq, error)
             for row in group:
                 if args.subset == "test-dev" or seq.name in failed[row.name]:
                     continue
                 try:
                     check_prediction(seq, row.folder)
-                    results[row.name][seq.name] = SCORE[args.dataset](seq, row.folder, pool)
+                    results[row.name][seq.name] = score(seq, row.folder)
                 except UserError as error:
-                    failure(row, seq, error)
+                    failure([row], seq, error)
                     continue
                 so_far = summarize(args.dataset, results[row.name])["overall"].get(MAIN[args.dataset])
                 bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): percent(so_far)})

@@ -531,7 +531,7 @@ def test_pck_scale_is_the_box_of_the_joints_shown(tmp_path):
         (tmp_path / name / "c").mkdir(parents=True)
         savemat(tmp_path / name / "c/joint_positions.mat", {"pos_img": points.transpose(2, 1, 0) + 1})
     seq = evaluate.Sequence("jhmdb", "c", tmp_path, ("1", "2"), {"1": tmp_path / "truth/c/joint_positions.mat"})
-    distance = evaluate.score_jhmdb(seq, tmp_path / "mine", None)["distance"]
+    distance = evaluate.score_jhmdb(seq, tmp_path / "mine")["distance"]
     assert distance[10, 0] == pytest.approx(1 / (0.6 * math.hypot(40, 10)))
     assert np.isnan(distance[:5]).all() and (distance[11:] == 0).all()
 
