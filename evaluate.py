@@ -39,11 +39,12 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 from scipy.io import loadmat, savemat
 from torch import distributed
 from tqdm import tqdm
@@ -72,10 +73,8 @@ from common import (
     write_mask,
 )
 
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in any script that the browser has a font for
+rcParams["svg.fonttype"] = "none"  # text stays text, in any script that the browser has a font for
 warnings.filterwarnings("ignore", "Glyph")
-import matplotlib.pyplot as plt  # noqa: E402
 
 FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2", "sampling")  # a change means new features or labels
 
@@ -452,52 +451,41 @@ def summarize(dataset: str, results: dict[str, dict]) -> dict:
 
     per_object is per part class for VIP and per joint for JHMDB.
     """
-    if dataset.startswith("davis"):
-        per_object, per_sequence = {}, {}
-        for name, result in results.items():
-            rows = []
-            for k, (j, f) in enumerate(zip(result["J"], result["F"], strict=True), 1):
-                row = dict(zip(COLUMNS[dataset][1:], statistics(j) + statistics(f), strict=True))
-                rows.append({"J&F_M": (row["J_M"] + row["F_M"]) / 2, **row})
-                per_object[f"{name}_{k}"] = rows[-1]
-            per_sequence[name] = mean_scores(rows)
-        return {"overall": mean_scores(per_object.values()), "per_object": per_object, "per_sequence": per_sequence}
-    if dataset == "vip":
-
-        def one(group: Iterable[dict]) -> dict:
-            group = list(group)
-            score = {"mIoU": float(np.nanmean(class_iou(sum(r["confusion"] for r in group))))} if group else {}
-            present = sum(r["present"] for r in group)
-            if np.any(present):
-                score["AP^r_vol"] = average_precision(np.concatenate([r["parts"] for r in group]), present)
-            return score
-
-        iou = class_iou(sum(r["confusion"] for r in results.values())) if results else []
-        per_object = {part: {"IoU": float(x)} for part, x in zip(PARTS, iou, strict=False) if x == x}
-        return {
-            "overall": one(results.values()),
-            "per_object": per_object,
-            "per_sequence": {name: one([result]) for name, result in results.items()},
-        }
-
-    def pck(distance: np.ndarray) -> list[dict]:  # 15 x frames -> a row a joint
-        counted = ~np.isnan(distance)
-        share = [(distance <= a / 10).sum(1) / np.where(counted.sum(1), counted.sum(1), np.nan) for a in range(1, 6)]
-        return [dict(zip(COLUMNS[dataset], map(float, row), strict=True)) for row in np.array(share).T]
-
-    joints = pck(np.concatenate([r["distance"] for r in results.values()], 1)) if results else []
-    per_sequence = {name: mean_scores(pck(r["distance"])) for name, r in results.items()}
-    return {
-        "overall": mean_scores(joints),
-        "per_object": dict(zip(JOINTS, joints, strict=False)),
-        "per_sequence": per_sequence,
-    }
+    one = {"vip": summarize_vip, "jhmdb": summarize_jhmdb}.get(dataset, summarize_davis)
+    overall, per_object = one(results) if results else ({}, {})
+    per_sequence = {name: one({name: result})[0] for name, result in results.items()}
+    return {"overall": overall, "per_object": per_object, "per_sequence": per_sequence}
 
 
-def class_iou(confusion: np.ndarray) -> np.ndarray:
-    """IoU of each class, nan for those in neither truth nor prediction."""
+def summarize_davis(results: dict[str, dict]) -> tuple[dict, dict]:
+    """The figures of each object, and their mean over objects, not over sequences."""
+    objects = {}
+    for name, result in results.items():
+        for k, (j, f) in enumerate(zip(result["J"], result["F"], strict=True), 1):
+            row = dict(zip(DAVIS_COLUMNS[1:], statistics(j) + statistics(f), strict=True))
+            objects[f"{name}_{k}"] = {"J&F_M": (row["J_M"] + row["F_M"]) / 2, **row}
+    return mean_scores(objects.values()), objects
+
+
+def summarize_vip(results: dict[str, dict]) -> tuple[dict, dict]:
+    """IoU of each class that occurs in truth or prediction; their mean, and AP^r_vol where there are instances."""
+    confusion = sum(r["confusion"] for r in results.values())
+    present = sum(r["present"] for r in results.values())
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    return confusion.diagonal() / np.where(union, union, np.nan)
+    iou = confusion.diagonal() / np.where(union, union, np.nan)
+    overall = {"mIoU": float(np.nanmean(iou))}
+    if present.any():
+        overall["AP^r_vol"] = average_precision(np.concatenate([r["parts"] for r in results.values()]), present)
+    return overall, {part: {"IoU": float(x)} for part, x in zip(PARTS, iou, strict=True) if x == x}
+
+
+def summarize_jhmdb(results: dict[str, dict]) -> tuple[dict, dict]:
+    """PCK of each joint over all its frames, and the mean over joints."""
+    distance = np.concatenate([r["distance"] for r in results.values()], 1)  # 15 x frames
+    counted = (~np.isnan(distance)).sum(1)
+    share = [(distance <= a / 10).sum(1) / np.where(counted, counted, np.nan) for a in range(1, 6)]
+    rows = [dict(zip(PCK_COLUMNS, map(float, row), strict=True)) for row in np.array(share).T]
+    return mean_scores(rows), dict(zip(JOINTS, rows, strict=True))
 
 
 def mean_scores(rows: Iterable[dict]) -> dict:
@@ -746,7 +734,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 except UserError as error:
                     failure([row], seq, error)
                     continue
-                so_far = summarize(args.dataset, results[row.name])["overall"].get(MAIN[args.dataset])
+                so_far = summarize(args.dataset, results[row.name])["overall"][MAIN[args.dataset]]
                 bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): percent(so_far)})
             bar.update(done + len(group) * len(seq.names) - bar.n)
 
@@ -797,19 +785,17 @@ def read_paper(dataset: str) -> list[dict]:
 
 def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
     """The rows of a table or figure, in the paper's order; what cannot run says what it lacks."""
-    wanted, rows = [], {}  # name, models, settings, figures
-    for line in (line for line in read_paper(args.dataset) if line["table"] == args.paper):
-        axes = FIGURE_AXES.get(args.paper, {})
-        points = [(f", {factor} {show(v)}", [f"{factor}={v}"]) for factor, values in axes.items() for v in values]
-        for suffix, word in points or [("", [])]:
-            wanted.append((line["row"] + suffix, line["models"], line["settings"] + word, line["figures"]))
-    for name, models, words, figures in wanted:
+    rows, axes = {}, FIGURE_AXES.get(args.paper, {})
+    points = [(f", {factor} {show(v)}", [f"{factor}={v}"]) for factor, values in axes.items() for v in values]
+    lines = [line for line in read_paper(args.dataset) if line["table"] == args.paper]
+    for line, (suffix, word) in itertools.product(lines, points or [("", [])]):
+        name, figures = line["row"] + suffix, line["figures"]
         try:
-            model, settings = paper_settings(args, models, words)
+            model, settings = paper_settings(args, line["models"], line["settings"] + word)
             row = make_row(args, root, out, replace(settings, **given), name, model, paper=figures)
         except UserError as error:
             row = Row(name, paper=figures, lacks=str(error))
-        rows.setdefault(row.folder if args.paper in FIGURE_AXES and not row.lacks else name, row)  # curves share points
+        rows.setdefault(row.folder if axes and not row.lacks else name, row)  # curves share points
     if all(row.lacks for row in rows.values()):
         why = "; ".join(dict.fromkeys(row.lacks for row in rows.values()))
         raise UserError(f"--paper {args.paper}: no row can run: {why}")
@@ -894,15 +880,6 @@ def show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def clean(value):
-    """For JSON: nan becomes null, paths text."""
-    if isinstance(value, dict):
-        return {key: clean(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
-
-
 def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: dict) -> None:
     """scores.json and scores.csv. What is at the top of scores.json is the first row's, all are in `rows`."""
     table = []
@@ -913,8 +890,9 @@ def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: d
     first = next(entry for entry in table if "overall" in entry)
     record = {"dataset": args.dataset, "subset": args.subset, "split": args.split if args.dataset == "jhmdb" else None}
     record |= {level: first[level] for level in ("overall", "per_object", "per_sequence")} | {"rows": table}
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON has no nan: null
     with atomic(out / "scores.json") as path:
-        path.write_text(json.dumps(clean(record), indent=1))
+        path.write_text(json.dumps(record, indent=1))
     columns = COLUMNS[args.dataset] + (["IoU"] if args.dataset == "vip" else [])
     with atomic(out / "scores.csv") as path, path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -946,7 +924,8 @@ def sweep_curves(rows: list[Row], scores: dict, figure: str) -> dict[str, dict]:
 def draw_curves(curves: dict[str, dict], ylabel: str) -> str:
     """Figures 4 and 5 of the paper: overall solid, per-frame dashed, one colour a model (or a setting)."""
     names = {"temperature": "1 / temperature", "context": "context frames n", "topk": "neighbours k"}
-    figure, axes = plt.subplots(1, len(curves), figsize=(max(4.4 * len(curves), 6), 3.8), squeeze=False, sharey=True)
+    figure = Figure(figsize=(max(4.4 * len(curves), 6), 3.8))
+    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)
     for ax, (factor, lines) in zip(axes[0], curves.items(), strict=True):
         told = {"aggregation"} if len({dict(others).get("aggregation") for _, others in lines}) > 1 else set()
         for f, _ in next(iter(lines))[1]:  # what does not follow from the model and the aggregation tells lines apart
@@ -976,7 +955,8 @@ def draw_time(results: dict[str, dict]) -> str:
     """J and F over time: a small plot a sequence, a colour an object (as in its masks)."""
     shown = {name: result for name, result in results.items() if len(result["frames"])}
     lines = math.ceil(len(shown) / 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(12.6, 2 * lines), squeeze=False, sharey=True)
+    figure = Figure(figsize=(12.6, 2 * lines))
+    axes = figure.subplots(lines, 3, squeeze=False, sharey=True)
     for ax in axes.flat[len(shown) :]:
         ax.axis("off")
     for ax, (name, result) in zip(axes.flat, shown.items(), strict=False):
@@ -990,14 +970,13 @@ def draw_time(results: dict[str, dict]) -> str:
     return embed_figure(figure)
 
 
-def embed_figure(figure) -> str:
+def embed_figure(figure: Figure) -> str:
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
-    plt.close(figure)
     return f'<img class=plot src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
