@@ -68,6 +68,7 @@ from common import (
     points_from_labels,
     preset,
     propagate_video,
+    rank_world,
     read_ids,
     run,
     write_mask,
@@ -614,18 +615,19 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     grid = tuple(first.shape[1:])
     if seq.dataset == "jhmdb":
         given, size = read_joints(next(iter(seq.truth.values())))[0], video.size
-        labels, ids, parts, kinds = labels_from_points(given, size, grid).to(device), [], [], {}
+        labels, ids, parts = labels_from_points(given, size, grid).to(device), [], []
     else:
         given = first_mask(seq)
         given, size = np.where(given == 255, 0, given).astype(np.uint8), given.shape
         if size != video.size and seq.dataset != "vip":
             sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*size, *video.size)
             raise UserError(f"{seq.truth[seq.names[0]]}: {sizes}; they must show the same pixels")
-        ids, parts, kinds = [i for i in np.unique(given).tolist() if i], [], {}
+        ids, parts = [i for i in np.unique(given).tolist() if i], []
         labels = labels_from_mask(torch.from_numpy(given).to(device), ids, grid, rows[0].settings.sampling)
         if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
-            given_parts, kinds = read_instances(seq.instances / f"{seq.names[0]}.png")
-            parts = [i for i in np.unique(given_parts).tolist() if i in kinds]
+            given_parts, classes = read_instances(seq.instances / f"{seq.names[0]}.png")
+            parts = [i for i in np.unique(given_parts).tolist() if i in classes]
+            kinds = [classes[i] for i in parts]
             given_parts = torch.from_numpy(given_parts.copy()).to(device)
             labels = torch.cat([labels, labels_from_mask(given_parts, parts, grid, rows[0].settings.sampling)])
 
@@ -657,7 +659,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                 if parts:
                     if name == seq.names[0]:
                         soft_parts, full = labels_from_mask(given_parts, parts, given_parts.shape), given_parts.shape
-                    job = write_parts, folder / f"parts/{name}.png", soft_parts, [kinds[i] for i in parts], full, size
+                    job = write_parts, folder / f"parts/{name}.png", soft_parts, kinds, full, size
                     pending.append(writers.submit(*job))
             while len(pending) > 16 * len(rows):
                 pending.popleft().result()
@@ -700,7 +702,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
     for row in rows:  # rows that share features share one pass over each video
         key = row.settings and (row.model, row.weights, *(getattr(row.settings, f) for f in FEATURE_FACTORS))
         groups.setdefault(key or row.folder, []).append(row)
-    total, quiet = len(rows) * sum(len(seq.names) for seq in sequences), os.environ.get("RANK", "0") != "0"
+    total, quiet = len(rows) * sum(len(seq.names) for seq in sequences), rank_world()[0] > 0
     device = args.device
     if device in ("auto", "cuda") and torch.cuda.is_available():  # each of torchrun's processes has its own
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
@@ -712,31 +714,31 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 failed[row.name][seq.name] = str(error)
             bar.write(f"error: {error}", file=sys.stderr)
 
-        for group, seq in itertools.product(groups.values(), sequences):
-            if seq is sequences[0]:
-                encoder = None
-            bar.set_description(seq.name)
-            todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
-            if todo and encoder is None:
-                encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
-            try:
-                check_names(seq.frames, seq.names, seq.names[0] if seq.names else "")
-                if todo:
-                    propagate(seq, encoder, todo, bar)
-            except UserError as error:
-                failure(todo or group, seq, error)
-            for row in group:
-                if args.subset == "test-dev" or seq.name in failed[row.name]:
-                    continue
+        for group in groups.values():
+            encoder = None  # loaded where there is something to do
+            for seq in sequences:
+                bar.set_description(seq.name)
+                todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
+                if todo and encoder is None:
+                    encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
                 try:
-                    check_prediction(seq, row.folder)
-                    results[row.name][seq.name] = score(seq, row.folder)
+                    check_names(seq.frames, seq.names, seq.names[0] if seq.names else "")
+                    if todo:
+                        propagate(seq, encoder, todo, bar)
                 except UserError as error:
-                    failure([row], seq, error)
-                    continue
-                so_far = summarize(args.dataset, results[row.name])["overall"][MAIN[args.dataset]]
-                bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): percent(so_far)})
-            bar.update(done + len(group) * len(seq.names) - bar.n)
+                    failure(todo or group, seq, error)
+                for row in group:
+                    if args.subset == "test-dev" or seq.name in failed[row.name]:
+                        continue
+                    try:
+                        check_prediction(seq, row.folder)
+                        results[row.name][seq.name] = score(seq, row.folder)
+                    except UserError as error:
+                        failure([row], seq, error)
+                        continue
+                    so_far = summarize(args.dataset, results[row.name])["overall"][MAIN[args.dataset]]
+                    bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): percent(so_far)})
+                bar.update(done + len(group) * len(seq.names) - bar.n)
 
 
 def check_prediction(seq: Sequence, folder: Path) -> None:
@@ -837,39 +839,40 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
     columns = [c for c in COLUMNS[args.dataset] if any(c in row.paper for row in rows)]
     if args.paper and columns:
         body = [["%", *(cell for c in columns for cell in (c, "ours", "diff"))]]
-        for row in rows:
-            cells = [row.name]
-            for c in columns:
-                ours = 100 * scores[row.name]["overall"].get(c, math.nan) if row.name in scores else math.nan
-                difference = ours - row.paper[c] if c in row.paper else math.nan
-                cells += [percent(row.paper.get(c), 1), percent(ours, 1), percent(difference, 1, "+")]
-            body.append(cells)
+        body += [[row.name, *(cell for c in columns for cell in beside(row, scores, c))] for row in rows]
     else:
         columns = COLUMNS[args.dataset]
         body = [["%", *columns]]
         body += [[r.name, *(percent(scores[r.name]["overall"].get(c)) for c in columns)] for r in rows if not r.lacks]
         if rows[0].paper:
-            ours = scores[rows[0].name]["overall"]
-            difference = {c: 100 * ours.get(c, math.nan) - paper for c, paper in rows[0].paper.items()}
-            body.append(["the paper, whole data set", *(percent(rows[0].paper.get(c), 1) for c in columns)])
-            body.append(["difference", *(percent(difference.get(c), 1, "+") for c in columns)])
+            paper, _, difference = zip(*(beside(rows[0], scores, c) for c in columns), strict=True)
+            body += [["the paper, whole data set", *paper], ["difference", *difference]]
         if args.dataset == "vip" and len(rows) == 1:
             body += [[f"  {part}", percent(s["IoU"]), ""] for part, s in scores[rows[0].name]["per_object"].items()]
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     for line in [body[0], ["-" * width for width in widths], *body[1:]]:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-    lacking = {}
     for row in rows:
-        lacking.setdefault(row.lacks, []).append(row.name)
         if failed[row.name]:
             print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
-    for why, names in lacking.items():
-        if why:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            print(f"not run: {'; '.join(names[:3])}{more}: {why}")
+    for why, names in lacking(rows).items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(f"not run: {'; '.join(names[:3])}{more}: {why}")
     if args.paper:
         print(NOTE)
+
+
+def beside(row: Row, scores: dict, column: str) -> list[str]:
+    """The paper's figure, ours, and the difference, per cent."""
+    ours = 100 * scores.get(row.name, {"overall": {}})["overall"].get(column, math.nan)
+    paper = row.paper.get(column, math.nan)
+    return [percent(paper, 1), percent(ours, 1), percent(ours - paper, 1, "+")]
+
+
+def lacking(rows: list[Row]) -> dict[str, list[str]]:
+    """What rows lack to be run: the names of those that lack it."""
+    return {row.lacks: [other.name for other in rows if other.lacks == row.lacks] for row in rows if row.lacks}
 
 
 def percent(value: float | None, scale: float = 100, sign: str = "") -> str:
@@ -982,14 +985,12 @@ def embed_figure(figure: Figure) -> str:
 
 def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> str:
     """Ground truth above the prediction, at evenly spaced frames (not the first, which is given)."""
-    scored = dict(zip(result.get("frames", ()), range(10**6), strict=False))
+    scored = {name: i for i, name in enumerate(result.get("frames", ()))}
     among = [name for name in seq.names if name in scored] or seq.names
-    picks = [
-        among[i] for i in np.linspace(0, len(among), count, endpoint=False).astype(int) + len(among) // (2 * count)
-    ]
+    picks = np.linspace(0, len(among), count, endpoint=False).astype(int) + len(among) // (2 * count)
     video = Video(seq.frames) if seq.frames.is_dir() else None
     cells = {"": [], "ground truth": [], "prediction": []}
-    for name in dict.fromkeys(picks):
+    for name in dict.fromkeys(among[i] for i in picks):
         frame = next(video.frames([video.names.index(name)]))[1] if video and name in video.names else None
         caption = name
         if name in scored:
@@ -1005,9 +1006,8 @@ def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> 
                 ids = one_object(ids) if seq.dataset == "davis2016" else np.where(ids == 255, 0, ids).astype(np.uint8)
                 backdrop = np.full((*ids.shape, 3), 40, np.uint8) if frame is None else frame
                 picture = overlay(backdrop, nearest(ids, backdrop.shape[:2]), PALETTE)
-            small = cv2.resize(
-                picture, (320, round(picture.shape[0] * 320 / picture.shape[1])), interpolation=cv2.INTER_AREA
-            )
+            small = 320, round(picture.shape[0] * 320 / picture.shape[1])
+            small = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
             jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
             cells[kind].append(f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">')
     lines = "".join(f"<span class=side>{kind}</span>{''.join(line)}" for kind, line in cells.items())
@@ -1039,7 +1039,6 @@ td,th{padding:4px 10px;border-bottom:1px solid #edf0f3;text-align:right}th{color
 td:first-child,th:first-child{text-align:left}tr.off td{color:#8b97a5}
 .bar{display:grid;grid-template-columns:15em 1fr 3.5em;gap:10px;align-items:center;margin:4px 0}
 .bar i,.key i{display:block;height:8px;border-radius:4px;margin:2px 0}.bar em{font-style:normal;text-align:right}
-
 .bar span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bar div{background:#eef1f4;border-radius:4px}.key i{display:inline-block;width:12px;margin:0 5px 0 14px}
 .sheet{display:grid;gap:4px;align-items:center}.sheet img{width:100%;border-radius:4px;display:block}
@@ -1059,14 +1058,21 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     def card(title: str, *inside: str) -> None:
         text.append(f"<h2>{title}</h2><div class=card>{''.join(inside)}</div>")
 
-    def bars(table: dict[str, list[float]], keys: list[str]) -> str:  # name: the number beside it, then a bar a key
+    def bars(numbers: dict[str, list[float]], keys: list[str]) -> str:  # name: the number beside it, then a bar a key
         key = "".join(f"<i style='background:{colours[i]}'></i>{esc(k)}" for i, k in enumerate(keys))
         out = [f"<div class='sub key'>{key}</div>"]
-        for name, (number, *values) in table.items():
+        for name, (number, *values) in numbers.items():
             widths = [100 * float(np.nan_to_num(value)) for value in values]
             lines = "".join(f"<i style='width:{w:.1f}%;background:{colours[i]}'></i>" for i, w in enumerate(widths))
             out.append(f"<div class=bar><span>{esc(name)}</span><div>{lines}</div><em>{percent(number)}</em></div>")
         return "".join(out)
+
+    def table(heads: list[str], lines: list[tuple[Row, list[str]]]) -> str:
+        text = "".join(f"<th>{head}</th>" for head in ["", *heads])
+        for row, cells in lines:
+            kind = " class=best" if row is best else " class=off" if row.lacks else ""
+            text += f"</tr><tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in [esc(row.name), *cells])
+        return f"<table><tr>{text}</tr></table>"
 
     title = {"davis": "DAVIS 2017", "davis2016": "DAVIS 2016", "vip": "VIP", "jhmdb": f"JHMDB split {args.split}"}
     title = f"{title[args.dataset]} {args.subset}: {esc(best.name)}"
@@ -1075,43 +1081,31 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     count += f" in {esc(args.data.resolve().name)}" if args.data else ""
     note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
     text.append(f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {count}{note}</div>")
-    numbers = [(percent(overall.get(c)), c) for c in columns] + [
-        (f"{v:.1f}", f"{c}, paper") for c, v in best.paper.items()
-    ]
-    text += [
-        "<div class=kpis>",
-        *(f"<div class=kpi><b>{v}</b><span>{esc(c)}</span></div>" for v, c in numbers),
-        "</div>",
-    ]
+    boxes = {c: percent(overall.get(c)) for c in columns} | {f"{c}, paper": v for c, v in best.paper.items()}
+    boxes = (f"<div class=kpi><b>{number}</b><span>{esc(c)}</span></div>" for c, number in boxes.items())
+    text.append(f"<div class=kpis>{''.join(boxes)}</div>")
 
     if curves := sweep_curves([row for row in ran if row.settings], scores, figure):
         card("Sweep", draw_curves(curves, f"{figure.removesuffix('_M')} (%)"))
     if len(rows) > 1:
         paper = [c for c in columns if any(c in row.paper for row in rows)]
         heads = [esc(c) for c in columns] + [f"{esc(c)}<br>{what}" for c in paper for what in ("paper", "difference")]
-        lines = [f"<table><tr><th></th>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
+        lines = []
         for row in rows if paper else ran:
-            ours = scores.get(row.name, {"overall": {}})["overall"]
-            cells = [percent(ours.get(c)) for c in columns]
-            for c in paper:
-                theirs = row.paper.get(c, math.nan)
-                cells += [percent(theirs, 1), percent(100 * ours.get(c, math.nan) - theirs, 1, "+")]
-            kind = " class=best" if row is best else " class=off" if row.lacks else ""
-            lines.append(f"<tr{kind}><td>{esc(row.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-        card("Rows", *lines, "</table>", f"<div class=sub>{NOTE}</div>" if args.paper else "")
+            ours = [beside(row, scores, c)[1] for c in columns]
+            lines.append((row, ours + [cell for c in paper for cell in beside(row, scores, c)[::2]]))
+        card("Rows", table(heads, lines), f"<div class=sub>{NOTE}</div>" if args.paper else "")
 
     of_best = scores[best.name]["per_sequence"]
     ranked = sorted((n for n in of_best if of_best[n].get(figure, -1) >= 0), key=lambda n: -of_best[n][figure])
     if 1 < len(ran) <= len(colours):
         keys = [row.name for row in ran]
-        table = {
-            n: [of_best[n][figure], *(scores[k]["per_sequence"].get(n, {}).get(figure, 0) for k in keys)]
-            for n in ranked
-        }
+        values = {n: [scores[k]["per_sequence"].get(n, {}).get(figure, 0) for k in keys] for n in ranked}
     else:
         keys = ["J_M", "F_M"] if "J_M" in columns else columns[:2]
-        table = {n: [of_best[n][figure], *(of_best[n].get(k, 0) for k in keys)] for n in ranked}
-    card(f"Sequences, by {figure} of {esc(best.name)}", bars(table, keys))
+        values = {n: [of_best[n].get(k, 0) for k in keys] for n in ranked}
+    numbers = bars({n: [of_best[n][figure], *values[n]] for n in ranked}, keys)
+    card(f"Sequences, by {figure} of {esc(best.name)}", numbers)
 
     half = min(2, max(1, len(ranked) // 2))
     for kind, names in (("Best", ranked[:half]), ("Worst", ranked[half:][-half:][::-1])):
@@ -1123,26 +1117,21 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
         card(f"J and F over time, {esc(best.name)}", legend, draw_time(results[best.name]))
     elif ranked:
         keys = ["IoU"] if args.dataset == "vip" else columns[:2]
-        table = {n: [score[keys[0]], *(score[k] for k in keys)] for n, score in scores[best.name]["per_object"].items()}
-        card(over.capitalize(), bars(table, keys))
+        of_parts = scores[best.name]["per_object"].items()
+        card(over.capitalize(), bars({n: [score[k] for k in (keys[0], *keys)] for n, score in of_parts}, keys))
 
     if models := [row for row in ran if row.settings]:
-        table = [
+        used = [
             {"model": r.model, "weights": r.weights.name if r.weights else "-", **asdict(r.settings)} for r in models
         ]
-        same = {f: v for f, v in table[0].items() if all(entry[f] == v for entry in table)}
+        same = {f: v for f, v in used[0].items() if all(entry[f] == v for entry in used)}
         lines = ["<dl>", *(f"<dt>{f}</dt><dd>{esc(show(v))}</dd>" for f, v in same.items()), "</dl>"]
-        if differ := [f for f in table[0] if f not in same]:
-            lines.append(f"<br><table><tr><th></th>{''.join(f'<th>{f}</th>' for f in differ)}</tr>")
-            for row, entry in zip(models, table, strict=True):
-                cells = "".join(f"<td>{esc(show(entry[f]))}</td>" for f in differ)
-                lines.append(f"<tr><td>{esc(row.name)}</td>{cells}</tr>")
-            lines.append("</table>")
+        if differ := [f for f in used[0] if f not in same]:
+            cells = [[esc(show(entry[f])) for f in differ] for entry in used]
+            lines += ["<br>", table(differ, list(zip(models, cells, strict=True)))]
         card("Settings", *lines)
-    if lacking := {row.lacks: [r.name for r in rows if r.lacks == row.lacks] for row in rows if row.lacks}:
-        items = [
-            f"<li>{esc(why)}<br><span class=sub>{esc('; '.join(names))}</span></li>" for why, names in lacking.items()
-        ]
+    if not_run := lacking(rows).items():
+        items = (f"<li>{esc(why)}<br><span class=sub>{esc('; '.join(names))}</span></li>" for why, names in not_run)
         card("Not run", "<ul>", *items, "</ul>")
     if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
         more = f"<li>and {len(wrong) - 10} more, in scores.json</li>" if len(wrong) > 10 else ""
@@ -1195,7 +1184,7 @@ def main(args: Args) -> None:
         raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
     can_run = [row for row in rows if not row.lacks]
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_world()
     results, failed = {row.name: {} for row in rows}, {row.name: {} if row.lacks else dict(absent) for row in rows}
     if absent and rank == 0:
         of = len(sequences) + len(absent)
