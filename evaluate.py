@@ -627,6 +627,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
         if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
             given_parts, classes = read_instances(seq.instances / f"{seq.names[0]}.png")
             parts = [i for i in np.unique(given_parts).tolist() if i in classes]
+        if parts:
             kinds = [classes[i] for i in parts]
             given_parts = torch.from_numpy(given_parts.copy()).to(device)
             labels = torch.cat([labels, labels_from_mask(given_parts, parts, grid, rows[0].settings.sampling)])

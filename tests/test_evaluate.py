@@ -455,6 +455,13 @@ def test_vip_runs_in_both_layouts(cli, tmp_path, variant):
     assert code == 0 and read(tmp_path / "again")["overall"] == scores["overall"]
 
 
+def test_a_video_of_vip_whose_first_frame_has_no_instance(cli, tmp_path):
+    mask, ids = square((8, 8), ids=(13,), side=32), square((8, 8), ids=(3,), side=32)
+    data = vip(tmp_path / "data", "flat", [mask] * 3, [ids * 0, ids, ids], {3: 13})
+    code, _, err = cli(evaluate, "--dataset", "vip", "--data", data, *RANDOM, "--out", tmp_path / "out")
+    assert code == 0 and read(tmp_path / "out")["overall"].keys() == {"mIoU"}, err
+
+
 @pytest.mark.parametrize("text", ["3 25 1\n", "999 13 1\n", "3\n"])
 @pytest.mark.parametrize("of", ["truth", "prediction"])
 def test_a_bad_list_of_vips_parts_is_named_and_the_others_are_run(cli, tmp_path, text, of):
