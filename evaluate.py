@@ -191,7 +191,9 @@ def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]
         names = {p.stem for p in frames.iterdir() if p.suffix.lower() in PICTURES} if frames.is_dir() else set()
         names = set(masks) if args.dataset == "vip" else names | set(masks)  # VIP: every 25th frame
         names = tuple(sorted(names, key=lambda n: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", n)]))
-        files = masks or dict.fromkeys(names or ("00001",), annotation)
+        if file:  # one for all frames, which need not be there to be scored
+            names = names or ("00001",)
+        files = dict.fromkeys(names, annotation) if file else masks
         sequences.append(Sequence(args.dataset, name, frames, names, files, instances and instances / name))
     if not sequences:
         raise UserError(next(iter(missing.values()), f"{root}: the {args.subset} list is empty, {page}"))
@@ -425,7 +427,7 @@ def score_jhmdb(seq: Sequence, folder: Path) -> dict:
 
     The person's box holds the true joints that the prediction shows; joints it does not show are nan: not counted.
     """
-    truth, path = read_joints(seq.truth[next(iter(seq.truth))]), prediction(folder, seq)
+    truth, path = read_joints(seq.truth[seq.names[0]]), prediction(folder, seq)
     if not path.is_file():
         raise UserError(f"{path}: not found; JHMDB predictions are joint_positions.mat files like the annotation")
     pred = read_joints(path)
@@ -614,7 +616,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     first = next(features)
     grid = tuple(first.shape[1:])
     if seq.dataset == "jhmdb":
-        given, size = read_joints(next(iter(seq.truth.values())))[0], video.size
+        given, size = read_joints(seq.truth[seq.names[0]])[0], video.size
         labels, ids, parts = labels_from_points(given, size, grid).to(device), [], []
     else:
         given = first_mask(seq)
@@ -998,12 +1000,11 @@ def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> 
             j, f = (percent(result[what][:, scored[name]].mean()) for what in "JF")
             caption += f" &middot; J {j} F {f}"
         cells[""].append(f"<span class=cap>{caption}</span>")
-        for kind in ("ground truth", "prediction"):
+        for kind, path in (("ground truth", seq.truth[name]), ("prediction", prediction(folder, seq, name))):
             if seq.dataset == "jhmdb":
-                path = next(iter(seq.truth.values())) if kind == "ground truth" else prediction(folder, seq)
                 picture = draw_joints(frame, read_joints(path)[seq.names.index(name)])
             else:
-                ids = read_ids(seq.truth[name] if kind == "ground truth" else prediction(folder, seq, name))
+                ids = read_ids(path)
                 ids = one_object(ids) if seq.dataset == "davis2016" else np.where(ids == 255, 0, ids).astype(np.uint8)
                 backdrop = np.full((*ids.shape, 3), 40, np.uint8) if frame is None else frame
                 picture = overlay(backdrop, nearest(ids, backdrop.shape[:2]), PALETTE)

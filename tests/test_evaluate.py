@@ -297,6 +297,10 @@ def test_frames_that_do_not_matter(cli, tmp_path):
             "is 40x30, but its frame is 80x60",
         ),
         (
+            lambda root: [path.unlink() for path in (root / "Annotations/480p/bad").iterdir()],
+            "00000.png: not found; the first frame's annotation",
+        ),
+        (
             lambda root: (root / "JPEGImages/480p/bad/00002.jpg").rename(root / "JPEGImages/480p/bad/x2.jpg"),
             "mixes sequences",
         ),
@@ -528,6 +532,14 @@ def test_pck_by_hand(cli, tmp_path):
     assert scores["overall"]["PCK@0.2"] == pytest.approx((1 + 0 + 13) / 15)
     assert scores["overall"]["PCK@0.5"] == pytest.approx(14 / 15)
     assert scores["per_object"]["belly"]["PCK@0.5"] == 0 and scores["per_object"]["neck"]["PCK@0.1"] == 0.5
+
+
+def test_pck_needs_no_frames(cli, tmp_path):
+    data = jhmdb(tmp_path / "data", {"clip": grid_of_joints(3)})
+    shutil.rmtree(data / "Rename_Images")
+    argv = ("--dataset", "jhmdb", "--data", data, "--predictions", data / "joint_positions", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and read(tmp_path / "out")["overall"]["PCK@0.1"] == 1, err
 
 
 def test_pck_scale_is_the_box_of_the_joints_shown(tmp_path):
