@@ -802,8 +802,8 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
             row = Row(name, paper=figures, lacks=str(error))
         rows.setdefault(row.folder if axes and not row.lacks else name, row)  # curves share points
     if all(row.lacks for row in rows.values()):
-        why = "; ".join(dict.fromkeys(row.lacks for row in rows.values()))
-        raise UserError(f"--paper {args.paper}: no row can run: {why}")
+        why = "; ".join(lacking(list(rows.values())))
+        raise UserError(f"--paper {args.paper}: no row can run: {why}; or give --model and --weights")
     return list(rows.values())
 
 
@@ -824,7 +824,7 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     if not (chosen := next((model for model in models if weights_of(args, model, fetch=False)), None)):
         sources = {model: MODELS[model].source if model in MODELS else "train_uvc_plus.py makes it" for model in models}
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
-        raise UserError(f"weights of {either}; put them in weights/ under this name, or give --weights")
+        raise UserError(f"needs weights of {either} in weights/")
     factors = {}
     for word in words:  # factor=value, or one of the two factors that the tables name by their values
         factor, _, text = word.rpartition("=")

@@ -772,7 +772,10 @@ def test_table_5_takes_a_file_of_weights_for_each_training(data, imagenet, cli, 
     code, out, err = cli(evaluate, *argv, "--out", tmp_path)
     assert code == 0, err
     assert re.search(r"^UVC\+ MoCo, Kinetics +61.0 +\d", out, re.M)
-    assert "UVC+ ImageNet, Kinetics+ImageNet: weights of uvc+imagenet.pth (train_uvc_plus.py makes it); put" in out
+    assert (
+        "UVC+ ImageNet, Kinetics+ImageNet: needs weights of uvc+imagenet.pth (train_uvc_plus.py makes it) in weights/"
+        in out
+    )
     rows = {row["name"]: row for row in read(tmp_path)["rows"]}
     assert len(rows) == 8 and [row["model"] for row in rows.values() if not row["lacks"]] == ["uvc+"]
     assert rows["UVC+ MoCo, Kinetics"]["weights"] == "weights/uvc+moco.pth"
