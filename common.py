@@ -584,7 +584,7 @@ def find_weights(name: str, fetch: bool = True) -> Path | None:
     print(f"fetching the weights of {name} from {link} (licence: {model.licence})", file=sys.stderr)
     suffix = re.search(r"-([0-9a-f]{8})\.pth$", file)
     algorithm, _, digits = (model.digest or f"sha256:{suffix[1] if suffix else ''}").partition(":")
-    path, part = hub / file, hub / f"{file}.part"
+    path, part = hub / file, hub / f"{file}.{os.getpid()}.part"  # torchrun's processes may all be at it
     try:
         hub.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(link, str(part))

@@ -33,16 +33,18 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 from scipy.io import loadmat, savemat
 from torch import distributed
 from tqdm import tqdm
@@ -66,15 +68,14 @@ from common import (
     points_from_labels,
     preset,
     propagate_video,
+    rank_world,
     read_ids,
     run,
     write_mask,
 )
 
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in any script that the browser has a font for
+rcParams["svg.fonttype"] = "none"  # text stays text, in any script that the browser has a font for
 warnings.filterwarnings("ignore", "Glyph")
-import matplotlib.pyplot as plt  # noqa: E402
 
 FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2", "sampling")  # a change means new features or labels
 
@@ -105,7 +106,9 @@ class Args:
     """factor=value,value,... Give it several times: one factor at a time, or all combinations with --grid."""
     grid: bool = False
     """Sweep all combinations of the factors."""
-    paper: Literal["", "table1", "table2", "table3", "table4", "table6", "table7", "table8", "figure4", "figure5"] = ""
+    paper: Literal[
+        "", "table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "figure4", "figure5"
+    ] = ""
     """Run the rows of this table or figure of the paper, at the paper's settings, side by side with its figures."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -122,7 +125,6 @@ PAGES = {
     "vip": "https://sysu-hcp.net/lip/overview.php",
     "jhmdb": "http://jhmdb.is.tue.mpg.de/dataset",
 }
-SIZES = {"vip": "560x560", "jhmdb": "240x240"}  # section 7; elsewhere the model's own
 # fmt: off
 PARTS = ("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants", "gloves",
          "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe",
@@ -145,54 +147,54 @@ class Sequence:
 
 
 def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]]:
-    """The sequences asked for, and why others that were asked for are missing. UserError if there are none."""
+    """The sequences asked for, and why others of the subset are missing. UserError if one that is named is not there,
+    or if there are none."""
     wanted = [name for name in args.sequences.split(",") if name]
     page = f"see {PAGES[args.dataset]}, and say where it is with --data"
-    if args.dataset.startswith("davis"):
-        pictures, truth = root / "JPEGImages/480p", root / "Annotations/480p"
-        listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
-        folders = [(name, pictures / name, truth / name, None) for name in wanted or read_list(listing, page)]
-    elif args.dataset == "vip":
-        lists, root = root / "lists", root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
-        truth = root / "Annotations" if (root / "Annotations").is_dir() else root
-        listing = (lists if lists.is_dir() else root / "lists") / f"{args.subset}_videos.txt"
-        folders = [
-            (name, root / "Images" / name, truth / "Category_ids" / name, truth / "Instance_ids" / name)
-            for name in wanted or read_list(listing, page)
-        ]
-    else:
+    instances, file = None, ""
+    if args.dataset == "jhmdb":
         pictures = root / "Frames" if (root / "Frames").is_dir() else root / "Rename_Images"
+        truth, file = root / "joint_positions", "joint_positions.mat"
         listings = sorted((root / "splits").glob(f"*_test_split{args.split}.txt"))
         if not listings:
             raise UserError(f"{root}/splits/<class>_test_split{args.split}.txt: not found; JHMDB is incomplete, {page}")
-        folders, chosen = [], {"val": "2", "train": "1", "test-dev": ""}[args.subset]
+        known, group = [], {"val": "2", "train": "1", "test-dev": ""}[args.subset]
         for listing in listings:
             kind = listing.name.removesuffix(f"_test_split{args.split}.txt")
-            for clip, group in (line.rsplit(maxsplit=1) for line in listing.read_text().splitlines() if line.strip()):
-                name = f"{kind}/{Path(clip).stem}"
-                if group == chosen if not wanted else {name, Path(clip).stem} & set(wanted):
-                    folders.append(
-                        (name, pictures / name, root / "joint_positions" / name / "joint_positions.mat", None)
-                    )
+            clips = [line.rsplit(maxsplit=1) for line in listing.read_text().splitlines() if line.strip()]
+            known += [f"{kind}/{Path(clip).stem}" for clip, of in clips if wanted or of == group]
+    else:
+        if args.dataset == "vip":
+            base = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
+            masks = base / "Annotations" if (base / "Annotations").is_dir() else base
+            pictures, truth, instances = base / "Images", masks / "Category_ids", masks / "Instance_ids"
+            lists = root / "lists" if (root / "lists").is_dir() else base / "lists"
+            listing = lists / f"{args.subset}_videos.txt"
+        else:
+            pictures, truth = root / "JPEGImages/480p", root / "Annotations/480p"
+            listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
+        # sequences that are named need not be of the subset, nor a list be there
+        known = (wanted and sorted(path.name for path in truth.glob("*"))) or read_list(listing, page)
+    chosen = {want: [name for name in known if want in (name, Path(name).name)] for want in wanted}
+    for want, names in chosen.items():
+        if not names:
+            near = ", ".join(get_close_matches(want, known) or known[:3])
+            raise UserError(f"--sequences {want}: is not in {truth}; names there are like {near}")
 
     sequences, missing = [], {}
-    for name, pictures, truth, instances in folders:
-        if not truth.exists():
-            missing[name] = f"{truth}: not found; the data set is incomplete, {page}"
+    for name in dict.fromkeys(itertools.chain(*chosen.values())) if wanted else known:
+        frames, annotation = pictures / name, truth / name / file
+        if not annotation.exists():
+            missing[name] = f"{annotation}: not found; the data set is incomplete, {page}"
             continue
-        frames = {p.stem for p in pictures.iterdir() if p.suffix.lower() in PICTURES} if pictures.is_dir() else set()
-        if truth.is_file():
-            annotated = {}
-        else:
-            annotated = {p.stem: p for p in sorted(truth.iterdir()) if p.suffix.lower() == ".png"}
-        names = set(annotated) if args.dataset == "vip" else frames | set(annotated)  # VIP: every 25th frame
+        masks = {p.stem: p for p in sorted(annotation.iterdir()) if p.suffix.lower() == ".png"} if not file else {}
+        names = {p.stem for p in frames.iterdir() if p.suffix.lower() in PICTURES} if frames.is_dir() else set()
+        names = set(masks) if args.dataset == "vip" else names | set(masks)  # VIP: every 25th frame
         names = tuple(sorted(names, key=lambda n: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", n)]))
-        files = annotated or dict.fromkeys(names or ("00001",), truth)
-        sequences.append(Sequence(args.dataset, name, pictures, names, files, instances))
-    if not folders and wanted:
-        raise UserError(
-            f"--sequences {args.sequences}: not in split {args.split} of {root}; names are like <class>/<clip>"
-        )
+        if file:  # one for all frames, which need not be there to be scored
+            names = names or ("00001",)
+        files = dict.fromkeys(names, annotation) if file else masks
+        sequences.append(Sequence(args.dataset, name, frames, names, files, instances and instances / name))
     if not sequences:
         raise UserError(next(iter(missing.values()), f"{root}: the {args.subset} list is empty, {page}"))
     return sequences, missing
@@ -231,9 +233,13 @@ def read_instances(path: Path) -> tuple[np.ndarray, dict[int, int]]:
     """VIP: ids of the (person, part) instances, and the part class of each id (lines: id class ...)."""
     try:
         lines = [line.split() for line in path.with_suffix(".txt").read_text().splitlines() if line.strip()]
-        return read_ids(path), {int(line[0]): int(line[1]) for line in lines}
+        classes = {int(line[0]): int(line[1]) for line in lines}
+        if not all(0 <= number < 256 and 0 <= kind < 20 for number, kind in classes.items()):
+            raise ValueError
+        return read_ids(path), classes
     except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path.with_suffix('.txt')}: not found, or not lines of: instance id, part class") from error
+        lines = "instance id (1..255), part class (1..19)"
+        raise UserError(f"{path.with_suffix('.txt')}: not found, or not lines of: {lines}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,7 +365,7 @@ def score_davis(seq: Sequence, folder: Path, pool) -> dict:
     return {"J": scores[:, 0].T, "F": scores[:, 1].T, "frames": annotated[1:-1]}
 
 
-def score_vip(seq: Sequence, folder: Path, pool) -> dict:
+def score_vip(seq: Sequence, folder: Path) -> dict:
     """Confusion matrix (truth x prediction) over all frames; and for AP^r_vol the parts' classes, scores, IoUs."""
     confusion, found, present = np.zeros((20, 20), np.int64), [], np.zeros(20, np.int64)
     guess = folder / "Instance_ids" / seq.name
@@ -377,8 +383,11 @@ def score_vip(seq: Sequence, folder: Path, pool) -> dict:
         try:
             lines = [line.split() for line in (guess / f"{name}.txt").read_text().splitlines() if line.strip()]
             parts = [(i, int(line[0]), float(line[1])) for i, line in enumerate(lines, 1)]
+            if not all(i < 256 and 0 <= kind < 20 for i, kind, _ in parts):
+                raise ValueError
         except (OSError, ValueError, IndexError) as error:
-            raise UserError(f"{guess / name}.txt: not found, or not lines of: part class, score") from error
+            lines = "part class (1..19), score; one for each of the ids 1..255"
+            raise UserError(f"{guess / name}.txt: not found, or not lines of: {lines}") from error
         table = np.bincount(256 * truth.astype(int).ravel() + pred.ravel(), minlength=65536).reshape(256, 256)
         areas_t, areas_p = table.sum(1), table.sum(0)
         for number, kind in classes.items():
@@ -413,12 +422,12 @@ def average_precision(parts: np.ndarray, present: np.ndarray) -> float:
     return float(np.mean(aps)) if aps else math.nan
 
 
-def score_jhmdb(seq: Sequence, folder: Path, pool) -> dict:
+def score_jhmdb(seq: Sequence, folder: Path) -> dict:
     """Distance of each joint in each frame but the first (15 x T-1), in units of 0.6 of the person's diagonal.
 
     The person's box holds the true joints that the prediction shows; joints it does not show are nan: not counted.
     """
-    truth, path = read_joints(seq.truth[next(iter(seq.truth))]), prediction(folder, seq)
+    truth, path = read_joints(seq.truth[seq.names[0]]), prediction(folder, seq)
     if not path.is_file():
         raise UserError(f"{path}: not found; JHMDB predictions are joint_positions.mat files like the annotation")
     pred = read_joints(path)
@@ -434,7 +443,6 @@ def score_jhmdb(seq: Sequence, folder: Path, pool) -> dict:
     return {"distance": distance[1:].T}
 
 
-SCORE = {"davis": score_davis, "davis2016": score_davis, "vip": score_vip, "jhmdb": score_jhmdb}
 MAIN = {"davis": "J&F_M", "davis2016": "J&F_M", "vip": "mIoU", "jhmdb": "PCK@0.1"}  # the figure to rank by
 DAVIS_COLUMNS = ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"]
 PCK_COLUMNS = [f"PCK@{a / 10}" for a in range(1, 6)]
@@ -446,52 +454,41 @@ def summarize(dataset: str, results: dict[str, dict]) -> dict:
 
     per_object is per part class for VIP and per joint for JHMDB.
     """
-    if dataset.startswith("davis"):
-        per_object, per_sequence = {}, {}
-        for name, result in results.items():
-            rows = []
-            for k, (j, f) in enumerate(zip(result["J"], result["F"], strict=True), 1):
-                row = dict(zip(COLUMNS[dataset][1:], statistics(j) + statistics(f), strict=True))
-                rows.append({"J&F_M": (row["J_M"] + row["F_M"]) / 2, **row})
-                per_object[f"{name}_{k}"] = rows[-1]
-            per_sequence[name] = mean_scores(rows)
-        return {"overall": mean_scores(per_object.values()), "per_object": per_object, "per_sequence": per_sequence}
-    if dataset == "vip":
-
-        def one(group: Iterable[dict]) -> dict:
-            group = list(group)
-            score = {"mIoU": float(np.nanmean(class_iou(sum(r["confusion"] for r in group))))} if group else {}
-            present = sum(r["present"] for r in group)
-            if np.any(present):
-                score["AP^r_vol"] = average_precision(np.concatenate([r["parts"] for r in group]), present)
-            return score
-
-        iou = class_iou(sum(r["confusion"] for r in results.values())) if results else []
-        per_object = {part: {"IoU": float(x)} for part, x in zip(PARTS, iou, strict=False) if x == x}
-        return {
-            "overall": one(results.values()),
-            "per_object": per_object,
-            "per_sequence": {name: one([result]) for name, result in results.items()},
-        }
-
-    def pck(distance: np.ndarray) -> list[dict]:  # 15 x frames -> a row a joint
-        counted = ~np.isnan(distance)
-        share = [(distance <= a / 10).sum(1) / np.where(counted.sum(1), counted.sum(1), np.nan) for a in range(1, 6)]
-        return [dict(zip(COLUMNS[dataset], map(float, row), strict=True)) for row in np.array(share).T]
-
-    joints = pck(np.concatenate([r["distance"] for r in results.values()], 1)) if results else []
-    per_sequence = {name: mean_scores(pck(r["distance"])) for name, r in results.items()}
-    return {
-        "overall": mean_scores(joints),
-        "per_object": dict(zip(JOINTS, joints, strict=False)),
-        "per_sequence": per_sequence,
-    }
+    one = {"vip": summarize_vip, "jhmdb": summarize_jhmdb}.get(dataset, summarize_davis)
+    overall, per_object = one(results) if results else ({}, {})
+    per_sequence = {name: one({name: result})[0] for name, result in results.items()}
+    return {"overall": overall, "per_object": per_object, "per_sequence": per_sequence}
 
 
-def class_iou(confusion: np.ndarray) -> np.ndarray:
-    """IoU of each class, nan for those in neither truth nor prediction."""
+def summarize_davis(results: dict[str, dict]) -> tuple[dict, dict]:
+    """The figures of each object, and their mean over objects, not over sequences."""
+    objects = {}
+    for name, result in results.items():
+        for k, (j, f) in enumerate(zip(result["J"], result["F"], strict=True), 1):
+            row = dict(zip(DAVIS_COLUMNS[1:], statistics(j) + statistics(f), strict=True))
+            objects[f"{name}_{k}"] = {"J&F_M": (row["J_M"] + row["F_M"]) / 2, **row}
+    return mean_scores(objects.values()), objects
+
+
+def summarize_vip(results: dict[str, dict]) -> tuple[dict, dict]:
+    """IoU of each class that occurs in truth or prediction; their mean, and AP^r_vol where there are instances."""
+    confusion = sum(r["confusion"] for r in results.values())
+    present = sum(r["present"] for r in results.values())
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    return confusion.diagonal() / np.where(union, union, np.nan)
+    iou = confusion.diagonal() / np.where(union, union, np.nan)
+    overall = {"mIoU": float(np.nanmean(iou))}
+    if present.any():
+        overall["AP^r_vol"] = average_precision(np.concatenate([r["parts"] for r in results.values()]), present)
+    return overall, {part: {"IoU": float(x)} for part, x in zip(PARTS, iou, strict=True) if x == x}
+
+
+def summarize_jhmdb(results: dict[str, dict]) -> tuple[dict, dict]:
+    """PCK of each joint over all its frames, and the mean over joints."""
+    distance = np.concatenate([r["distance"] for r in results.values()], 1)  # 15 x frames
+    counted = (~np.isnan(distance)).sum(1)
+    share = [(distance <= a / 10).sum(1) / np.where(counted, counted, np.nan) for a in range(1, 6)]
+    rows = [dict(zip(PCK_COLUMNS, map(float, row), strict=True)) for row in np.array(share).T]
+    return mean_scores(rows), dict(zip(JOINTS, rows, strict=True))
 
 
 def mean_scores(rows: Iterable[dict]) -> dict:
@@ -521,7 +518,7 @@ class Row:
 def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str = "", model: str = "", **more) -> Row:
     """The row of a model at some settings; its folder's name ends in a digest of all that the predictions depend on."""
     model = model or args.model
-    weights = args.weights if args.weights and model == args.model else find_weights(model)
+    weights, model = weights_of(args, model), model.partition("@")[0]
     fits(model, weights, settings.layer, settings.stride)
     own = asdict(preset(model, args.dataset))
     changed = [f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value]
@@ -530,6 +527,15 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     folder = out / "predictions" / f"{model}-{digest}"
     return Row(name or " ".join([model, *changed]), folder, model, weights, settings, **more)
+
+
+def weights_of(args: Args, model: str, fetch: bool = True) -> Path | None:
+    """--weights where they are of this model, else those that find_weights finds; of MODEL@FILE, weights/FILE alone."""
+    model, _, file = model.partition("@")
+    if file:
+        places = Path("weights", file), Path(__file__).with_name("weights") / file
+        return next((path for path in places if path.is_file()), None)
+    return args.weights if args.weights and model == args.model else find_weights(model, fetch)
 
 
 @lru_cache
@@ -567,15 +573,10 @@ def sweep_settings(args: Args, base: Propagation) -> list[Propagation]:
 def parse_value(factor: str, text: str):
     """A value of a field of Propagation from text."""
     kind = next(f.type for f in fields(Propagation) if f.name == factor)
-    if kind is bool:
-        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else fail(text)
-    if choices := get_args(kind):
-        return {str(choice): choice for choice in choices}[text] if text in map(str, choices) else fail(text, choices)
-    return kind(text)
-
-
-def fail(text: str, choices=("true", "false")):
-    raise ValueError(f"{text!r} is none of {', '.join(map(str, choices))}")
+    choices = {"true": True, "false": False} if kind is bool else {choice: choice for choice in get_args(kind)}
+    if choices and text.lower() not in choices:
+        raise ValueError(f"{text!r} is none of {', '.join(choices)}")
+    return choices[text.lower()] if choices else kind(text)
 
 
 def first_mask(seq: Sequence) -> np.ndarray:
@@ -615,23 +616,23 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     first = next(features)
     grid = tuple(first.shape[1:])
     if seq.dataset == "jhmdb":
-        given, size = read_joints(next(iter(seq.truth.values())))[0], video.size
-        labels, ids, parts, kinds = labels_from_points(given, size, grid).to(device), [], [], {}
+        given, size = read_joints(seq.truth[seq.names[0]])[0], video.size
+        labels, ids, parts = labels_from_points(given, size, grid).to(device), [], []
     else:
         given = first_mask(seq)
         given, size = np.where(given == 255, 0, given).astype(np.uint8), given.shape
         if size != video.size and seq.dataset != "vip":
             sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*size, *video.size)
             raise UserError(f"{seq.truth[seq.names[0]]}: {sizes}; they must show the same pixels")
-        ids, parts, kinds = [i for i in np.unique(given).tolist() if i], [], {}
+        ids, parts = [i for i in np.unique(given).tolist() if i], []
         labels = labels_from_mask(torch.from_numpy(given).to(device), ids, grid, rows[0].settings.sampling)
         if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
-            given_parts, kinds = read_instances(seq.instances / f"{seq.names[0]}.png")
-            parts = [i for i in np.unique(given_parts).tolist() if i in kinds]
-            part_labels = labels_from_mask(
-                torch.from_numpy(given_parts.copy()).to(device), parts, grid, rows[0].settings.sampling
-            )
-            labels = torch.cat([labels, part_labels])
+            given_parts, classes = read_instances(seq.instances / f"{seq.names[0]}.png")
+            parts = [i for i in np.unique(given_parts).tolist() if i in classes]
+        if parts:
+            kinds = [classes[i] for i in parts]
+            given_parts = torch.from_numpy(given_parts.copy()).to(device)
+            labels = torch.cat([labels, labels_from_mask(given_parts, parts, grid, rows[0].settings.sampling)])
 
     folders, tracks = [row.folder / ".partial" / seq.name for row in rows], [[] for _ in rows]
     for row, folder in zip(rows, folders, strict=True):
@@ -659,7 +660,9 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                     mask = nearest(mask_from_labels(soft, ids, full, row.settings.minmax).cpu().numpy(), size)
                 pending.append(writers.submit(write_mask, folder / f"{name}.png", mask))
                 if parts:
-                    job = write_parts, folder / f"parts/{name}.png", soft_parts, [kinds[i] for i in parts], full, size
+                    if name == seq.names[0]:
+                        soft_parts, full = labels_from_mask(given_parts, parts, given_parts.shape), given_parts.shape
+                    job = write_parts, folder / f"parts/{name}.png", soft_parts, kinds, full, size
                     pending.append(writers.submit(*job))
             while len(pending) > 16 * len(rows):
                 pending.popleft().result()
@@ -702,43 +705,43 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
     for row in rows:  # rows that share features share one pass over each video
         key = row.settings and (row.model, row.weights, *(getattr(row.settings, f) for f in FEATURE_FACTORS))
         groups.setdefault(key or row.folder, []).append(row)
-    total, quiet = len(rows) * sum(len(seq.names) for seq in sequences), os.environ.get("RANK", "0") != "0"
+    total, quiet = len(rows) * sum(len(seq.names) for seq in sequences), rank_world()[0] > 0
     device = args.device
-    if device == "auto" and torch.cuda.is_available():
+    if device in ("auto", "cuda") and torch.cuda.is_available():  # each of torchrun's processes has its own
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    score = {"vip": score_vip, "jhmdb": score_jhmdb}.get(args.dataset, partial(score_davis, pool=pool))
     with tqdm(total=total, unit="frame", smoothing=0.05, dynamic_ncols=True, disable=quiet) as bar:
 
-        def failure(row: Row, seq: Sequence, error: UserError) -> None:
-            failed[row.name][seq.name] = str(error)
+        def failure(rows: list[Row], seq: Sequence, error: UserError) -> None:
+            for row in rows:
+                failed[row.name][seq.name] = str(error)
             bar.write(f"error: {error}", file=sys.stderr)
 
-        for group, seq in itertools.product(groups.values(), sequences):
-            if seq is sequences[0]:
-                encoder = None
-            bar.set_description(seq.name)
-            todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
-            if todo and encoder is None:
-                encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
-            try:
-                check_names(seq.frames, seq.names, seq.names[0] if seq.names else "")
-                if todo:
-                    propagate(seq, encoder, todo, bar)
-            except UserError as error:
-                failure((todo or group)[0], seq, error)
-                for row in todo or group:
-                    failed[row.name][seq.name] = str(error)
-            for row in group:
-                if args.subset == "test-dev" or seq.name in failed[row.name]:
-                    continue
+        for group in groups.values():
+            encoder = None  # loaded where there is something to do
+            for seq in sequences:
+                bar.set_description(seq.name)
+                todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
+                if todo and encoder is None:
+                    encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
                 try:
-                    check_prediction(seq, row.folder)
-                    results[row.name][seq.name] = SCORE[args.dataset](seq, row.folder, pool)
+                    check_names(seq.frames, seq.names, seq.names[0] if seq.names else "")
+                    if todo:
+                        propagate(seq, encoder, todo, bar)
                 except UserError as error:
-                    failure(row, seq, error)
-                    continue
-                so_far = summarize(args.dataset, results[row.name])["overall"].get(MAIN[args.dataset])
-                bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): percent(so_far)})
-            bar.update(done + len(group) * len(seq.names) - bar.n)
+                    failure(todo or group, seq, error)
+                for row in group:
+                    if args.subset == "test-dev" or seq.name in failed[row.name]:
+                        continue
+                    try:
+                        check_prediction(seq, row.folder)
+                        results[row.name][seq.name] = score(seq, row.folder)
+                    except UserError as error:
+                        failure([row], seq, error)
+                        continue
+                    so_far = summarize(args.dataset, results[row.name])["overall"][MAIN[args.dataset]]
+                    bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): percent(so_far)})
+                bar.update(done + len(group) * len(seq.names) - bar.n)
 
 
 def check_prediction(seq: Sequence, folder: Path) -> None:
@@ -758,19 +761,9 @@ def check_prediction(seq: Sequence, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's figures, side by side with ours
 
-# paper.csv holds the printed figures (per cent). models: the first whose weights are at hand is run; settings: what
-# differs from the paper's common ones (section 4): 480 x full, k 5, n 7, radius 12 and the temperature below.
+# A line of paper.csv is a row: what it prints (per cent); models, of which the first whose weights are at hand is run
+# (MODEL@FILE: with weights/FILE); settings, what differs from the model's preset (sections 4.2 and 4.3).
 PAPER = Path(__file__).with_name("paper.csv")
-TEMPERATURES = {  # section 4.3 and the caption of Figure 4: per-frame, overall
-    "imagenet": (1 / 40, 1.0),
-    "rotation": (1 / 40, 1.0),
-    "deepcluster": (1 / 40, 1.0),
-    "moco-r18": (1 / 50, 1.0),
-    "uvc": (1.0, 1.0),
-    "uvc+": (1.0, 1.0),
-    "crw": (1 / 50, 1 / 20),
-}
-FIGURE_MODELS = ("rotation", "moco-r18", "imagenet", "uvc", "crw")
 FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the captions
     "figure4": {
         "temperature": [1 / t for t in (1, 5, 10, 20, 30, 40, 50)],
@@ -779,86 +772,65 @@ FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the capt
     },
     "figure5": {"context": [1, 2, 4, 7, 10, 20], "topk": [1, 3, 5, 10, 20, 50]},
 }
-NOTE = "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change."
+NOTE = (
+    "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change. Its UVC of Table 4 "
+    "is trained anew (59.4 without localization, the released one 57.8), here weights/uvc-ours.pth."
+)
+
+
+def read_paper(dataset: str) -> list[dict]:
+    """The lines of paper.csv for a data set; figures: what they print, models and settings as lists."""
+    with PAPER.open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["dataset"] == dataset]
+    for line in lines:
+        line["figures"] = {c: float(line[c]) for c in COLUMNS[dataset] if line.get(c)}
+        line["models"], line["settings"] = line["models"].split(), line["settings"].split()
+    return lines
 
 
 def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
     """The rows of a table or figure, in the paper's order; what cannot run says what it lacks."""
-    wanted = []  # name, models, settings, figures
-    for model, way in itertools.product(FIGURE_MODELS, ("overall", "per-frame")) if args.paper in FIGURE_AXES else ():
-        models = [f"{model}-finetuned", model] if model in ("imagenet", "moco-r18", "rotation") else [model]
-        fixed = [way, "none", *(["topk=10", "context=1"] if args.dataset == "vip" else [])]
-        for factor, values in FIGURE_AXES[args.paper].items():
-            wanted += [(f"{model}, {way}, {factor} {show(v)}", models, [*fixed, f"{factor}={v}"], {}) for v in values]
-    with PAPER.open(newline="") as file:
-        for line in csv.DictReader(file):
-            if line["table"] == args.paper:
-                figures = {c: float(line[c]) for c in COLUMNS[args.dataset] if line.get(c)}
-                wanted.append((line["row"], line["models"].split(), line["settings"].split(), figures))
-    rows = {}
-    for name, models, words, figures in wanted:
+    rows, axes = {}, FIGURE_AXES.get(args.paper, {})
+    points = [(f", {factor} {show(v)}", [f"{factor}={v}"]) for factor, values in axes.items() for v in values]
+    lines = [line for line in read_paper(args.dataset) if line["table"] == args.paper]
+    for line, (suffix, word) in itertools.product(lines, points or [("", [])]):
+        name, figures = line["row"] + suffix, line["figures"]
         try:
-            model, settings = paper_settings(args, models, words)
+            model, settings = paper_settings(args, line["models"], line["settings"] + word)
             row = make_row(args, root, out, replace(settings, **given), name, model, paper=figures)
         except UserError as error:
             row = Row(name, paper=figures, lacks=str(error))
-        rows.setdefault(row.folder if args.paper in FIGURE_AXES and not row.lacks else name, row)  # curves share points
+        rows.setdefault(row.folder if axes and not row.lacks else name, row)  # curves share points
     if all(row.lacks for row in rows.values()):
-        why = "; ".join(dict.fromkeys(row.lacks for row in rows.values()))
-        raise UserError(f"--paper {args.paper}: no row can run: {why}")
+        why = "; ".join(lacking(list(rows.values())))
+        raise UserError(f"--paper {args.paper}: no row can run: {why}; or give --model and --weights")
     return list(rows.values())
 
 
 def paper_best(args: Args, row: Row) -> Row:
     """The same row with the best figures that the paper prints for its model on this data set, at this grid."""
     best = {}
-    with PAPER.open(newline="") as file:
-        for line in csv.DictReader(file):
-            scale = 2 if "upsample=2" in line["settings"] else 1
-            figures = {c: float(line[c]) for c in COLUMNS[args.dataset] if line.get(c)}
-            if (
-                line["dataset"] == args.dataset
-                and row.model in line["models"].split()
-                and scale == row.settings.upsample
-            ):
-                best = max(best, figures, key=lambda f: (f.get(MAIN[args.dataset], 0), len(f)))
+    for line in read_paper(args.dataset):
+        scale, model = 2 if "upsample=2" in line["settings"] else 1, line["models"][0].removesuffix("-finetuned")
+        if row.model.removesuffix("-finetuned") == model and scale == row.settings.upsample:
+            best = max(best, line["figures"], key=lambda f: (f.get(MAIN[args.dataset], 0), len(f)))
     return replace(row, paper=best)
 
 
 def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str, Propagation]:
     """The model and settings of a row of the paper; UserError with what is missing."""
-    if not models:
-        raise UserError("printed in the paper from another one")
-    if not (known := [m for m in models if m in MODELS]):
-        raise UserError(
-            f"weights of {models[-1].replace('-', ' ')} after the stride change (section 4.2); none are released"
-        )
-    chosen = [m for m in known if m == "random" or (args.weights and m == args.model) or find_weights(m, fetch=False)]
-    if not chosen:
-        raise UserError(f"weights of {known[0]} ({MODELS[known[0]].source}); put them in weights/, or give --weights")
-    own, paper, factors = preset(chosen[0], args.dataset), chosen[0].removesuffix("-finetuned") in TEMPERATURES, {}
-    if paper:  # run by the paper's own code; the other systems by their authors', as in their presets
-        factors |= {
-            "size": SIZES.get(args.dataset, own.size),
-            "upsample": 1,
-            "softmax": "auto",
-            "topk": 5,
-            "context": 7,
-        }
-        factors |= {"shape": "circle", "radius": 12, "exempt_first": False}
-    for word in words:
-        factor, _, text = word.partition("=")
-        if not text:
-            factor, text = "aggregation" if word in ("overall", "per-frame") else "localization", word
-        try:
-            factors[factor] = parse_value(factor, text)
-        except ValueError as error:
-            raise UserError(f"{factor} {text} is not among the factors of Propagation") from error
-    if paper:
-        per_frame = factors["aggregation"] == "per-frame"
-        temperature = TEMPERATURES[chosen[0].removesuffix("-finetuned")][not per_frame]
-        factors = {"temperature": temperature, "minmax": per_frame, **factors}
-    return chosen[0], replace(own, **factors)
+    if models == ["-"]:
+        raise UserError("quoted in the paper from another one")
+    if not (chosen := next((model for model in models if weights_of(args, model, fetch=False)), None)):
+        sources = {model: MODELS[model].source if model in MODELS else "train_uvc_plus.py makes it" for model in models}
+        either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
+        raise UserError(f"needs weights of {either} in weights/")
+    factors = {}
+    for word in words:  # factor=value, or one of the two factors that the tables name by their values
+        factor, _, text = word.rpartition("=")
+        factor = factor or ("aggregation" if word in ("overall", "per-frame") else "localization")
+        factors[factor] = parse_value(factor, text)
+    return chosen, replace(preset(chosen.partition("@")[0], args.dataset), **factors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -870,39 +842,40 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
     columns = [c for c in COLUMNS[args.dataset] if any(c in row.paper for row in rows)]
     if args.paper and columns:
         body = [["%", *(cell for c in columns for cell in (c, "ours", "diff"))]]
-        for row in rows:
-            cells = [row.name]
-            for c in columns:
-                ours = 100 * scores[row.name]["overall"].get(c, math.nan) if row.name in scores else math.nan
-                difference = ours - row.paper[c] if c in row.paper else math.nan
-                cells += [percent(row.paper.get(c), 1), percent(ours, 1), percent(difference, 1, "+")]
-            body.append(cells)
+        body += [[row.name, *(cell for c in columns for cell in beside(row, scores, c))] for row in rows]
     else:
         columns = COLUMNS[args.dataset]
         body = [["%", *columns]]
         body += [[r.name, *(percent(scores[r.name]["overall"].get(c)) for c in columns)] for r in rows if not r.lacks]
         if rows[0].paper:
-            ours = scores[rows[0].name]["overall"]
-            difference = {c: 100 * ours.get(c, math.nan) - paper for c, paper in rows[0].paper.items()}
-            body.append(["the paper, whole data set", *(percent(rows[0].paper.get(c), 1) for c in columns)])
-            body.append(["difference", *(percent(difference.get(c), 1, "+") for c in columns)])
+            paper, _, difference = zip(*(beside(rows[0], scores, c) for c in columns), strict=True)
+            body += [["the paper, whole data set", *paper], ["difference", *difference]]
         if args.dataset == "vip" and len(rows) == 1:
             body += [[f"  {part}", percent(s["IoU"]), ""] for part, s in scores[rows[0].name]["per_object"].items()]
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     for line in [body[0], ["-" * width for width in widths], *body[1:]]:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-    lacking = {}
     for row in rows:
-        lacking.setdefault(row.lacks, []).append(row.name)
         if failed[row.name]:
             print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
-    for why, names in lacking.items():
-        if why:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            print(f"not run: {'; '.join(names[:3])}{more}: {why}")
+    for why, names in lacking(rows).items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(f"not run: {'; '.join(names[:3])}{more}: {why}")
     if args.paper:
         print(NOTE)
+
+
+def beside(row: Row, scores: dict, column: str) -> list[str]:
+    """The paper's figure, ours, and the difference, per cent."""
+    ours = 100 * scores.get(row.name, {"overall": {}})["overall"].get(column, math.nan)
+    paper = row.paper.get(column, math.nan)
+    return [percent(paper, 1), percent(ours, 1), percent(ours - paper, 1, "+")]
+
+
+def lacking(rows: list[Row]) -> dict[str, list[str]]:
+    """What rows lack to be run: the names of those that lack it."""
+    return {row.lacks: [other.name for other in rows if other.lacks == row.lacks] for row in rows if row.lacks}
 
 
 def percent(value: float | None, scale: float = 100, sign: str = "") -> str:
@@ -911,15 +884,6 @@ def percent(value: float | None, scale: float = 100, sign: str = "") -> str:
 
 def show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def clean(value):
-    """For JSON: nan becomes null, paths text."""
-    if isinstance(value, dict):
-        return {key: clean(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: dict) -> None:
@@ -932,8 +896,9 @@ def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: d
     first = next(entry for entry in table if "overall" in entry)
     record = {"dataset": args.dataset, "subset": args.subset, "split": args.split if args.dataset == "jhmdb" else None}
     record |= {level: first[level] for level in ("overall", "per_object", "per_sequence")} | {"rows": table}
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON has no nan: null
     with atomic(out / "scores.json") as path:
-        path.write_text(json.dumps(clean(record), indent=1))
+        path.write_text(json.dumps(record, indent=1))
     columns = COLUMNS[args.dataset] + (["IoU"] if args.dataset == "vip" else [])
     with atomic(out / "scores.csv") as path, path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -965,7 +930,8 @@ def sweep_curves(rows: list[Row], scores: dict, figure: str) -> dict[str, dict]:
 def draw_curves(curves: dict[str, dict], ylabel: str) -> str:
     """Figures 4 and 5 of the paper: overall solid, per-frame dashed, one colour a model (or a setting)."""
     names = {"temperature": "1 / temperature", "context": "context frames n", "topk": "neighbours k"}
-    figure, axes = plt.subplots(1, len(curves), figsize=(max(4.4 * len(curves), 6), 3.8), squeeze=False, sharey=True)
+    figure = Figure(figsize=(max(4.4 * len(curves), 6), 3.8))
+    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)
     for ax, (factor, lines) in zip(axes[0], curves.items(), strict=True):
         told = {"aggregation"} if len({dict(others).get("aggregation") for _, others in lines}) > 1 else set()
         for f, _ in next(iter(lines))[1]:  # what does not follow from the model and the aggregation tells lines apart
@@ -995,7 +961,8 @@ def draw_time(results: dict[str, dict]) -> str:
     """J and F over time: a small plot a sequence, a colour an object (as in its masks)."""
     shown = {name: result for name, result in results.items() if len(result["frames"])}
     lines = math.ceil(len(shown) / 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(12.6, 2 * lines), squeeze=False, sharey=True)
+    figure = Figure(figsize=(12.6, 2 * lines))
+    axes = figure.subplots(lines, 3, squeeze=False, sharey=True)
     for ax in axes.flat[len(shown) :]:
         ax.axis("off")
     for ax, (name, result) in zip(axes.flat, shown.items(), strict=False):
@@ -1009,45 +976,40 @@ def draw_time(results: dict[str, dict]) -> str:
     return embed_figure(figure)
 
 
-def embed_figure(figure) -> str:
+def embed_figure(figure: Figure) -> str:
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
-    plt.close(figure)
     return f'<img class=plot src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> str:
     """Ground truth above the prediction, at evenly spaced frames (not the first, which is given)."""
-    scored = dict(zip(result.get("frames", ()), range(10**6), strict=False))
+    scored = {name: i for i, name in enumerate(result.get("frames", ()))}
     among = [name for name in seq.names if name in scored] or seq.names
-    picks = [
-        among[i] for i in np.linspace(0, len(among), count, endpoint=False).astype(int) + len(among) // (2 * count)
-    ]
+    picks = np.linspace(0, len(among), count, endpoint=False).astype(int) + len(among) // (2 * count)
     video = Video(seq.frames) if seq.frames.is_dir() else None
     cells = {"": [], "ground truth": [], "prediction": []}
-    for name in dict.fromkeys(picks):
+    for name in dict.fromkeys(among[i] for i in picks):
         frame = next(video.frames([video.names.index(name)]))[1] if video and name in video.names else None
         caption = name
         if name in scored:
             j, f = (percent(result[what][:, scored[name]].mean()) for what in "JF")
             caption += f" &middot; J {j} F {f}"
         cells[""].append(f"<span class=cap>{caption}</span>")
-        for kind in ("ground truth", "prediction"):
+        for kind, path in (("ground truth", seq.truth[name]), ("prediction", prediction(folder, seq, name))):
             if seq.dataset == "jhmdb":
-                path = next(iter(seq.truth.values())) if kind == "ground truth" else prediction(folder, seq)
                 picture = draw_joints(frame, read_joints(path)[seq.names.index(name)])
             else:
-                ids = read_ids(seq.truth[name] if kind == "ground truth" else prediction(folder, seq, name))
+                ids = read_ids(path)
                 ids = one_object(ids) if seq.dataset == "davis2016" else np.where(ids == 255, 0, ids).astype(np.uint8)
                 backdrop = np.full((*ids.shape, 3), 40, np.uint8) if frame is None else frame
                 picture = overlay(backdrop, nearest(ids, backdrop.shape[:2]), PALETTE)
-            small = cv2.resize(
-                picture, (320, round(picture.shape[0] * 320 / picture.shape[1])), interpolation=cv2.INTER_AREA
-            )
+            small = 320, round(picture.shape[0] * 320 / picture.shape[1])
+            small = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
             jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
             cells[kind].append(f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">')
     lines = "".join(f"<span class=side>{kind}</span>{''.join(line)}" for kind, line in cells.items())
@@ -1079,7 +1041,6 @@ td,th{padding:4px 10px;border-bottom:1px solid #edf0f3;text-align:right}th{color
 td:first-child,th:first-child{text-align:left}tr.off td{color:#8b97a5}
 .bar{display:grid;grid-template-columns:15em 1fr 3.5em;gap:10px;align-items:center;margin:4px 0}
 .bar i,.key i{display:block;height:8px;border-radius:4px;margin:2px 0}.bar em{font-style:normal;text-align:right}
-
 .bar span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bar div{background:#eef1f4;border-radius:4px}.key i{display:inline-block;width:12px;margin:0 5px 0 14px}
 .sheet{display:grid;gap:4px;align-items:center}.sheet img{width:100%;border-radius:4px;display:block}
@@ -1099,14 +1060,21 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     def card(title: str, *inside: str) -> None:
         text.append(f"<h2>{title}</h2><div class=card>{''.join(inside)}</div>")
 
-    def bars(table: dict[str, list[float]], keys: list[str]) -> str:  # name: the number beside it, then a bar a key
+    def bars(numbers: dict[str, list[float]], keys: list[str]) -> str:  # name: the number beside it, then a bar a key
         key = "".join(f"<i style='background:{colours[i]}'></i>{esc(k)}" for i, k in enumerate(keys))
         out = [f"<div class='sub key'>{key}</div>"]
-        for name, (number, *values) in table.items():
+        for name, (number, *values) in numbers.items():
             widths = [100 * float(np.nan_to_num(value)) for value in values]
             lines = "".join(f"<i style='width:{w:.1f}%;background:{colours[i]}'></i>" for i, w in enumerate(widths))
             out.append(f"<div class=bar><span>{esc(name)}</span><div>{lines}</div><em>{percent(number)}</em></div>")
         return "".join(out)
+
+    def table(heads: list[str], lines: list[tuple[Row, list[str]]]) -> str:
+        text = "".join(f"<th>{head}</th>" for head in ["", *heads])
+        for row, cells in lines:
+            kind = " class=best" if row is best else " class=off" if row.lacks else ""
+            text += f"</tr><tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in [esc(row.name), *cells])
+        return f"<table><tr>{text}</tr></table>"
 
     title = {"davis": "DAVIS 2017", "davis2016": "DAVIS 2016", "vip": "VIP", "jhmdb": f"JHMDB split {args.split}"}
     title = f"{title[args.dataset]} {args.subset}: {esc(best.name)}"
@@ -1115,43 +1083,31 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     count += f" in {esc(args.data.resolve().name)}" if args.data else ""
     note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
     text.append(f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {count}{note}</div>")
-    numbers = [(percent(overall.get(c)), c) for c in columns] + [
-        (f"{v:.1f}", f"{c}, paper") for c, v in best.paper.items()
-    ]
-    text += [
-        "<div class=kpis>",
-        *(f"<div class=kpi><b>{v}</b><span>{esc(c)}</span></div>" for v, c in numbers),
-        "</div>",
-    ]
+    boxes = {c: percent(overall.get(c)) for c in columns} | {f"{c}, paper": v for c, v in best.paper.items()}
+    boxes = (f"<div class=kpi><b>{number}</b><span>{esc(c)}</span></div>" for c, number in boxes.items())
+    text.append(f"<div class=kpis>{''.join(boxes)}</div>")
 
     if curves := sweep_curves([row for row in ran if row.settings], scores, figure):
         card("Sweep", draw_curves(curves, f"{figure.removesuffix('_M')} (%)"))
     if len(rows) > 1:
         paper = [c for c in columns if any(c in row.paper for row in rows)]
         heads = [esc(c) for c in columns] + [f"{esc(c)}<br>{what}" for c in paper for what in ("paper", "difference")]
-        lines = [f"<table><tr><th></th>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
+        lines = []
         for row in rows if paper else ran:
-            ours = scores.get(row.name, {"overall": {}})["overall"]
-            cells = [percent(ours.get(c)) for c in columns]
-            for c in paper:
-                theirs = row.paper.get(c, math.nan)
-                cells += [percent(theirs, 1), percent(100 * ours.get(c, math.nan) - theirs, 1, "+")]
-            kind = " class=best" if row is best else " class=off" if row.lacks else ""
-            lines.append(f"<tr{kind}><td>{esc(row.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-        card("Rows", *lines, "</table>", f"<div class=sub>{NOTE}</div>" if args.paper else "")
+            ours = [beside(row, scores, c)[1] for c in columns]
+            lines.append((row, ours + [cell for c in paper for cell in beside(row, scores, c)[::2]]))
+        card("Rows", table(heads, lines), f"<div class=sub>{NOTE}</div>" if args.paper else "")
 
     of_best = scores[best.name]["per_sequence"]
     ranked = sorted((n for n in of_best if of_best[n].get(figure, -1) >= 0), key=lambda n: -of_best[n][figure])
     if 1 < len(ran) <= len(colours):
         keys = [row.name for row in ran]
-        table = {
-            n: [of_best[n][figure], *(scores[k]["per_sequence"].get(n, {}).get(figure, 0) for k in keys)]
-            for n in ranked
-        }
+        values = {n: [scores[k]["per_sequence"].get(n, {}).get(figure, 0) for k in keys] for n in ranked}
     else:
         keys = ["J_M", "F_M"] if "J_M" in columns else columns[:2]
-        table = {n: [of_best[n][figure], *(of_best[n].get(k, 0) for k in keys)] for n in ranked}
-    card(f"Sequences, by {figure} of {esc(best.name)}", bars(table, keys))
+        values = {n: [of_best[n].get(k, 0) for k in keys] for n in ranked}
+    numbers = bars({n: [of_best[n][figure], *values[n]] for n in ranked}, keys)
+    card(f"Sequences, by {figure} of {esc(best.name)}", numbers)
 
     half = min(2, max(1, len(ranked) // 2))
     for kind, names in (("Best", ranked[:half]), ("Worst", ranked[half:][-half:][::-1])):
@@ -1163,26 +1119,21 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
         card(f"J and F over time, {esc(best.name)}", legend, draw_time(results[best.name]))
     elif ranked:
         keys = ["IoU"] if args.dataset == "vip" else columns[:2]
-        table = {n: [score[keys[0]], *(score[k] for k in keys)] for n, score in scores[best.name]["per_object"].items()}
-        card(over.capitalize(), bars(table, keys))
+        of_parts = scores[best.name]["per_object"].items()
+        card(over.capitalize(), bars({n: [score[k] for k in (keys[0], *keys)] for n, score in of_parts}, keys))
 
     if models := [row for row in ran if row.settings]:
-        table = [
+        used = [
             {"model": r.model, "weights": r.weights.name if r.weights else "-", **asdict(r.settings)} for r in models
         ]
-        same = {f: v for f, v in table[0].items() if all(entry[f] == v for entry in table)}
+        same = {f: v for f, v in used[0].items() if all(entry[f] == v for entry in used)}
         lines = ["<dl>", *(f"<dt>{f}</dt><dd>{esc(show(v))}</dd>" for f, v in same.items()), "</dl>"]
-        if differ := [f for f in table[0] if f not in same]:
-            lines.append(f"<br><table><tr><th></th>{''.join(f'<th>{f}</th>' for f in differ)}</tr>")
-            for row, entry in zip(models, table, strict=True):
-                cells = "".join(f"<td>{esc(show(entry[f]))}</td>" for f in differ)
-                lines.append(f"<tr><td>{esc(row.name)}</td>{cells}</tr>")
-            lines.append("</table>")
+        if differ := [f for f in used[0] if f not in same]:
+            cells = [[esc(show(entry[f])) for f in differ] for entry in used]
+            lines += ["<br>", table(differ, list(zip(models, cells, strict=True)))]
         card("Settings", *lines)
-    if lacking := {row.lacks: [r.name for r in rows if r.lacks == row.lacks] for row in rows if row.lacks}:
-        items = [
-            f"<li>{esc(why)}<br><span class=sub>{esc('; '.join(names))}</span></li>" for why, names in lacking.items()
-        ]
+    if not_run := lacking(rows).items():
+        items = (f"<li>{esc(why)}<br><span class=sub>{esc('; '.join(names))}</span></li>" for why, names in not_run)
         card("Not run", "<ul>", *items, "</ul>")
     if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
         more = f"<li>and {len(wrong) - 10} more, in scores.json</li>" if len(wrong) > 10 else ""
@@ -1235,7 +1186,7 @@ def main(args: Args) -> None:
         raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
     can_run = [row for row in rows if not row.lacks]
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_world()
     results, failed = {row.name: {} for row in rows}, {row.name: {} if row.lacks else dict(absent) for row in rows}
     if absent and rank == 0:
         of = len(sequences) + len(absent)

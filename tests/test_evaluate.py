@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,10 +17,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.io import loadmat, savemat
 
 import clip
+import common
 import evaluate
 from common import read_ids, write_mask
 
@@ -294,6 +297,10 @@ def test_frames_that_do_not_matter(cli, tmp_path):
             "is 40x30, but its frame is 80x60",
         ),
         (
+            lambda root: [path.unlink() for path in (root / "Annotations/480p/bad").iterdir()],
+            "00000.png: not found; the first frame's annotation",
+        ),
+        (
             lambda root: (root / "JPEGImages/480p/bad/00002.jpg").rename(root / "JPEGImages/480p/bad/x2.jpg"),
             "mixes sequences",
         ),
@@ -328,6 +335,25 @@ def test_an_incomplete_data_set_is_scored_as_far_as_it_goes(cli, tmp_path):
         evaluate, "--data", data, "--sequences", "c", "--predictions", tmp_path / "mine", "--out", tmp_path / "out"
     )
     assert code == 0 and list(read(tmp_path / "out")["per_object"]) == ["c_1"]
+
+
+def test_a_sequence_that_is_not_there_is_named_before_any_work(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "DAVIS", {"gold-fish": masks, "goat": masks, "dog": masks})
+    clips = jhmdb(tmp_path / "JHMDB", {"a_wave": grid_of_joints(3), "another": grid_of_joints(3)})
+    vip(tmp_path / "VIP", "fine", masks, masks, {1: 1})
+    for dataset, names, near in (
+        ("davis", "dog,goats", f"goats: is not in {data}/Annotations/480p; names there are like goat"),
+        ("davis", "swan", f"swan: is not in {data}/Annotations/480p; names there are like dog, goat, gold-fish"),
+        ("vip", "video1", "names there are like videos1"),
+        ("jhmdb", "another,a_waves", f"a_waves: is not in {clips}/joint_positions; names there are like wave/a_wave"),
+    ):
+        argv = ("--dataset", dataset, "--data", tmp_path / dataset.upper(), "--sequences", names)
+        code, _, err = cli(evaluate, *argv, *RANDOM, "--out", tmp_path / "out")
+        assert code == 2 and len(err.splitlines()) == 1 and near in err and not (tmp_path / "out").exists(), err
+    for name in ("another", "wave/another"):
+        args = evaluate.Args(dataset="jhmdb", sequences=name)
+        assert [seq.name for seq in evaluate.read_dataset(args, clips)[0]] == ["wave/another"]
 
 
 @pytest.mark.parametrize(
@@ -423,11 +449,42 @@ def test_vip_runs_in_both_layouts(cli, tmp_path, variant):
     assert read_ids(folder / "videos1/00051.png").shape == (60, 80)
     text = (folder / "Instance_ids/videos1/00051.txt").read_text().split()
     assert [text[0], text[2]] == ["13", "14"] and 0 < float(text[1]) <= 1
+    # the first frame has the given parts, each with score 1, and not what the grid has left of them
+    assert (read_ids(folder / "Instance_ids/videos1/00001.png") == square((8, 8), (8, 40), side=32)).all()
+    assert (folder / "Instance_ids/videos1/00001.txt").read_text() == "13 1.000000\n14 1.000000\n"
     # what it wrote can be scored as anyone's, with the same numbers
     code, _, err = cli(
         evaluate, "--dataset", "vip", "--data", data, "--predictions", folder, "--out", tmp_path / "again"
     )
     assert code == 0 and read(tmp_path / "again")["overall"] == scores["overall"]
+
+
+def test_a_video_of_vip_whose_first_frame_has_no_instance(cli, tmp_path):
+    mask, ids = square((8, 8), ids=(13,), side=32), square((8, 8), ids=(3,), side=32)
+    data = vip(tmp_path / "data", "flat", [mask] * 3, [ids * 0, ids, ids], {3: 13})
+    code, _, err = cli(evaluate, "--dataset", "vip", "--data", data, *RANDOM, "--out", tmp_path / "out")
+    assert code == 0 and read(tmp_path / "out")["overall"].keys() == {"mIoU"}, err
+
+
+@pytest.mark.parametrize("text", ["3 25 1\n", "999 13 1\n", "3\n"])
+@pytest.mark.parametrize("of", ["truth", "prediction"])
+def test_a_bad_list_of_vips_parts_is_named_and_the_others_are_run(cli, tmp_path, text, of):
+    mask, ids = square((8, 8), ids=(13,), side=32), square((8, 8), ids=(3,), side=32)
+    data = vip(tmp_path / "data", "flat", [mask] * 3, [ids] * 3, {3: 13})
+    for kind in ("Images", "Category_ids", "Instance_ids"):
+        shutil.copytree(data / kind / "videos1", data / kind / "videos2")
+    (data / "lists/val_videos.txt").write_text("videos1\nvideos2\n")
+    argv = ("--dataset", "vip", "--data", data, *RANDOM, "--out", tmp_path / "out")
+    path = data / "Instance_ids/videos1/00051.txt"
+    if of == "prediction":
+        assert cli(evaluate, *argv)[0] == 0
+        path = next((tmp_path / "out/predictions").glob("*/Instance_ids/videos1/00051.txt"))
+        text = {"3 25 1\n": "25 0.5\n", "999 13 1\n": "13 0.5\n" * 256}.get(text, text)
+    path.write_text(text)
+    code, _, err = cli(evaluate, *argv)
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert code == 1 and len(lines) == 1 and f"{path}: not found, or not lines of: " in lines[0], err
+    assert list(read(tmp_path / "out")["per_sequence"]) == ["videos2"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,6 +534,14 @@ def test_pck_by_hand(cli, tmp_path):
     assert scores["per_object"]["belly"]["PCK@0.5"] == 0 and scores["per_object"]["neck"]["PCK@0.1"] == 0.5
 
 
+def test_pck_needs_no_frames(cli, tmp_path):
+    data = jhmdb(tmp_path / "data", {"clip": grid_of_joints(3)})
+    shutil.rmtree(data / "Rename_Images")
+    argv = ("--dataset", "jhmdb", "--data", data, "--predictions", data / "joint_positions", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and read(tmp_path / "out")["overall"]["PCK@0.1"] == 1, err
+
+
 def test_pck_scale_is_the_box_of_the_joints_shown(tmp_path):
     truth, pred = grid_of_joints(2), grid_of_joints(2)
     pred[1, :5] = -5  # the row at y = 10 is lost: the box is 40 x 10
@@ -485,7 +550,7 @@ def test_pck_scale_is_the_box_of_the_joints_shown(tmp_path):
         (tmp_path / name / "c").mkdir(parents=True)
         savemat(tmp_path / name / "c/joint_positions.mat", {"pos_img": points.transpose(2, 1, 0) + 1})
     seq = evaluate.Sequence("jhmdb", "c", tmp_path, ("1", "2"), {"1": tmp_path / "truth/c/joint_positions.mat"})
-    distance = evaluate.score_jhmdb(seq, tmp_path / "mine", None)["distance"]
+    distance = evaluate.score_jhmdb(seq, tmp_path / "mine")["distance"]
     assert distance[10, 0] == pytest.approx(1 / (0.6 * math.hypot(40, 10)))
     assert np.isnan(distance[:5]).all() and (distance[11:] == 0).all()
 
@@ -699,6 +764,35 @@ def test_a_table_of_the_paper(data, imagenet, cli, tmp_path):
     assert rows["(e) CRW, none, overall"]["lacks"]
 
 
+def test_table_5_takes_a_file_of_weights_for_each_training(data, imagenet, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    shutil.copy(imagenet, "weights/uvc+moco.pth")
+    argv = ("--data", data, "--paper", "table5", "--size", "64", "--layer", "res3", "--sequences", "first")
+    code, out, err = cli(evaluate, *argv, "--out", tmp_path)
+    assert code == 0, err
+    assert re.search(r"^UVC\+ MoCo, Kinetics +61.0 +\d", out, re.M)
+    assert (
+        "UVC+ ImageNet, Kinetics+ImageNet: needs weights of uvc+imagenet.pth (train_uvc_plus.py makes it) in weights/"
+        in out
+    )
+    rows = {row["name"]: row for row in read(tmp_path)["rows"]}
+    assert len(rows) == 8 and [row["model"] for row in rows.values() if not row["lacks"]] == ["uvc+"]
+    assert rows["UVC+ MoCo, Kinetics"]["weights"] == "weights/uvc+moco.pth"
+
+
+def test_the_uvc_of_table_4_is_not_the_released_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    (line,) = [line for line in evaluate.read_paper("davis") if line["row"] == "(d) UVC, track, per-frame"]
+    for name, model in (("uvc.pth", "uvc"), ("uvc-ours.pth", "uvc@uvc-ours.pth")):  # the retrained one goes before it
+        Path("weights", name).touch()
+        assert evaluate.paper_settings(evaluate.Args(), line["models"], line["settings"])[0] == model
+    row = evaluate.Row("uvc", model="uvc", settings=evaluate.preset("uvc"))
+    assert evaluate.paper_best(evaluate.Args(), row).paper["J&F_M"] == 59.5  # Table 6; 60.8 is the retrained one's
+    assert "57.8" in evaluate.NOTE
+
+
 def test_a_plain_run_stands_beside_the_paper(data, imagenet, cli, tmp_path):
     code, out, err = cli(evaluate, "--data", data, "--weights", imagenet, *RANDOM[2:], "--out", tmp_path)
     assert code == 0, err
@@ -711,6 +805,7 @@ def test_the_papers_figures_are_its_own():
     """Spot checks of paper.csv, and every row is well formed."""
     with evaluate.PAPER.open(newline="") as file:
         lines = list(csv.DictReader(file))
+    assert all(None not in line and None not in line.values() for line in lines)
     values = {
         (line["table"], line["row"]): {
             k: float(v) for k, v in line.items() if (v and k[0].isupper()) or (k == "mIoU" and v)
@@ -719,11 +814,40 @@ def test_the_papers_figures_are_its_own():
     }
     assert values["table6", "(b) CRW"] == {"J&F_M": 67.5, "J_M": 64.8, "J_O": 76.1, "F_M": 70.2, "F_O": 82.1}
     assert values["table1", "UVC 480xfull"] == {"J_M": 56.3, "J_O": 64.9, "F_M": 59.2, "F_O": 64.0}
+    assert values["table5", "UVC+ Rotation, Kinetics+ImageNet"]["J&F_M"] == 62.3
     assert values["table7", "(a) UVC+"] == {"mIoU": 38.3, "AP^r_vol": 22.2}
     assert values["table8", "VFS"] == {"PCK@0.1": 60.5, "PCK@0.2": 79.5}
     for name, scores in values.items():
         if "J&F_M" in scores and "J_M" in scores:  # printed figures are rounded to a tenth
             assert scores["J&F_M"] == pytest.approx((scores["J_M"] + scores["F_M"]) / 2, abs=0.11), name
+
+
+def test_every_row_of_the_paper_says_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "weights_of", lambda args, model, fetch=True: tmp_path / model)
+    settings = {}
+    for dataset in evaluate.COLUMNS:
+        for line in evaluate.read_paper(dataset):
+            if line["models"] != ["-"]:
+                row = line["table"], line["row"]
+                settings[row] = evaluate.paper_settings(
+                    evaluate.Args(dataset=dataset), line["models"], line["settings"]
+                )
+    with pytest.raises(evaluate.UserError, match="quoted in the paper from another one"):
+        evaluate.paper_settings(evaluate.Args(), ["-"], [])
+    model, s = settings["table4", "(c) ImageNet, none, per-frame"]
+    assert (model, s.topk, s.context, s.temperature, s.minmax) == ("imagenet-finetuned", 5, 7, 0.025, True)
+    model, s = settings["table6", "(b) CRW"]
+    assert (model, s.topk, s.context, s.temperature, s.exempt_first) == ("crw", 10, 20, 0.05, True)
+    model, s = settings["table8", "UVC"]
+    assert (model, s.size, s.localization, s.minmax, s.pad) == ("uvc", "240x240", "none", True, True)
+    temperatures = {
+        row: s.temperature for (table, row), (_, s) in settings.items() if table == "figure4"
+    }  # its caption
+    assert {row for row, t in temperatures.items() if t == 1} == {
+        *(f"{model}, overall" for model in ("rotation", "moco-r18", "imagenet", "uvc")),
+        "uvc, per-frame",
+    }
+    assert temperatures["crw, overall"] == 1 / 20 and temperatures["crw, per-frame"] == 1 / 50
 
 
 def test_two_processes_give_the_scores_of_one(whole, data, tmp_path):
@@ -734,3 +858,34 @@ def test_two_processes_give_the_scores_of_one(whole, data, tmp_path):
     assert done.stdout.count("J&F_M") == 1  # one table
     ours, theirs = read(tmp_path), read(whole)
     assert ours["per_object"] == theirs["per_object"] and ours["overall"] == theirs["overall"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_takes_its_own_gpu(data, cli, tmp_path, monkeypatch, device):
+    def load(*args):
+        raise evaluate.UserError(f"asked for {args[3]}")
+
+    monkeypatch.setattr(evaluate, "fits", lambda *_: None)
+    monkeypatch.setattr(evaluate, "load_encoder", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    code, _, err = cli(evaluate, "--data", data, *RANDOM, "--device", device, "--out", tmp_path)
+    assert code == 2 and "asked for cuda:3" in err
+
+
+def test_processes_that_fetch_the_same_weights_do_not_meet(tmp_path, monkeypatch):
+    both = multiprocessing.get_context("fork").Barrier(2)
+
+    def download(link, path):
+        Path(path).write_bytes(b"weights")
+        both.wait(20)
+
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.chdir(tmp_path)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map(common.find_weights, ["deepcluster"] * 2, chunksize=1)  # its link names no hash
+    assert found == [tmp_path / "checkpoints/deepcluster.pth"] * 2 and found[0].read_bytes() == b"weights"
+    assert list(found[0].parent.iterdir()) == found[:1]
