@@ -618,14 +618,25 @@ class UVC(nn.Module):
         logits = self.auxiliary(self.backbone(self.pictures(images))).float()
         return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
 
+    def embed(self, backbone: nn.Module, auxiliary: nn.Module, images: Tensor) -> Tensor:
+        """Pictures -> keys of length 1, N x 128. BatchNorm sees groups of a quarter of the batch, at least two at a
+        time in a process that is alone. In the running statistics, which inference takes, all groups weigh as much
+        as one pass."""
+        groups = images.chunk(max(2 if rank_world()[1] == 1 else 1, 4 // (rank_world()[1] * self.args.accumulate)))
+        norms = [part for part in backbone.modules() if isinstance(part, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1 - 0.9 ** (1 / len(groups))
+        keys = torch.cat([auxiliary(backbone(self.pictures(group))) for group in groups])
+        for norm in norms:
+            norm.momentum = 0.1
+        return F.normalize(keys.float(), dim=1)
+
     def moco(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Which of the queue's keys and the picture's own is its own, q . k / 0.07 (MoCo v1), and the share that is
-        right. BatchNorm sees groups of a quarter of the batch, those of the keys shuffled over all processes."""
-        query_images, key_images = self.pictures(images.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        right. Keys are shuffled over all processes, so that BatchNorm sees them in other groups than the queries."""
         rank, world = rank_world()
-        groups = max(1, 4 // (world * self.args.accumulate))
-        query = torch.cat([self.auxiliary(self.backbone(part)) for part in query_images.chunk(groups)])
-        query = F.normalize(query.float(), dim=1)  # N 128
+        query_images, key_images = images.unbind(1)
+        query = self.embed(self.backbone, self.auxiliary, query_images)
         with torch.no_grad():
             if self.moved != step:  # once, also where gradients are accumulated
                 pairs = ((self.key_backbone, self.backbone), (self.key_auxiliary, self.auxiliary))
@@ -635,8 +646,7 @@ class UVC(nn.Module):
             everything = all_gather(key_images)
             order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(step)).to(images.device)
             mine = everything[order].chunk(world)[rank]
-            keys = torch.cat([self.key_auxiliary(self.key_backbone(part)) for part in mine.chunk(groups)])
-            keys = all_gather(F.normalize(keys.float(), dim=1))[order.argsort()]
+            keys = all_gather(self.embed(self.key_backbone, self.key_auxiliary, mine))[order.argsort()]
         with torch.autocast(images.device.type, enabled=False):
             own = (query * keys.chunk(world)[rank]).sum(1, keepdim=True)
             logits = torch.cat([own, query @ self.negatives], 1) / 0.07

@@ -422,6 +422,26 @@ def test_moco_is_momentum_contrast():
     assert loss.item() == pytest.approx(-logits.log_softmax(1)[:, 0].mean().item(), rel=1e-3)
 
 
+def test_moco_groups_weigh_as_one_pass_in_the_statistics():
+    """Of what a step adds to the backbone's running statistics 30 % are of the pictures, whatever their groups; the
+    rest are of the video."""
+    net = uvc.UVC(args(image_objective="moco", image_batch_size=4, queue=8), coded(), 0)
+    kinds = {1: torch.ones_like, 2: torch.zeros_like}  # groups of one picture; two pairs
+    net.backbone.bn1.register_forward_pre_hook(lambda _, inputs: kinds[len(inputs[0])](inputs[0]))
+    net({"video": pair(False), "image": torch.randint(0, 255, (4, 2, 3, 64, 64), dtype=torch.uint8)}, 0)
+    assert net.backbone.bn1.running_mean.numpy() == pytest.approx(0.1 * 0.9 * 0.9, rel=1e-5)  # then two passes of video
+
+
+def test_moco_never_shares_one_group():
+    """Also a part of a batch cut with --accumulate is normalised in two groups: in one a key would give itself away."""
+    net = uvc.UVC(args(image_objective="moco", image_batch_size=16, queue=16, accumulate=4), coded(), 0)
+    seen = []
+    for part in (net.backbone, net.key_backbone):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    net.moco(torch.randint(0, 255, (4, 2, 3, 64, 64), dtype=torch.uint8), 0)
+    assert seen == [2, 2, 2, 2]
+
+
 # Data
 
 
