@@ -1301,7 +1301,7 @@ class Training:
     """Stop after this many steps in all; 0: after the last epoch."""
     accumulate: int = 1
     """Parts that a batch is cut into, their gradients added up: for small memories."""
-    workers: int = min(8, os.cpu_count() or 1)
+    workers: int = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     """Processes that read and augment the data, for each GPU."""
     amp: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of convolutions; float16 with loss scaling."""
@@ -1338,9 +1338,10 @@ def all_gather(x: Tensor) -> Tensor:
     world = rank_world()[1]
     if world == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world)]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    x = x.contiguous()  # not channels last, whose strides a gather does not heed
+    everybody = x.new_empty(world * len(x), *x.shape[1:])
+    torch.distributed.all_gather_into_tensor(everybody, x)
+    return everybody
 
 
 def start_training(args: Training) -> torch.device:
@@ -1353,13 +1354,20 @@ def start_training(args: Training) -> torch.device:
         raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
     if args.resume and (args.out / "last.pth").is_file():
         check_resume(args, read_checkpoint(args.out / "last.pth"))
-    device = pick_device(args.device)
+    name, _, index = args.device.partition(":")
+    if name in ("auto", "cuda") and torch.cuda.is_available():  # on GPU 0 each process would keep some memory
+        name, index = "cuda", os.environ.get("LOCAL_RANK", index or "0")
+    device = pick_device(f"{name}:{index}" if index else name)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same
     if rank_world()[1] > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for a validation
+        cuda = device.type == "cuda"
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timedelta(days=1),  # the others wait for a validation
+            device_id=device if cuda else None,
+        )
     torch.manual_seed(args.seed)
     return device
 
@@ -1567,7 +1575,7 @@ def train(
                 Draws(samples),
                 batch_sampler=Batches(len(samples), size, (args.seed, number), step),
                 collate_fn=Draws.collate,
-                num_workers=args.workers,
+                num_workers=math.ceil(args.workers / len(streams)),
                 worker_init_fn=quiet_worker,
                 pin_memory=device.type == "cuda",
             )
@@ -1634,7 +1642,7 @@ def train(
             bar.update()
             halt = max(stopped, default=0)
             if world > 1:  # all stop at the same step
-                flag = torch.tensor(halt, device=device)
+                flag = torch.tensor(halt)  # on the CPU: a GPU would have to finish the step first
                 torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
                 halt = int(flag)
             over = step % steps_per_epoch == 0

@@ -362,7 +362,8 @@ class MoCo(nn.Module):
     def keys(self, images: Tensor, step: int) -> Tensor:
         """Keys of the images of all processes, in their order."""
         rank, everybody = rank_world()[0], all_gather(images)
-        order = torch.randperm(len(everybody), generator=torch.Generator().manual_seed(step)).to(images.device)
+        generator = torch.Generator(images.device).manual_seed(step)
+        order = torch.randperm(len(everybody), generator=generator, device=images.device)
         own = order[rank * len(images) : (rank + 1) * len(images)]
         shuffled = all_gather(self.embed(self.encoder_k, everybody[own]))
         return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
@@ -379,9 +380,9 @@ class MoCo(nn.Module):
             logits = contrast(q, keys[place : place + len(q)], self.negatives, self.temperature)
             labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
             terms = {"loss": F.cross_entropy(logits, labels), **accuracy(logits, labels)}
-        first = int(self.queue_ptr)
-        self.queue[:, first : first + len(keys)] = keys.T
-        self.queue_ptr[0] = (first + len(keys)) % self.queue.shape[1]
+        places = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.queue.shape[1]
+        self.queue[:, places] = keys.T
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.queue.shape[1])
         return terms
 
 

@@ -395,7 +395,7 @@ def cell_grid(n: int, legacy: bool, like: Tensor) -> Tensor:
 
 def affinity(reference: Tensor, target: Tensor, temperature: float) -> Tensor:
     """S_ij = f_i . f_j / T, before the softmax. B x C x n x n and B x C x m x m -> B x nn x mm."""
-    return reference.flatten(2).transpose(1, 2) @ target.flatten(2) / temperature
+    return (reference / temperature).flatten(2).transpose(1, 2) @ target.flatten(2)  # a second nn x mm would be large
 
 
 def copy_colors(codes: Tensor, A: Tensor) -> Tensor:
@@ -564,7 +564,7 @@ class UVC(nn.Module):
                 video = video + a.coordinate * terms["coordinate"]
         loss = video + a.image_weight * terms["image"] if "image" in terms else video
         if (step + 1) % a.look_every == 0:
-            self.shown = [None if x is None else x[:4].detach() for x in (x1, x2, y2, forward, where)]
+            self.shown = [None if x is None else x[:4].detach().clone() for x in (x1, x2, y2, forward, where)]
         return {
             "loss": loss,
             "color": error.mean(),
@@ -644,15 +644,16 @@ class UVC(nn.Module):
                     old.lerp_(new, 0.001)
                 self.moved, self.negatives = step, self.queue.clone()
             everything = all_gather(key_images)
-            order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(step)).to(images.device)
+            generator = torch.Generator(images.device).manual_seed(step)
+            order = torch.randperm(len(everything), generator=generator, device=images.device)
             mine = everything[order].chunk(world)[rank]
             keys = all_gather(self.embed(self.key_backbone, self.key_auxiliary, mine))[order.argsort()]
         with torch.autocast(images.device.type, enabled=False):
             own = (query * keys.chunk(world)[rank]).sum(1, keepdim=True)
             logits = torch.cat([own, query @ self.negatives], 1) / 0.07
-        start = int(self.pointer)
-        self.queue[:, start : start + len(keys)] = keys.T
-        self.pointer.fill_((start + len(keys)) % self.queue.shape[1])
+        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % self.queue.shape[1]
+        self.queue[:, places] = keys.T
+        self.pointer.copy_((self.pointer + len(keys)) % self.queue.shape[1])
         return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)), (
             logits.argmax(1) == 0
         ).float().mean()

@@ -682,6 +682,20 @@ def test_other_objectives_train(videos, coders, tmp_path, cli, objective):
     assert ("image" in rows(tmp_path / "out")[0]) == (objective != "none")
 
 
+def test_videos_and_pictures_share_the_workers(videos, coders, tmp_path, cli, monkeypatch):
+    real, counts = torch.utils.data.DataLoader, []
+
+    def loader(*samples, num_workers, **flags):
+        counts.append(num_workers)
+        return real(*samples, **flags)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
+    flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "rotation", "--out", tmp_path]
+    code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", 1, "--workers", 4)
+    assert code == 0, err
+    assert counts == [2, 2]
+
+
 def test_validation_propagates(videos, coders, small_clip, tmp_path, cli):
     """--validate scores the weights of the moment on a data set in DAVIS's layout."""
     root = tmp_path / "davis"

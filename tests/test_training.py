@@ -109,6 +109,17 @@ def test_parts_and_processes_are_the_same(tmp_path):
     assert two["seen"][:20].sum() == 40  # rank 0 saw half of 80
 
 
+def test_a_process_takes_its_gpu_and_no_other(tmp_path, monkeypatch):
+    """Memory of GPU 0 would be lost to the context of every process."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(common, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    for device, local in (("auto", None), ("cuda:1", None), ("auto", "3"), ("cuda:1", "3"), ("cpu", "3")):
+        monkeypatch.setenv("LOCAL_RANK", local) if local else monkeypatch.delenv("LOCAL_RANK", raising=False)
+        start_training(Args(out=tmp_path, device=device))
+    assert asked == ["cuda:0", "cuda:1", "cuda:3", "cuda:3", "cpu"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(tmp_path, number):
     command = [sys.executable, __file__, str(tmp_path / "cut"), "0.02"]
