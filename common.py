@@ -1453,6 +1453,18 @@ class Batches(torch.utils.data.Sampler):
             yield [(int(order[first + place]), seed_of(*self.seed, step, place)) for place in places]
 
 
+def visible(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders below one, in order, with the names of their files; links are followed, what is hidden left out."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield place, sorted(name for name in files if name[0] != ".")
+
+
+def pictures_in(folder: str | Path) -> list[str]:
+    """The pictures below a folder, in order."""
+    return [f"{at}/{name}" for at, files in visible(folder) for name in files if name.lower().endswith(PICTURES)]
+
+
 def quiet_worker(_) -> None:
     """A loader process leaves signals to the main one, which wants its last batches before it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

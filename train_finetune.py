@@ -32,7 +32,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import v2
 
 import common
-from common import PICTURES, Unreadable, UserError, all_gather, rank_world
+from common import PICTURES, Unreadable, UserError, all_gather, pictures_in, rank_world
 
 
 @dataclass
@@ -144,15 +144,6 @@ def learning_rate(args: Args) -> Callable[[int], float]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
-
-
-def pictures_in(folder: Path) -> list[str]:
-    """The pictures below a folder, in order, hidden ones left out."""
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [f"{place}/{name}" for name in sorted(files) if name[0] != "." and name.lower().endswith(PICTURES)]
-    return found
 
 
 def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[str]]:

@@ -30,7 +30,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
 import common
-from common import PICTURES, Unreadable, UserError, Video, all_gather, rank_world
+from common import PICTURES, Unreadable, UserError, Video, all_gather, pictures_in, rank_world, visible
 
 
 @dataclass
@@ -117,7 +117,7 @@ def find_videos(roots: Sequence[Path]) -> list[Path]:
             raise UserError(f"--data {root}: no such folder; give one with videos, or with folders of frames")
         top = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root
         before = len(videos)
-        for folder, _, files in os.walk(top, followlinks=True):
+        for folder, files in visible(top):
             videos += [Path(folder, name) for name in files if name.lower().endswith(FILMS)]
             if any(name.lower().endswith(PICTURES) for name in files):
                 videos.append(Path(folder))
@@ -202,13 +202,14 @@ class Pairs(Dataset):
     """
 
     def __init__(self, args: Args, videos: Sequence[Path], localise: bool):
-        self.args, self.videos, self.localise = args, videos, localise
+        self.args, self.localise = args, localise
+        self.videos = np.array([os.fsencode(path) for path in videos])  # objects would be copied by every worker
 
     def __len__(self) -> int:
         return len(self.videos) * self.args.pairs_per_video
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        a, path = self.args, self.videos[index % len(self.videos)]
+        a, path = self.args, Path(os.fsdecode(self.videos[index % len(self.videos)]))
 
         def choose(length: int) -> tuple[int, int]:
             if length < 2:
@@ -234,37 +235,40 @@ class Pairs(Dataset):
 class Images(Dataset):
     """A random frame of each video, or pictures, as `change` turns them; with their labels if there are any."""
 
-    def __init__(self, paths: Sequence[Path], change: Callable[[np.ndarray], Tensor], labels: Sequence[int] = ()):
-        self.paths, self.change, self.labels = paths, change, labels
+    def __init__(self, paths: Sequence, change: Callable[[np.ndarray], Tensor], labels: Sequence[int] = ()):
+        self.paths, self.labels = np.array([os.fsencode(path) for path in paths]), np.array(labels, int)
+        self.change = change
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int):
-        (frame,) = read_frames(self.paths[index], lambda length: [integer(0, length - 1)])
-        return (self.change(frame), self.labels[index]) if self.labels else self.change(frame)
+        (frame,) = read_frames(Path(os.fsdecode(self.paths[index])), lambda length: [integer(0, length - 1)])
+        return (self.change(frame), int(self.labels[index])) if len(self.labels) else self.change(frame)
 
 
-def image_change(args: Args) -> Callable[[np.ndarray], Tensor]:
-    """The augmentation of the image objective: RGB frame -> 3 (grey: 1) x size x size uint8; of moco two of them."""
-    moco = args.image_objective == "moco"
-    steps = [v2.RandomResizedCrop(args.image_size, scale=(0.2 if moco else 0.08, 1), antialias=True)]
-    if moco:  # version 1; without effect on the colours of grey pictures
-        steps += [v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.4)]
-    augment = v2.Compose([*steps, v2.RandomHorizontalFlip()])
+def augment(frame: np.ndarray, change: v2.Transform, grey: bool, views: int) -> Tensor:
+    """RGB frame -> `views` of it as `change` makes them, each 3 (grey: 1) x size x size uint8; one as it is."""
+    if grey:
+        frame = cv2.cvtColor(frame, cv2.COLOR_RGB2LAB)[..., :1]
+    frame = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
+    return torch.stack([change(frame) for _ in range(views)]) if views > 1 else change(frame)
 
-    def change(frame: np.ndarray) -> Tensor:
-        if args.image_grey:
-            frame = cv2.cvtColor(frame, cv2.COLOR_RGB2LAB)[..., :1]
-        frame = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
-        return torch.stack([augment(frame), augment(frame)]) if moco else augment(frame)
 
-    return change
+def lab_crop(frame: np.ndarray, short_side: int, side: int) -> Tensor:
+    """RGB frame -> what the auto-encoder learns from, side x side x 3 uint8, flipped or not."""
+    frame = random_crop(to_lab(frame, short_side), side)
+    return torch.from_numpy(np.ascontiguousarray(frame[:, ::-1] if integer(0, 1) else frame))
 
 
 def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
     """The data of the image objective."""
-    objective, change = args.image_objective, image_change(args)
+    objective, moco = args.image_objective, args.image_objective == "moco"
+    steps = [v2.RandomResizedCrop(args.image_size, scale=(0.2 if moco else 0.08, 1), antialias=True)]
+    if moco:  # version 1; without effect on the colours of grey pictures
+        steps += [v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.4)]
+    change = v2.Compose([*steps, v2.RandomHorizontalFlip()])
+    change = functools.partial(augment, change=change, grey=args.image_grey, views=2 if moco else 1)
     if args.image_data == "frames":
         if objective == "imagenet":
             raise UserError("--image-objective imagenet: needs --image-data ROOT, a folder with a folder a class")
@@ -273,13 +277,13 @@ def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
         raise UserError(f"--image-data {args.image_data}: --image-objective none has no use for it; say which")
     root = Path(args.image_data)
     root = root / "train" if (root / "train").is_dir() else root
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES)
+    paths = pictures_in(root)
     if not paths:
         raise UserError(f"--image-data {args.image_data}: holds no pictures; give a folder of them, or frames")
     if objective != "imagenet":
         return Images(paths, change)
-    paths = [path for path in paths if path.parent != root]
-    names = [path.relative_to(root).parts[0] for path in paths]
+    paths = [path for path in paths if Path(path).parent != root]
+    names = [Path(path).relative_to(root).parts[0] for path in paths]
     classes = {name: number for number, name in enumerate(sorted(set(names)))}
     if len(classes) < 2:
         raise UserError(f"--image-data {args.image_data}: has {len(classes)} folders of pictures; give one a class")
@@ -729,11 +733,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     folder = args.out / "autoencoder"
     if args.resume and (folder / "decoder.pth").is_file():
         return folder
-
-    def change(frame: np.ndarray) -> Tensor:
-        frame = random_crop(to_lab(frame, args.short_side), args.crop)
-        return torch.from_numpy(np.ascontiguousarray(frame[:, ::-1] if integer(0, 1) else frame))
-
+    change = functools.partial(lab_crop, short_side=args.short_side, side=args.crop)
     held = videos[::10] if len(videos) >= 20 else videos  # few: all are learnt from, and tell nothing about others
     learn = [video for i, video in enumerate(videos) if i % 10 or len(videos) < 20]
     frames = Images(learn * math.ceil(500 * args.batch_size / len(learn)), change)  # 500 steps an epoch

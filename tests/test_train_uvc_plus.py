@@ -504,7 +504,7 @@ def test_images_are_found_and_labelled(tmp_path):
         for i in range(2):
             cv2.imwrite(str(tmp_path / "train" / name / f"{i}.png"), np.full((20, 30, 3), 50 * i, np.uint8))
     images = uvc.find_images(args(image_objective="imagenet", image_data=str(tmp_path)), [])
-    assert images.labels == [0, 0, 1, 1]
+    assert images.labels.tolist() == [0, 0, 1, 1]
     picture, label = images[2]
     assert (picture.shape, picture.dtype, label) == ((3, 64, 64), torch.uint8, 1)
     two = uvc.find_images(args(image_objective="moco", image_data=str(tmp_path), image_grey=True), [])[0]
@@ -512,6 +512,18 @@ def test_images_are_found_and_labelled(tmp_path):
     frames = uvc.find_images(args(image_objective="rotation", pairs_per_video=3), [tmp_path / "train" / "cat"])
     assert len(frames) == 3
     assert frames[2].shape == (3, 64, 64)
+
+
+def test_linked_folders_are_seen_and_hidden_files_are_not(videos, tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).symlink_to(videos / "a")
+    (tmp_path / ".thumbs").symlink_to(videos / "a")
+    (tmp_path / "films").mkdir()
+    for name in ("._clip.mp4", "clip.mp4"):
+        (tmp_path / "films" / name).symlink_to(videos / "film" / "clip.mp4")
+    images = uvc.find_images(args(image_objective="imagenet", image_data=str(tmp_path)), [])
+    assert images.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [path.name for path in uvc.find_videos([tmp_path])] == ["clip.mp4", "x", "y"]
 
 
 def test_only_the_frames_needed_are_converted(videos, monkeypatch):
@@ -680,6 +692,17 @@ def test_other_objectives_train(videos, coders, tmp_path, cli, objective):
     assert code == 0, err
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "out"))
     assert ("image" in rows(tmp_path / "out")[0]) == (objective != "none")
+
+
+def test_workers_that_are_no_forks(videos, tmp_path):
+    """As on macOS, and as on Linux from Python 3.14 on: workers get all that they need by pickle."""
+    flags = ["--data", videos, "--autoencoder-steps", 1, "--image-objective", "moco", "--out", tmp_path]
+    flags += ["--queue", 4, "--workers", 2, "--max-steps", 1]
+    code = "import multiprocessing as m, sys; m.set_start_method('forkserver'); m.set_forkserver_preload(['common'])\n"
+    code += "import common, train_uvc_plus as uvc; uvc.main(common.parse_args(uvc.Args, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *(str(flag) for flag in (*SMALL, *flags))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_videos_and_pictures_share_the_workers(videos, coders, tmp_path, cli, monkeypatch):
