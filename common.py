@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import signal
 import struct
@@ -1294,7 +1293,8 @@ class Training:
     """Flags of both training scripts."""
 
     out: Path = Path("results/train")
-    """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures."""
+    """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures; one that
+    all nodes share."""
     resume: bool = True
     """Go on from OUT/last.pth where there is one; --no-resume begins again."""
     max_steps: int = 0
@@ -1322,6 +1322,8 @@ class Training:
 # what may change when a run is resumed; every other flag decides what is learnt
 FREE = {"out", "resume", "max_steps", "workers", "device", "save_minutes"}
 FREE |= {"validate", "validate_every", "validate_sequences", "look_every"}
+FREE |= {"data", "image_data"}  # the number of samples must be the same
+MOVED = {"finetune", "init", "autoencoder"}  # not read again; the same name elsewhere is taken for the same file
 
 
 class Unreadable(Exception):
@@ -1344,16 +1346,23 @@ def all_gather(x: Tensor) -> Tensor:
     return everybody
 
 
-def start_training(args: Training) -> torch.device:
-    """Check the flags against those of OUT/last.pth, seed, join the process group. To be called first."""
+def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> torch.device:
+    """Check the flags, the batch sizes of the streams (as in train) and both against OUT/last.pth, seed, join the
+    process group. To be called first."""
     flags = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
     for flag, least in flags.items():
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
     if args.validate and not (args.validate / "ImageSets" / "2017" / "val.txt").is_file():
         raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
-    if args.resume and (args.out / "last.pth").is_file():
-        check_resume(args, read_checkpoint(args.out / "last.pth"))
+    parts = rank_world()[1] * args.accumulate
+    for samples, flag in streams.values():
+        size, what = getattr(args, flag), f"--{flag.replace('_', '-')} {getattr(args, flag)}"
+        if len(samples) < size:
+            raise UserError(f"{what}: there are {len(samples)} samples to learn from; give fewer")
+        if size % parts:
+            raise UserError(f"{what}: is no multiple of {parts}, processes x --accumulate; change one of them")
+    step = read_checkpoint(args, streams)["step"] if resumes(args) else 0
     name, _, index = args.device.partition(":")
     if name in ("auto", "cuda") and torch.cuda.is_available():  # on GPU 0 each process would keep some memory
         name, index = "cuda", os.environ.get("LOCAL_RANK", index or "0")
@@ -1368,17 +1377,42 @@ def start_training(args: Training) -> torch.device:
             timeout=timedelta(days=1),  # the others wait for a validation
             device_id=device if cuda else None,
         )
+        everybody = [None] * rank_world()[1]
+        found = step, sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
+        torch.distributed.all_gather_object(everybody, found)
+        if any(other != found for other in everybody):
+            raise UserError(f"--out {args.out}: processes find other files there; give a folder that all nodes share")
     torch.manual_seed(args.seed)
     return device
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A last.pth of train()."""
+def resumes(args: Training) -> bool:
+    """Whether train() goes on from OUT/last.pth, which holds all weights."""
+    return args.resume and (args.out / "last.pth").is_file()
+
+
+def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str]]) -> dict:
+    """OUT/last.pth of train(). UserError if it was trained with other flags or another number of samples."""
+    path = args.out / "last.pth"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in ("step", "config", "method", "optimizer", "scaler")}
+        state = {"samples": {}, **torch.load(path, map_location="cpu", weights_only=True)}  # older ones have no count
+        state = {key: state[key] for key in ("step", "config", "samples", "method", "optimizer", "scaler")}
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
+    now = {flag: str(getattr(args, flag, None)) for flag in state["config"]}
+    other = [
+        (f"--{flag.replace('_', '-')} {old}", now[flag])
+        for flag, old in state["config"].items()
+        if flag not in FREE and now[flag] != old and not (flag in MOVED and Path(now[flag]).name == Path(old).name)
+    ]
+    counts = {name: len(samples) for name, (samples, _) in streams.items()}
+    other += [
+        (f"{n} samples ({name})", counts.get(name)) for name, n in state["samples"].items() if n != counts.get(name)
+    ]
+    if other:
+        what = f"was trained with {other[0][0]}, not {other[0][1]}"
+        raise UserError(f"{path}: {what}; give the same, another --out, or --no-resume to begin again")
+    return state
 
 
 def write_checkpoint(path: Path, content: dict) -> None:
@@ -1389,33 +1423,20 @@ def write_checkpoint(path: Path, content: dict) -> None:
         temporary.write_bytes(whole.getbuffer())
 
 
-def check_resume(args: Training, state: dict) -> None:
-    """UserError if a checkpoint was trained with other flags."""
-    for flag, old in state["config"].items():
-        now = str(getattr(args, flag, None))
-        if flag not in FREE and now != old:
-            raise UserError(
-                f"{args.out / 'last.pth'}: was trained with --{flag.replace('_', '-')} {old}, not {now}; give the "
-                "same, another --out, or --no-resume to begin again"
-            )
-
-
 def seed_of(*numbers: int) -> int:
     """One seed of several numbers, such as (run, stream, step, place)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Draws(torch.utils.data.Dataset):
-    """A data set asked by (index, seed): what is random in a sample depends on its seed alone. A sample that cannot
-    be read gives place to another; None in its place after 100."""
+    """A data set asked by (index, seed, step): what is random in a sample depends on its seed alone; what changes while
+    training reads samples.step. A sample that cannot be read gives place to another; None in its place after 100."""
 
     def __init__(self, samples):
         self.samples = samples
 
-    def __getitem__(self, key: tuple[int, int]):
-        (index, seed), skipped = key, []
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - for libraries that draw from it
+    def __getitem__(self, key: tuple[int, int, int]):
+        (index, seed, self.samples.step), skipped = key, []
         torch.manual_seed(seed)
         while len(skipped) < 100:
             try:
@@ -1435,8 +1456,8 @@ class Draws(torch.utils.data.Dataset):
 
 
 class Batches(torch.utils.data.Sampler):
-    """Endless shuffled batches of (index, seed) from step `start` on, full ones only; those of a step are a function
-    of (seed, step), and a process takes its slice of them."""
+    """Endless shuffled batches of (index, seed, step) from step `start` on, full ones only; those of a step are a
+    function of (seed, step), and a process takes its slice of them."""
 
     def __init__(self, count: int, size: int, seed: tuple[int, ...], start: int):
         self.count, self.size, self.seed, self.start = count, size, seed, start
@@ -1450,7 +1471,7 @@ class Batches(torch.utils.data.Sampler):
                 order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(*self.seed, epoch)))
             first = step % (self.count // self.size) * self.size
             places = range(rank * share, (rank + 1) * share)
-            yield [(int(order[first + place]), seed_of(*self.seed, step, place)) for place in places]
+            yield [(int(order[first + place]), seed_of(*self.seed, step, place), step) for place in places]
 
 
 def visible(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
@@ -1540,22 +1561,23 @@ def train(
     lr: Callable[[int], float],
     epochs: int,
     steps_per_epoch: int,
-    streams: dict[str, tuple[Sequence, int]],
+    streams: dict[str, tuple[Sequence, str]],
     weights: Callable[[], dict],
     validation: Sequence[str] = (),
     score: Callable[[], dict[str, float]] | None = None,
-    look: Callable[[dict, int], np.ndarray] | None = None,
+    look: Callable[[], np.ndarray] | None = None,
     look_every: int = 0,
 ) -> None:
     """Train, on one process or many, so that a run that is cut off and resumed ends with the same weights.
 
-    method(batch, step) gives scalar tensors, the same ones at every step: "loss" is minimised, all are logged. streams
-    names data sets and their batch sizes over all processes; batch[name] is what their samples collate to. Randomness
-    is a function of (seed, step, place in the batch), so a checkpoint needs no random states, and processes x
-    accumulated parts see the same samples however they are shared out. lr(epoch), epochs from 0. weights() is saved as
-    OUT/weights.pth; validation are flags of evaluate.py for --validate; score() is run by all processes at the end of
-    an epoch; look(batch, step) is a picture, H x W x 3 uint8. Raises UserError for a loss that is not finite, data
-    that cannot be read and a full disk; the last checkpoint stays.
+    method(batch, step) gives scalar tensors, the same ones at all steps of an epoch: "loss" is minimised, all are
+    logged. streams names data sets and the flags of their batch sizes over all processes, as checked by start_training;
+    batch[name] is what their samples collate to. Randomness is a function of (seed, step, place in the batch), so a
+    checkpoint needs no random states, and processes x accumulated parts see the same samples however they are shared
+    out. lr(epoch), epochs from 0. weights() is saved as OUT/weights.pth; validation are flags of evaluate.py for
+    --validate; score() is run by all processes at the end of an epoch; look() is a picture, H x W x 3 uint8, of the
+    step before. Raises UserError for a loss that is not finite, data that cannot be read and a full disk; the last
+    checkpoint stays.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -1566,17 +1588,10 @@ def train(
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another") from error
     total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
-    for name, (samples, size) in streams.items():
-        if len(samples) < size:
-            raise UserError(
-                f"{len(samples)} samples to learn from ({name}) for a batch of {size}; give a smaller batch"
-            )
-        if size % (world * args.accumulate):
-            raise UserError(f"a batch of {size} ({name}): does not divide into {world} processes x --accumulate parts")
+    streams = {name: (samples, getattr(args, flag)) for name, (samples, flag) in streams.items()}
     scaler, step = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
-    if args.resume and last.is_file():
-        state = read_checkpoint(last)
-        check_resume(args, state)
+    if resumes(args):
+        state = read_checkpoint(args, streams)
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -1602,6 +1617,7 @@ def train(
 
     def save() -> None:
         state = {"step": step, "config": {flag: str(value) for flag, value in vars(args).items()}}
+        state["samples"] = {name: len(samples) for name, (samples, _) in streams.items()}
         state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         write_checkpoint(last, state)
         write_checkpoint(args.out / "weights.pth", weights())
@@ -1684,7 +1700,7 @@ def train(
                     save()
                 saved = time.perf_counter()
             if look and not rank and step % look_every == 0:
-                picture = look(batch, step)
+                picture = look()
                 with atomic(args.out / "pictures" / f"{step:07}.jpg") as path:
                     path.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1])
                 board.add_image("picture", picture, step, dataformats="HWC")
@@ -1716,7 +1732,10 @@ def train(
         sys.exit(128 + halt)
     if not rank:
         took = time.perf_counter() - began
-        print(f"steps {first} to {step} in {took:.0f} s, {waited / took:.0%} of it waiting for data")
+        if step > first:
+            print(f"steps {first} to {step} in {took:.0f} s, {waited / took:.0%} of it waiting for data")
+        else:
+            print(f"{last}: is at step {step} of {total}, nothing is left to do")
         print(args.out / "weights.pth")
 
 

@@ -122,8 +122,6 @@ def settle(args: Args) -> Args:
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 to 1")
     batch = f"--batch-size {args.batch_size}"
-    if args.batch_size % parts:
-        raise UserError(f"{batch}: is no multiple of {parts}, processes x --accumulate; change one of them")
     if args.moco_v2 and not moco:
         raise UserError(f"--moco-v2: is for --objective moco, not {args.objective}; leave it out")
     if moco and args.queue % args.batch_size:
@@ -454,14 +452,14 @@ def held_out_score(args: Args, method: nn.Module, pictures: HeldOut, device: tor
 
 def main(args: Args) -> None:
     args = settle(args)
-    device = common.start_training(args)
     learned, held, classes = find_pictures(args)
-    if len(learned) < args.batch_size:
-        raise UserError(f"--batch-size {args.batch_size}: there are {len(learned)} pictures to learn from; give fewer")
     moco = args.objective == "moco"
+    pictures = Pictures(learned, augmentation(args), ("query", "key") if moco else ("image",))
+    streams = {"pictures": (pictures, "batch_size")}
+    device = common.start_training(args, streams)
     outputs = {"imagenet": len(classes), "rotation": 4, "moco": args.dim}[args.objective]
     net = Net(args.arch, outputs, frozen=args.finetune is not None, mlp=moco and args.moco_v2)
-    if args.finetune:
+    if args.finetune and not common.resumes(args):
         load_start(net, args.finetune, args.arch)
     if moco:
         groups = args.bn_groups // (rank_world()[1] * args.accumulate)
@@ -482,7 +480,6 @@ def main(args: Args) -> None:
         meta |= {"torch": str(torch.__version__), "config": {flag: str(value) for flag, value in vars(args).items()}}
         return {"state_dict": net.state_dict(), "meta": meta}
 
-    pictures = Pictures(learned, augmentation(args), ("query", "key") if moco else ("image",))
     trained, kept = [value for value in method.parameters() if value.requires_grad], HeldOut(held, centre(args))
     common.train(
         args,
@@ -491,7 +488,7 @@ def main(args: Args) -> None:
         learning_rate(args),
         args.epochs,
         len(pictures) // args.batch_size,
-        {"pictures": (pictures, args.batch_size)},
+        streams,
         weights,
         validation=("--model", system(args)),
         score=(lambda: held_out_score(args, method, kept, device)) if held else None,

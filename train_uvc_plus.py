@@ -201,8 +201,10 @@ class Pairs(Dataset):
     their own, both flipped or neither. Localisation: the reference turned, both enlarged, the reference cut.
     """
 
-    def __init__(self, args: Args, videos: Sequence[Path], localise: bool):
-        self.args, self.localise = args, localise
+    step = 0  # as train() says
+
+    def __init__(self, args: Args, videos: Sequence[Path], warmup_steps: int):
+        self.args, self.warmup_steps = args, warmup_steps
         self.videos = np.array([os.fsencode(path) for path in videos])  # objects would be copied by every worker
 
     def __len__(self) -> int:
@@ -218,7 +220,7 @@ class Pairs(Dataset):
 
         frames = [to_lab(frame, a.short_side) for frame in read_frames(path, choose)]
         angle = integer(-10, 10)
-        if self.localise:
+        if self.step >= self.warmup_steps:
             frames[0] = random_crop(enlarge(rotate(frames[0], angle), a.full), a.crop)
             frames[1] = enlarge(frames[1], a.full)
         else:
@@ -485,7 +487,7 @@ def build_backbone(args: Args) -> nn.Module:
     """A ResNet-18 up to --out-layer, its weights random or those of --init, which must hold all of them."""
     row = common.MODELS["uvc+"]
     net = common.build_net(row, replace(row.settings, layer=args.out_layer.replace("layer", "res")))
-    if args.init:
+    if args.init and not common.resumes(args):
         state = {key.removeprefix("module."): value for key, value in common.read_weights(args.init)[0].items()}
         wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
         for key, value in wanted.items():
@@ -662,7 +664,7 @@ class UVC(nn.Module):
             logits.argmax(1) == 0
         ).float().mean()
 
-    def look(self, batch: dict, step: int) -> np.ndarray:
+    def look(self) -> np.ndarray:
         """Rows of reference, whole target with its box, target, and the colours copied to it."""
         x1, x2, y2, copied, where = self.shown
         side, rows = x1.shape[-1], []
@@ -733,6 +735,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     folder = args.out / "autoencoder"
     if args.resume and (folder / "decoder.pth").is_file():
         return folder
+    torch.manual_seed(args.seed)
     change = functools.partial(lab_crop, short_side=args.short_side, side=args.crop)
     held = videos[::10] if len(videos) >= 20 else videos  # few: all are learnt from, and tell nothing about others
     learn = [video for i, video in enumerate(videos) if i % 10 or len(videos) < 20]
@@ -758,7 +761,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
 
     own = replace(args, out=folder, max_steps=args.autoencoder_steps, validate=None)
     steps = len(frames) // args.batch_size
-    streams = {"frames": (frames, args.batch_size)}
+    streams = {"frames": (frames, "batch_size")}
     epochs = math.ceil(args.autoencoder_steps / steps)
 
     def lr(epoch: int) -> float:
@@ -779,24 +782,17 @@ def main(args: Args) -> None:
     args = check(args)
     videos = find_videos(args.data)
     images = find_images(args, videos)
-    parts = rank_world()[1] * max(1, args.accumulate)
-    wanted = [("--batch-size", len(videos) * args.pairs_per_video, args.batch_size)]
-    wanted += [("--image-batch-size", len(images), args.image_batch_size)] if images else []
-    for flag, count, size in wanted:
-        if count < size:
-            raise UserError(f"{flag} {size}: there are {count} samples an epoch; give fewer, or more --pairs-per-video")
-        if size % parts:
-            raise UserError(f"{flag} {size}: is no multiple of {parts}, processes x --accumulate; change one of them")
-    if args.init:  # what does not fit is refused before an auto-encoder is trained
-        build_backbone(args)
-    coders = load_autoencoder(args.autoencoder) if args.autoencoder else None
-    device = common.start_training(args)
-    coders = coders or load_autoencoder(train_autoencoder(args, videos, device))
-
     steps_per_epoch = len(videos) * args.pairs_per_video // args.batch_size
     warmup = args.warmup_epochs * steps_per_epoch
-    torch.manual_seed(args.seed)
+    streams = {"video": (Pairs(args, videos, warmup), "batch_size")}
+    streams |= {"image": (images, "image_batch_size")} if images else {}
+    again = common.resumes(args)  # all weights are in last.pth
+    coders = load_autoencoder(args.autoencoder) if args.autoencoder and not again else (LabEncoder(), LabDecoder())
+    device = common.start_training(args, streams)
     method = UVC(args, coders, warmup, max(images.labels, default=-1) + 1 if images else 0).to(device)
+    if not (args.autoencoder or again):  # an --init that does not fit has been refused by now
+        for part, trained in zip(coders, load_autoencoder(train_autoencoder(args, videos, device)), strict=True):
+            part.load_state_dict(trained.state_dict())
     optimizer = torch.optim.Adam([weight for weight in method.parameters() if weight.requires_grad], lr=args.lr)
 
     def lr(epoch: int) -> float:
@@ -815,24 +811,11 @@ def main(args: Args) -> None:
     layer = args.out_layer.replace("layer", "res")
     validation = ["--model", "uvc+", "--layer", layer, "--localization", "none", "--context", "7"]
     validation += ["--temperature", str(args.temperature)]
-    # The frames differ between the phases, so each is a call of train() that goes on where the one before stopped.
-    done, last, total = 0, args.out / "last.pth", min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    if args.resume and last.is_file():
-        done = common.read_checkpoint(last)["step"]
-        if done >= total and rank_world()[0] == 0:
-            print(f"{last}: is at step {done} of {total}, nothing is left to do")
-    for localise, epochs in ((False, args.warmup_epochs), (True, args.epochs)):
-        if done >= min(epochs * steps_per_epoch, total):
-            continue
-        streams = {"video": (Pairs(args, videos, localise), args.batch_size)}
-        streams |= {"image": (images, args.image_batch_size)} if images else {}
-        now = replace(args, resume=args.resume or done > 0)
-        common.train(
-            *(now, method, optimizer, lr, epochs, steps_per_epoch, streams, weights, validation),
-            look=method.look,
-            look_every=args.look_every,
-        )
-        done = epochs * steps_per_epoch
+    common.train(
+        *(args, method, optimizer, lr, args.epochs, steps_per_epoch, streams, weights, validation),
+        look=method.look,
+        look_every=args.look_every,
+    )
 
 
 if __name__ == "__main__":

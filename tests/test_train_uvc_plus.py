@@ -72,6 +72,10 @@ def args(**changes) -> uvc.Args:
     return uvc.check(uvc.Args(**(small | changes)))
 
 
+def checkpoint(out: Path) -> dict:
+    return torch.load(out / "last.pth", weights_only=True)
+
+
 def rows(out: Path) -> list[dict[str, float]]:
     with (out / "log.csv").open() as file:
         return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
@@ -457,7 +461,8 @@ def test_pairs_of_both_phases(videos):
     """Sizes and kind; the same seed gives the same pair; the warm-up's frames are of one video, cut differently."""
     a = args(crop=64, full=128)
     for localise, side in ((False, 64), (True, 128)):
-        pairs = uvc.Pairs(a, uvc.find_videos([videos]), localise)
+        pairs = uvc.Pairs(a, uvc.find_videos([videos]), warmup_steps=5)
+        pairs.step = 5 if localise else 4
         assert len(pairs) == 4
         for index in range(4):
             torch.manual_seed(index)
@@ -467,9 +472,9 @@ def test_pairs_of_both_phases(videos):
             assert sample["target"].dtype == torch.uint8
             torch.manual_seed(index)
             assert torch.equal(pairs[index]["target"], sample["target"])
-    small = uvc.Pairs(args(crop=192, full=256), uvc.find_videos([videos]), False)[0]  # frames of 80 x 96: reflected
+    small = uvc.Pairs(args(crop=192, full=256), uvc.find_videos([videos]), 1)[0]  # frames of 80 x 96: reflected
     assert small["reference"].shape == small["target"].shape == (192, 192, 3)
-    assert len(uvc.Pairs(args(pairs_per_video=3), [Path("a")], True)) == 3
+    assert len(uvc.Pairs(args(pairs_per_video=3), [Path("a")], 0)) == 3
 
 
 def test_transforms_keep_what_they_should():
@@ -596,18 +601,19 @@ def test_weights_go_into_propagate(trained, small_clip, tmp_path, cli, flags):
 
 
 def test_it_starts_from_given_weights(trained, videos, coders, tmp_path, cli):
-    """One step of a tiny learning rate leaves them where they are; so does going on."""
-    flags = [*SMALL, "--data", videos, "--autoencoder", coders, "--lr", 1e-9, "--out", tmp_path / "out"]
+    """One step of a tiny learning rate leaves them where they are; so does going on, without the files."""
+    flags = [*SMALL, "--data", videos, "--lr", 1e-9, "--out", tmp_path / "out"]
     before = torch.load(trained / "weights.pth", weights_only=True)["state_dict"]
     before = {key: value for key, value in before.items() if "num_batches" not in key}  # as torchvision's files
     torch.save({f"module.{key}": value for key, value in before.items()}, tmp_path / "start.pth")
-    for steps in (1, 2):
-        code, _, err = cli(uvc, *flags, "--init", tmp_path / "start.pth", "--max-steps", steps)
+    for steps, inits, codes in ((1, tmp_path, coders), (2, tmp_path / "gone", tmp_path / "gone" / coders.name)):
+        files = ["--autoencoder", codes, "--init", inits / "start.pth"]
+        code, _, err = cli(uvc, *flags, *files, "--max-steps", steps)
         assert code == 0, err
         after = torch.load(tmp_path / "out" / "weights.pth", weights_only=True)["state_dict"]
         weights = [key for key in before if "running" not in key]
         assert weights and all(torch.allclose(before[key], after[key], atol=1e-6) for key in weights)
-    code, _, err = cli(uvc, *flags, "--max-steps", 3)
+    code, _, err = cli(uvc, *flags, *files[:2], "--max-steps", 3)
     assert code == 2 and "--init" in err  # another start is another run
 
 
@@ -651,11 +657,11 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(videos, coders, tmp_path, cli
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "the same command goes on" in err
-    step = common.read_checkpoint(tmp_path / "last.pth")["step"]
+    step = checkpoint(tmp_path)["step"]
     assert 0 < step < 32
     code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", step + 1)
     assert code == 0, err
-    assert common.read_checkpoint(tmp_path / "last.pth")["step"] == step + 1
+    assert checkpoint(tmp_path)["step"] == step + 1
 
 
 def test_two_processes_are_one_with_two_parts(videos, tmp_path, cli):
@@ -668,7 +674,7 @@ def test_two_processes_are_one_with_two_parts(videos, tmp_path, cli):
     assert process.returncode == 0, err
     code, _, err = cli(uvc, *SMALL, *flags, "--out", tmp_path / "one", "--accumulate", 2)
     assert code == 0, err
-    one, two = (common.read_checkpoint(tmp_path / name / "last.pth") for name in ("one", "two"))
+    one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert one["step"] == two["step"] == 4
     for i, state in one["optimizer"]["state"].items():
         expected, found = state["exp_avg"], two["optimizer"]["state"][i]["exp_avg"]
