@@ -1353,8 +1353,11 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
     for flag, least in flags.items():
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
-    if args.validate and not (args.validate / "ImageSets" / "2017" / "val.txt").is_file():
-        raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
+    for name in clips(args) if args.validate else ():
+        for folder in ("JPEGImages", "Annotations"):
+            if not (args.validate / folder / "480p" / name).is_dir():
+                what = f"has no {folder}/480p/{name}"
+                raise UserError(f"--validate {args.validate}: {what}; give DAVIS 2017 and --validate-sequences of it")
     parts = rank_world()[1] * args.accumulate
     for samples, flag in streams.values():
         size, what = getattr(args, flag), f"--{flag.replace('_', '-')} {getattr(args, flag)}"
@@ -1528,17 +1531,24 @@ class Curve:
             writer.writerows(rows)
 
 
+def clips(args: Training) -> list[str]:
+    """The sequences that validate() scores."""
+    names = [name for name in args.validate_sequences.split(",") if name]
+    listing = args.validate / "ImageSets" / "2017" / "val.txt"
+    if not names and not listing.is_file():
+        raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
+    return names or listing.read_text().split()[:2]
+
+
 def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
     """J&F of label propagation with OUT/weights.pth, by evaluate.py in a process of its own; {} if that fails."""
-    names = args.validate_sequences.split(",") if args.validate_sequences else []
-    names = names or (args.validate / "ImageSets" / "2017" / "val.txt").read_text().split()[:2]
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         command = [sys.executable, Path(__file__).parent / "evaluate.py", "--data", args.validate, "--out", folder]
         command += [
             "--weights",
             args.out / "weights.pth",
             "--sequences",
-            ",".join(names),
+            ",".join(clips(args)),
             "--device",
             args.device,
             *flags,
@@ -1632,11 +1642,30 @@ def train(
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     began = saved = time.perf_counter()
     waited, first, since = 0.0, step, (began, step)
-    log, scores = (Curve(args.out / name, step) if not rank else None for name in ("log.csv", "validation.csv"))
+    log, scores = (Curve(args.out / name, step) for name in ("log.csv", "validation.csv"))  # rank 0 adds to them
     board = SummaryWriter(args.out, purge_step=step) if not rank else None
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+
+    def due_to_validate() -> bool:
+        return bool(args.validate) and (step == total or step % (args.validate_every * steps_per_epoch) == 0)
+
+    def judge() -> None:
+        """Scores of an epoch that is over, and of the end."""
+        row = score() if score and step % steps_per_epoch == 0 else {}
+        if due_to_validate() and not rank:
+            row |= validate(args, validation)
+        if row and not rank:
+            epoch = (step - 1) // steps_per_epoch
+            scores.add({"step": step, "epoch": epoch, **row})
+            for name, value in row.items():
+                board.add_scalar(f"validation/{name}", value, step)
+            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        method.train()
+
     method.train()
     try:
+        if step and not any(int(row["step"]) == step for row in scores.kept):  # stopped before it could be judged
+            judge()
         while step < total and not halt:
             epoch = step // steps_per_epoch
             for group in optimizer.param_groups:
@@ -1674,9 +1703,8 @@ def train(
                 torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
                 halt = int(flag)
             over = step % steps_per_epoch == 0
-            judge = args.validate and (step == total or (over and (epoch + 1) % args.validate_every == 0))
             since_saved = (time.perf_counter() - saved) / 60
-            due = halt or judge or step == total
+            due = halt or due_to_validate() or step == total
             due = due or since_saved > (min(1, args.save_minutes) if over else args.save_minutes)
             if due or over or step % 10 == 0 or step <= 10:
                 now, steps = time.perf_counter(), step - since[1]
@@ -1705,15 +1733,7 @@ def train(
                     path.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1])
                 board.add_image("picture", picture, step, dataformats="HWC")
             if (over or step == total) and not halt:
-                row = score() if score and over else {}
-                if judge and not rank:
-                    row |= validate(args, validation)
-                if row and not rank:
-                    scores.add({"step": step, "epoch": epoch, **row})
-                    for name, value in row.items():
-                        board.add_scalar(f"validation/{name}", value, step)
-                    tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-                method.train()
+                judge()
                 since = time.perf_counter(), step
     except OSError as error:  # of the logs; a checkpoint's says so itself
         why = error.strerror or error

@@ -42,11 +42,13 @@ class Line(nn.Module):
         super().__init__()
         self.fit = nn.Linear(3, 1)
         self.register_buffer("seen", torch.zeros(100, dtype=torch.long))
-        self.nan_at = -1
+        self.nan_at, self.stop_at = -1, -1
 
     def forward(self, batch, step):
         x = batch["numbers"]["x"]
         self.seen.index_add_(0, batch["numbers"]["index"], torch.ones_like(batch["numbers"]["index"]))
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         loss = (self.fit(x + 0.1 * torch.randn(3)) - x.sum(1, keepdim=True)).square().mean()
         return {"loss": loss * (float("nan") if step == self.nan_at else 1), "half": loss / 2}
 
@@ -57,12 +59,14 @@ class Args(Training):
     batch_size: int = 4
 
 
-def go(out: Path, samples=None, nan_at: int = -1, epochs: int = 4, batch: int = 4, seconds=0.0, **flags) -> nn.Module:
+def go(
+    out: Path, samples=None, nan_at=-1, stop_at=-1, epochs: int = 4, batch: int = 4, seconds=0.0, score=None, **flags
+) -> nn.Module:
     args = Args(out=out, workers=flags.pop("workers", 0), batch_size=batch, **flags)
     streams = {"numbers": (samples or Numbers(20, seconds=seconds), "batch_size")}
     device = start_training(args, streams)
     method = Line().to(device)
-    method.nan_at = nan_at
+    method.nan_at, method.stop_at = nan_at, stop_at
     optimizer = torch.optim.SGD(method.parameters(), args.lr, momentum=0.9)
 
     def weights():
@@ -77,6 +81,7 @@ def go(out: Path, samples=None, nan_at: int = -1, epochs: int = 4, batch: int = 
         20 // batch,
         streams,
         weights,
+        score=score,
     )
     return method
 
@@ -149,6 +154,17 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert torch.equal(resumed.fit.weight, whole.fit.weight)
 
 
+def test_a_stop_at_the_end_of_an_epoch_loses_no_score(tmp_path):
+    """What there was no time for is done first when the run goes on; and once."""
+    for stop_at in (9, 19):  # the last step of an epoch, and of all
+        with pytest.raises(SystemExit):
+            go(tmp_path, stop_at=stop_at, score=lambda: {"top1": 0.5})
+    for _ in range(2):
+        go(tmp_path, score=lambda: {"top1": 0.5})
+    lines = (tmp_path / "validation.csv").read_text().splitlines()
+    assert lines == ["step,epoch,top1", "5,0,0.5", "10,1,0.5", "15,2,0.5", "20,3,0.5"]
+
+
 def test_no_number_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"no numbers by step 8; .*last\.pth is kept"):
         go(tmp_path, nan_at=7, save_minutes=0)
@@ -189,6 +205,12 @@ def test_bad_sizes_get_one_line(tmp_path):
         go(tmp_path, accumulate=0)
     with pytest.raises(UserError, match=r"has no ImageSets/2017/val\.txt"):
         go(tmp_path, validate=tmp_path)
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("dog\n")
+    (tmp_path / "JPEGImages" / "480p" / "dog").mkdir(parents=True)
+    for flags, name in (({}, "Annotations/480p/dog"), ({"validate_sequences": "doog"}, "JPEGImages/480p/doog")):
+        with pytest.raises(UserError, match=f"has no {name}; give DAVIS 2017 and"):
+            go(tmp_path, validate=tmp_path, **flags)
     (tmp_path / "last.pth").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="damaged"):
         go(tmp_path)
