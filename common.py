@@ -483,25 +483,17 @@ def load_encoder(
         with torch.device("meta"):  # no initial weights, the file has them
             net = build_net(model, settings)
         encoder = Encoder(net.to_empty(device="cpu"), settings, model.input)
-        wanted = encoder.net.state_dict()
-        missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-        wrong = [
-            f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
-            for key, value in wanted.items()
-            if key in state and state[key].shape != value.shape
-        ]
-        if missing or wrong:
-            why = wrong[0] if wrong else f"lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
+        if why := fit(encoder.net, state):
             hint = (
                 f"; it looks like {guess} ({MODELS[guess].arch}): say --model {guess}"
                 if guess and guess != name
                 else ""
             )
-            if not wrong and settings.layer == "res4" and all(key.startswith("layer4.") for key in missing):
+            if settings.layer == "res4" and "such as layer4." in why:
                 hint = "; it ends at layer3: say --layer res3"
-            raise UserError(f"{path}: does not fit {name} ({model.arch} up to {settings.layer}): it {why}{hint}")
-        encoder.net.load_state_dict(state, strict=False)
+            raise UserError(f"{path}: does not fit {name} ({model.arch} up to {settings.layer}): {why}{hint}")
         if weights:
+            wanted = encoder.net.state_dict()
             unused = Counter(key.split(".")[0] for key in state if key not in wanted)
             ignored = [*(f"{key} ({count})" for key, count in unused.items()), *rest]
             what = f"recognised as {guess}" if guess else "names no system"
@@ -618,6 +610,22 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}, rest
+
+
+def fit(net: nn.Module, state: dict[str, Tensor]) -> str:
+    """Load those of the weights that the net has a place for. "", or what is wrong with them."""
+    wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
+    missing = [key for key in wanted if key not in state]
+    for key, value in wanted.items():
+        if key in state and state[key].shape != value.shape:
+            return f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+    norms = [key for key in missing if re.search(r"(bn\d|downsample\.1)\.\w+$", key)]
+    if missing == norms and any(re.search(r"(^|\.)(conv\d|downsample\.0)\.bias$", key) for key in state):
+        return f"its BatchNorm is folded into the convolutions ({norms[0]} is gone)"
+    if missing:
+        return f"it lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
+    net.load_state_dict(state, strict=False)
+    return ""
 
 
 def recognise(state: dict[str, Tensor], rest: Sequence[str] = ()) -> str | None:
@@ -1416,6 +1424,12 @@ def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str]]) ->
         what = f"was trained with {other[0][0]}, not {other[0][1]}"
         raise UserError(f"{path}: {what}; give the same, another --out, or --no-resume to begin again")
     return state
+
+
+def read_start(path: Path) -> dict[str, Tensor]:
+    """Weights to start from, with torchvision's names: of a released file, or weights.pth or last.pth of a run."""
+    prefix = r"^(module\.)?(encoder_q\.|net\.|backbone\.)?"
+    return {re.sub(prefix, "", key): value for key, value in read_weights(path)[0].items()}
 
 
 def write_checkpoint(path: Path, content: dict) -> None:

@@ -382,35 +382,21 @@ class MoCo(nn.Module):
 def load_start(net: Net, path: Path, arch: str) -> None:
     """Weights of the original stride into the network; what the file lacks beyond layer3 is named and stays random.
     UserError for another architecture."""
-    released, _ = common.read_weights(path)
-    state = {re.sub(r"^(module\.)?(encoder_q\.|net\.)?", "", key): value for key, value in released.items()}
-    wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
+    state, own = common.read_start(path), net.state_dict()
 
     def head(entries: dict) -> dict:
         return {key: value.shape for key, value in entries.items() if key.startswith("fc.")}
 
     fresh = [] if any(key.startswith("layer4.") for key in state) else ["layer4"]
-    fresh += [] if head(state) == head(wanted) else ["fc"]
-    needed = {key: value for key, value in wanted.items() if key.split(".")[0] not in fresh}
-    missing = [key for key in needed if key not in state]
-    wrong = [key for key in needed if key in state and state[key].shape != needed[key].shape]
-    more = [key for key in state if re.match(r"layer.*weight$", key) and key not in wanted]
-    if missing and any(re.search(r"(^|\.)(conv\d|downsample\.0)\.bias$", key) for key in state):
-        why = f"its BatchNorm is folded into the convolutions ({missing[0]} is gone), so it cannot be trained"
-        raise UserError(f"{path}: {why}; give the file from before that")
-    if wrong:
-        why = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(needed[wrong[0]].shape)}"
-    elif missing or more:
-        why = f"it lacks {missing[0]}" if missing else f"it has {more[0]} as well"
-    else:
-        net.load_state_dict(
-            {key: value for key, value in state.items() if key.split(".")[0] not in fresh}, strict=False
-        )
-        if fresh and not rank_world()[0]:
-            names = " and ".join({"layer4": "layer4", "fc": "head (fc)"}[name] for name in fresh)
-            print(f"note: {path}: has no fitting {names}; random weights are taken instead", file=sys.stderr)
-        return
-    raise UserError(f"{path}: is no {arch} with torchvision's names: {why}; give another file, or another --arch")
+    fresh += [] if head(state) == head(own) else ["fc"]
+    state = {key: value for key, value in state.items() if key.split(".")[0] not in fresh}
+    more = [key for key in state if re.match(r"layer.*weight$", key) and key not in own]
+    why = common.fit(net, state | {key: value for key, value in own.items() if key.split(".")[0] in fresh})
+    if why := why or (more and f"it has {more[0]} as well"):
+        raise UserError(f"{path}: is no {arch} with torchvision's names: {why}; give another file, or another --arch")
+    if fresh and not rank_world()[0]:
+        names = " and ".join({"layer4": "layer4", "fc": "head (fc)"}[name] for name in fresh)
+        print(f"note: {path}: has no fitting {names}; random weights are taken instead", file=sys.stderr)
 
 
 def system(args: Args) -> str:

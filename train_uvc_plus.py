@@ -487,16 +487,9 @@ def build_backbone(args: Args) -> nn.Module:
     """A ResNet-18 up to --out-layer, its weights random or those of --init, which must hold all of them."""
     row = common.MODELS["uvc+"]
     net = common.build_net(row, replace(row.settings, layer=args.out_layer.replace("layer", "res")))
-    if args.init and not common.resumes(args):
-        state = {key.removeprefix("module."): value for key, value in common.read_weights(args.init)[0].items()}
-        wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
-        for key, value in wanted.items():
-            if key not in state or state[key].shape != value.shape:
-                raise UserError(
-                    f"--init {args.init}: has no fitting {key}; give a ResNet-18 up to {args.out_layer} with "
-                    "torchvision's names and its BatchNorm"
-                )
-        net.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    if args.init and not common.resumes(args) and (why := common.fit(net, common.read_start(args.init))):
+        what = f"give a ResNet-18 up to {args.out_layer} with torchvision's names and its BatchNorm"
+        raise UserError(f"--init {args.init}: {why}; {what}")
     return net
 
 

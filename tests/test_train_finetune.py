@@ -569,7 +569,9 @@ def test_what_is_wrong_with_a_start_is_said(start, tmp_path, data, cli):
         return said
 
     assert "layer1.0.conv1.weight is (64, 64, 3, 3), not (64, 64, 1, 1)" in error(whole, "--arch", "resnet50")
-    assert "it lacks layer1.0.bn2.weight" in error({k: v for k, v in whole.items() if k != "layer1.0.bn2.weight"})
+    assert "it lacks 1 of 102 entries, such as layer1.0.bn2.weight" in error(
+        {k: v for k, v in whole.items() if k != "layer1.0.bn2.weight"}
+    )
     assert "layer1.2.conv1.weight as well" in error({**whole, "layer1.2.conv1.weight": torch.zeros(64, 64, 3, 3)})
     folded = {key: value for key, value in whole.items() if "bn" not in key} | {"conv1.bias": torch.zeros(64)}
     assert "BatchNorm is folded" in error(folded)

@@ -617,6 +617,15 @@ def test_it_starts_from_given_weights(trained, videos, coders, tmp_path, cli):
     assert code == 2 and "--init" in err  # another start is another run
 
 
+@pytest.mark.parametrize("prefix", ["module.", "module.encoder_q.", "net.", "backbone."])
+def test_it_starts_from_files_of_all_trainings(prefix, tmp_path):
+    """Released ones, MoCo's, last.pth of either script."""
+    state = uvc.build_backbone(args()).state_dict()
+    torch.save({"method": {prefix + key: value for key, value in state.items()}}, tmp_path / "w.pth")
+    found = uvc.build_backbone(args(init=tmp_path / "w.pth", out=tmp_path)).state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in state.items())
+
+
 def test_resumed_is_the_same(trained, videos, coders, tmp_path, cli):
     """Stopped after one step, and after the warm-up, and gone on with: the weights of the run that was not."""
     flags = [*SMALL, "--data", videos, "--autoencoder", coders, "--image-objective", "rotation", "--out", tmp_path]
@@ -841,7 +850,7 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
         (["--data", "{videos}", "--init", "none.pth"], "none.pth: no such weights file"),
         (
             ["--data", "{videos}", "--init", "{default}", "--out-layer", "layer4"],
-            "has no fitting layer4.0.conv1.weight",
+            "it lacks 25 of 100 entries, such as layer4.0.conv1.weight",
         ),
     ],
     ids=lambda value: " ".join(value[2:] or value) if isinstance(value, list) else "",
