@@ -1359,7 +1359,7 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
     process group. To be called first."""
     flags = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
     for flag, least in flags.items():
-        if getattr(args, flag) < least:
+        if not getattr(args, flag) >= least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
     for name in clips(args) if args.validate else ():
         for folder in ("JPEGImages", "Annotations"):

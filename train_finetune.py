@@ -121,6 +121,8 @@ def settle(args: Args) -> Args:
     for flag in ("momentum", "weight_decay", "holdout", "key_momentum", "min_area"):
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 to 1")
+    if args.crop < 8:
+        raise UserError(f"--crop {args.crop}: give 8 or more")
     batch = f"--batch-size {args.batch_size}"
     if args.moco_v2 and not moco:
         raise UserError(f"--moco-v2: is for --objective moco, not {args.objective}; leave it out")
@@ -130,6 +132,10 @@ def settle(args: Args) -> Args:
     if moco and (args.bn_groups < 1 or args.batch_size % args.bn_groups or args.bn_groups % parts):
         what = f"must divide {batch} and be a multiple of {parts}, processes x --accumulate"
         raise UserError(f"--bn-groups {args.bn_groups}: {what}; change one of them")
+    groups = {"imagenet": parts, "rotation": 0, "moco": args.bn_groups}[args.objective]
+    if args.crop <= 32 and args.batch_size < 2 * groups:
+        what = "leaves one cell of a picture, and BatchNorm would see one picture at a time"
+        raise UserError(f"--crop {args.crop}: {what}; give more, a larger batch, or fewer --bn-groups or --accumulate")
     return args
 
 

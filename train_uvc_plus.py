@@ -689,19 +689,15 @@ def check(args: Args) -> Args:
         raise UserError(f"--crop {args.crop}: give a multiple of 64, the concentration loss has windows of 64 pixels")
     if args.full <= args.crop or args.full % 8:
         raise UserError(f"--full {args.full}: give a multiple of 8 above --crop {args.crop}")
-    numbers = (
-        "epochs",
-        "batch_size",
-        "pairs_per_video",
-        "gap",
-        "look_every",
-        "autoencoder_steps",
-        "queue",
-        "image_size",
-    )
-    for flag in (*numbers, *(["image_batch_size"] if args.image_batch_size is not None else [])):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+    lowest = dict.fromkeys(("epochs", "batch_size", "image_batch_size", "pairs_per_video", "gap", "look_every"), 1)
+    lowest |= {"autoencoder_steps": 1, "queue": 1, "image_size": 64, "image_weight": 0, "short_side": 0}
+    lowest |= {"threshold": 0, "color_switch": 0, "concentration": 0, "coordinate": 0}
+    for flag, least in lowest.items():
+        if (value := getattr(args, flag)) is not None and not value >= least:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: give {least} or more")
+    for flag in ("lr", "temperature"):
+        if not getattr(args, flag) > 0:
+            raise UserError(f"--{flag} {getattr(args, flag)}: give a number above 0")
     for flag in ("image_weight", "image_grey"):
         if args.image_objective == "none" and getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')}: --image-objective none has no use for it; say which")
@@ -711,8 +707,6 @@ def check(args: Args) -> Args:
         raise UserError(
             "--amp bfloat16: is too coarse for affinities of features that have no unit length; take float16"
         )
-    if not args.temperature > 0:
-        raise UserError(f"--temperature {args.temperature}: give a number above 0; affinities are divided by it")
     given = {
         "short_side": args.crop if args.short_side is None else args.short_side,
         "image_weight": IMAGE_WEIGHT[args.image_objective] if args.image_weight is None else args.image_weight,

@@ -666,6 +666,11 @@ def test_rows_of_the_paper_take_the_fine_tuned_weights(tmp_path, monkeypatch):
         (("--data", "one", "--objective", "moco", "--batch-size", "6", "--queue", "12"), "--bn-groups 8: must divide"),
         (("--data", "one", "--objective", "rotation", "--batch-size", "6", "--accumulate", "4"), "no multiple of 4"),
         (("--data", "one", "--moco-v2"), "is for --objective moco"),
+        (("--data", "one", "--moco-v2", "--objective", "moco", "--crop", "5"), "--crop 5: give 8 or more"),
+        (
+            ("--data", "one", "--objective", "moco", "--crop", "32", "--batch-size", "8"),
+            "BatchNorm would see one",
+        ),
         (("--data", "one", "--epochs", "0"), "--epochs 0: must be above 0"),
         (("--data", "one", "--holdout", "2"), "--holdout 2.0: give 0 to 1"),
         (("--data", "one", "--objective", "rotation", "--validate", "empty"), "val.txt"),
