@@ -1361,11 +1361,8 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
     for flag, least in flags.items():
         if not getattr(args, flag) >= least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
-    for name in clips(args) if args.validate else ():
-        for folder in ("JPEGImages", "Annotations"):
-            if not (args.validate / folder / "480p" / name).is_dir():
-                what = f"has no {folder}/480p/{name}"
-                raise UserError(f"--validate {args.validate}: {what}; give DAVIS 2017 and --validate-sequences of it")
+    if args.validate:
+        clips(args)
     parts = rank_world()[1] * args.accumulate
     for samples, flag in streams.values():
         size, what = getattr(args, flag), f"--{flag.replace('_', '-')} {getattr(args, flag)}"
@@ -1382,12 +1379,9 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same
     if rank_world()[1] > 1:
-        cuda = device.type == "cuda"
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=timedelta(days=1),  # the others wait for a validation
-            device_id=device if cuda else None,
-        )
+        backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        patience = timedelta(days=1)  # the others wait for a validation
+        torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
         everybody = [None] * rank_world()[1]
         found = step, sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
         torch.distributed.all_gather_object(everybody, found)
@@ -1410,19 +1404,14 @@ def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str]]) ->
         state = {key: state[key] for key in ("step", "config", "samples", "method", "optimizer", "scaler")}
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
-    now = {flag: str(getattr(args, flag, None)) for flag in state["config"]}
-    other = [
-        (f"--{flag.replace('_', '-')} {old}", now[flag])
-        for flag, old in state["config"].items()
-        if flag not in FREE and now[flag] != old and not (flag in MOVED and Path(now[flag]).name == Path(old).name)
-    ]
-    counts = {name: len(samples) for name, (samples, _) in streams.items()}
-    other += [
-        (f"{n} samples ({name})", counts.get(name)) for name, n in state["samples"].items() if n != counts.get(name)
-    ]
-    if other:
-        what = f"was trained with {other[0][0]}, not {other[0][1]}"
-        raise UserError(f"{path}: {what}; give the same, another --out, or --no-resume to begin again")
+    remedy = "give the same, another --out, or --no-resume to begin again"
+    for flag, old in state["config"].items():
+        now = str(getattr(args, flag, None))
+        if now != old and flag not in FREE and not (flag in MOVED and Path(now).name == Path(old).name):
+            raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, not {now}; {remedy}")
+    for name, (samples, _) in streams.items():
+        if (old := state["samples"].get(name, len(samples))) != len(samples):
+            raise UserError(f"{path}: was trained with {old} samples ({name}), not {len(samples)}; {remedy}")
     return state
 
 
@@ -1546,12 +1535,18 @@ class Curve:
 
 
 def clips(args: Training) -> list[str]:
-    """The sequences that validate() scores."""
+    """The sequences that validate() scores. UserError if they are not there."""
     names = [name for name in args.validate_sequences.split(",") if name]
     listing = args.validate / "ImageSets" / "2017" / "val.txt"
     if not names and not listing.is_file():
         raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
-    return names or listing.read_text().split()[:2]
+    names = names or listing.read_text().split()[:2]
+    for place in (f"{folder}/480p/{name}" for folder in ("JPEGImages", "Annotations") for name in names):
+        if not (args.validate / place).is_dir():
+            raise UserError(
+                f"--validate {args.validate}: has no {place}; give DAVIS 2017 and --validate-sequences of it"
+            )
+    return names
 
 
 def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
