@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import signal
 import struct
@@ -491,25 +490,17 @@ def load_encoder(
         with torch.device("meta"):  # no initial weights, the file has them
             net = build_net(model, settings)
         encoder = Encoder(net.to_empty(device="cpu"), settings, model.input)
-        wanted = encoder.net.state_dict()
-        missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-        wrong = [
-            f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
-            for key, value in wanted.items()
-            if key in state and state[key].shape != value.shape
-        ]
-        if missing or wrong:
-            why = wrong[0] if wrong else f"lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
+        if why := fit(encoder.net, state):
             hint = (
                 f"; it looks like {guess} ({MODELS[guess].arch}): say --model {guess}"
                 if guess and guess != name
                 else ""
             )
-            if not wrong and settings.layer == "res4" and all(key.startswith("layer4.") for key in missing):
+            if settings.layer == "res4" and "such as layer4." in why:
                 hint = "; it ends at layer3: say --layer res3"
-            raise UserError(f"{path}: does not fit {name} ({model.arch} up to {settings.layer}): it {why}{hint}")
-        encoder.net.load_state_dict(state, strict=False)
+            raise UserError(f"{path}: does not fit {name} ({model.arch} up to {settings.layer}): {why}{hint}")
         if weights:
+            wanted = encoder.net.state_dict()
             unused = Counter(key.split(".")[0] for key in state if key not in wanted)
             ignored = [*(f"{key} ({count})" for key, count in unused.items()), *rest]
             what = f"recognised as {guess}" if guess else "names no system"
@@ -626,6 +617,22 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}, rest
+
+
+def fit(net: nn.Module, state: dict[str, Tensor]) -> str:
+    """Load those of the weights that the net has a place for. "", or what is wrong with them."""
+    wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
+    missing = [key for key in wanted if key not in state]
+    for key, value in wanted.items():
+        if key in state and state[key].shape != value.shape:
+            return f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+    norms = [key for key in missing if re.search(r"(bn\d|downsample\.1)\.\w+$", key)]
+    if missing == norms and any(re.search(r"(^|\.)(conv\d|downsample\.0)\.bias$", key) for key in state):
+        return f"its BatchNorm is folded into the convolutions ({norms[0]} is gone)"
+    if missing:
+        return f"it lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
+    net.load_state_dict(state, strict=False)
+    return ""
 
 
 def recognise(state: dict[str, Tensor], rest: Sequence[str] = ()) -> str | None:
@@ -1366,14 +1373,15 @@ class Training:
     """Flags of both training scripts."""
 
     out: Path = Path("results/train")
-    """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures."""
+    """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures; one that
+    all nodes share."""
     resume: bool = True
     """Go on from OUT/last.pth where there is one; --no-resume begins again."""
     max_steps: int = 0
     """Stop after this many steps in all; 0: after the last epoch."""
     accumulate: int = 1
     """Parts that a batch is cut into, their gradients added up: for small memories."""
-    workers: int = min(8, os.cpu_count() or 1)
+    workers: int = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     """Processes that read and augment the data, for each GPU."""
     amp: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of convolutions; float16 with loss scaling."""
@@ -1394,6 +1402,8 @@ class Training:
 # what may change when a run is resumed; every other flag decides what is learnt
 FREE = {"out", "resume", "max_steps", "workers", "device", "save_minutes"}
 FREE |= {"validate", "validate_every", "validate_sequences", "look_every"}
+FREE |= {"data", "image_data"}  # the number of samples must be the same
+MOVED = {"finetune", "init", "autoencoder"}  # not read again; the same name elsewhere is taken for the same file
 
 
 class Unreadable(Exception):
@@ -1410,39 +1420,77 @@ def all_gather(x: Tensor) -> Tensor:
     world = rank_world()[1]
     if world == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world)]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    x = x.contiguous()  # not channels last, whose strides a gather does not heed
+    everybody = x.new_empty(world * len(x), *x.shape[1:])
+    torch.distributed.all_gather_into_tensor(everybody, x)
+    return everybody
 
 
-def start_training(args: Training) -> torch.device:
-    """Check the flags against those of OUT/last.pth, seed, join the process group. To be called first."""
+def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> torch.device:
+    """Check the flags, the batch sizes of the streams (as in train) and both against OUT/last.pth, seed, join the
+    process group. To be called first."""
     flags = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
     for flag, least in flags.items():
-        if getattr(args, flag) < least:
+        if not getattr(args, flag) >= least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
-    if args.validate and not (args.validate / "ImageSets" / "2017" / "val.txt").is_file():
-        raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
-    if args.resume and (args.out / "last.pth").is_file():
-        check_resume(args, read_checkpoint(args.out / "last.pth"))
-    device = pick_device(args.device)
+    if args.validate:
+        clips(args)
+    parts = rank_world()[1] * args.accumulate
+    for samples, flag in streams.values():
+        size, what = getattr(args, flag), f"--{flag.replace('_', '-')} {getattr(args, flag)}"
+        if len(samples) < size:
+            raise UserError(f"{what}: there are {len(samples)} samples to learn from; give fewer")
+        if size % parts:
+            raise UserError(f"{what}: is no multiple of {parts}, processes x --accumulate; change one of them")
+    step = read_checkpoint(args, streams)["step"] if resumes(args) else 0
+    name, _, index = args.device.partition(":")
+    if name in ("auto", "cuda") and torch.cuda.is_available():  # on GPU 0 each process would keep some memory
+        name, index = "cuda", os.environ.get("LOCAL_RANK", index or "0")
+    device = pick_device(f"{name}:{index}" if index else name)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same
     if rank_world()[1] > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for a validation
+        backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        patience = timedelta(days=1)  # the others wait for a validation
+        torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
+        everybody = [None] * rank_world()[1]
+        found = step, sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
+        torch.distributed.all_gather_object(everybody, found)
+        if any(other != found for other in everybody):
+            raise UserError(f"--out {args.out}: processes find other files there; give a folder that all nodes share")
     torch.manual_seed(args.seed)
     return device
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A last.pth of train()."""
+def resumes(args: Training) -> bool:
+    """Whether train() goes on from OUT/last.pth, which holds all weights."""
+    return args.resume and (args.out / "last.pth").is_file()
+
+
+def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str]]) -> dict:
+    """OUT/last.pth of train(). UserError if it was trained with other flags or another number of samples."""
+    path = args.out / "last.pth"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in ("step", "config", "method", "optimizer", "scaler")}
+        state = {"samples": {}, **torch.load(path, map_location="cpu", weights_only=True)}  # older ones have no count
+        state = {key: state[key] for key in ("step", "config", "samples", "method", "optimizer", "scaler")}
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
+    remedy = "give the same, another --out, or --no-resume to begin again"
+    for flag, old in state["config"].items():
+        now = str(getattr(args, flag, None))
+        if now != old and flag not in FREE and not (flag in MOVED and Path(now).name == Path(old).name):
+            raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, not {now}; {remedy}")
+    for name, (samples, _) in streams.items():
+        if (old := state["samples"].get(name, len(samples))) != len(samples):
+            raise UserError(f"{path}: was trained with {old} samples ({name}), not {len(samples)}; {remedy}")
+    return state
+
+
+def read_start(path: Path) -> dict[str, Tensor]:
+    """Weights to start from, with torchvision's names: of a released file, or weights.pth or last.pth of a run."""
+    prefix = r"^(module\.)?(encoder_q\.|net\.|backbone\.)?"
+    return {re.sub(prefix, "", key): value for key, value in read_weights(path)[0].items()}
 
 
 def write_checkpoint(path: Path, content: dict) -> None:
@@ -1453,33 +1501,20 @@ def write_checkpoint(path: Path, content: dict) -> None:
         temporary.write_bytes(whole.getbuffer())
 
 
-def check_resume(args: Training, state: dict) -> None:
-    """UserError if a checkpoint was trained with other flags."""
-    for flag, old in state["config"].items():
-        now = str(getattr(args, flag, None))
-        if flag not in FREE and now != old:
-            raise UserError(
-                f"{args.out / 'last.pth'}: was trained with --{flag.replace('_', '-')} {old}, not {now}; give the "
-                "same, another --out, or --no-resume to begin again"
-            )
-
-
 def seed_of(*numbers: int) -> int:
     """One seed of several numbers, such as (run, stream, step, place)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Draws(torch.utils.data.Dataset):
-    """A data set asked by (index, seed): what is random in a sample depends on its seed alone. A sample that cannot
-    be read gives place to another; None in its place after 100."""
+    """A data set asked by (index, seed, step): what is random in a sample depends on its seed alone; what changes while
+    training reads samples.step. A sample that cannot be read gives place to another; None in its place after 100."""
 
     def __init__(self, samples):
         self.samples = samples
 
-    def __getitem__(self, key: tuple[int, int]):
-        (index, seed), skipped = key, []
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - for libraries that draw from it
+    def __getitem__(self, key: tuple[int, int, int]):
+        (index, seed, self.samples.step), skipped = key, []
         torch.manual_seed(seed)
         while len(skipped) < 100:
             try:
@@ -1499,8 +1534,8 @@ class Draws(torch.utils.data.Dataset):
 
 
 class Batches(torch.utils.data.Sampler):
-    """Endless shuffled batches of (index, seed) from step `start` on, full ones only; those of a step are a function
-    of (seed, step), and a process takes its slice of them."""
+    """Endless shuffled batches of (index, seed, step) from step `start` on, full ones only; those of a step are a
+    function of (seed, step), and a process takes its slice of them."""
 
     def __init__(self, count: int, size: int, seed: tuple[int, ...], start: int):
         self.count, self.size, self.seed, self.start = count, size, seed, start
@@ -1514,7 +1549,19 @@ class Batches(torch.utils.data.Sampler):
                 order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(*self.seed, epoch)))
             first = step % (self.count // self.size) * self.size
             places = range(rank * share, (rank + 1) * share)
-            yield [(int(order[first + place]), seed_of(*self.seed, step, place)) for place in places]
+            yield [(int(order[first + place]), seed_of(*self.seed, step, place), step) for place in places]
+
+
+def visible(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders below one, in order, with the names of their files; links are followed, what is hidden left out."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield place, sorted(name for name in files if name[0] != ".")
+
+
+def pictures_in(folder: str | Path) -> list[str]:
+    """The pictures below a folder, in order."""
+    return [f"{at}/{name}" for at, files in visible(folder) for name in files if name.lower().endswith(PICTURES)]
 
 
 def quiet_worker(_) -> None:
@@ -1559,17 +1606,30 @@ class Curve:
             writer.writerows(rows)
 
 
+def clips(args: Training) -> list[str]:
+    """The sequences that validate() scores. UserError if they are not there."""
+    names = [name for name in args.validate_sequences.split(",") if name]
+    listing = args.validate / "ImageSets" / "2017" / "val.txt"
+    if not names and not listing.is_file():
+        raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
+    names = names or listing.read_text().split()[:2]
+    for place in (f"{folder}/480p/{name}" for folder in ("JPEGImages", "Annotations") for name in names):
+        if not (args.validate / place).is_dir():
+            raise UserError(
+                f"--validate {args.validate}: has no {place}; give DAVIS 2017 and --validate-sequences of it"
+            )
+    return names
+
+
 def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
     """J&F of label propagation with OUT/weights.pth, by evaluate.py in a process of its own; {} if that fails."""
-    names = args.validate_sequences.split(",") if args.validate_sequences else []
-    names = names or (args.validate / "ImageSets" / "2017" / "val.txt").read_text().split()[:2]
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         command = [sys.executable, Path(__file__).parent / "evaluate.py", "--data", args.validate, "--out", folder]
         command += [
             "--weights",
             args.out / "weights.pth",
             "--sequences",
-            ",".join(names),
+            ",".join(clips(args)),
             "--device",
             args.device,
             *flags,
@@ -1592,22 +1652,23 @@ def train(
     lr: Callable[[int], float],
     epochs: int,
     steps_per_epoch: int,
-    streams: dict[str, tuple[Sequence, int]],
+    streams: dict[str, tuple[Sequence, str]],
     weights: Callable[[], dict],
     validation: Sequence[str] = (),
     score: Callable[[], dict[str, float]] | None = None,
-    look: Callable[[dict, int], np.ndarray] | None = None,
+    look: Callable[[], np.ndarray] | None = None,
     look_every: int = 0,
 ) -> None:
     """Train, on one process or many, so that a run that is cut off and resumed ends with the same weights.
 
-    method(batch, step) gives scalar tensors, the same ones at every step: "loss" is minimised, all are logged. streams
-    names data sets and their batch sizes over all processes; batch[name] is what their samples collate to. Randomness
-    is a function of (seed, step, place in the batch), so a checkpoint needs no random states, and processes x
-    accumulated parts see the same samples however they are shared out. lr(epoch), epochs from 0. weights() is saved as
-    OUT/weights.pth; validation are flags of evaluate.py for --validate; score() is run by all processes at the end of
-    an epoch; look(batch, step) is a picture, H x W x 3 uint8. Raises UserError for a loss that is not finite, data
-    that cannot be read and a full disk; the last checkpoint stays.
+    method(batch, step) gives scalar tensors, the same ones at all steps of an epoch: "loss" is minimised, all are
+    logged. streams names data sets and the flags of their batch sizes over all processes, as checked by start_training;
+    batch[name] is what their samples collate to. Randomness is a function of (seed, step, place in the batch), so a
+    checkpoint needs no random states, and processes x accumulated parts see the same samples however they are shared
+    out. lr(epoch), epochs from 0. weights() is saved as OUT/weights.pth; validation are flags of evaluate.py for
+    --validate; score() is run by all processes at the end of an epoch; look() is a picture, H x W x 3 uint8, of the
+    step before. Raises UserError for a loss that is not finite, data that cannot be read and a full disk; the last
+    checkpoint stays.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -1618,17 +1679,10 @@ def train(
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another") from error
     total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
-    for name, (samples, size) in streams.items():
-        if len(samples) < size:
-            raise UserError(
-                f"{len(samples)} samples to learn from ({name}) for a batch of {size}; give a smaller batch"
-            )
-        if size % (world * args.accumulate):
-            raise UserError(f"a batch of {size} ({name}): does not divide into {world} processes x --accumulate parts")
+    streams = {name: (samples, getattr(args, flag)) for name, (samples, flag) in streams.items()}
     scaler, step = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
-    if args.resume and last.is_file():
-        state = read_checkpoint(last)
-        check_resume(args, state)
+    if resumes(args):
+        state = read_checkpoint(args, streams)
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -1639,7 +1693,7 @@ def train(
                 Draws(samples),
                 batch_sampler=Batches(len(samples), size, (args.seed, number), step),
                 collate_fn=Draws.collate,
-                num_workers=args.workers,
+                num_workers=math.ceil(args.workers / len(streams)),
                 worker_init_fn=quiet_worker,
                 pin_memory=device.type == "cuda",
             )
@@ -1654,6 +1708,7 @@ def train(
 
     def save() -> None:
         state = {"step": step, "config": {flag: str(value) for flag, value in vars(args).items()}}
+        state["samples"] = {name: len(samples) for name, (samples, _) in streams.items()}
         state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         write_checkpoint(last, state)
         write_checkpoint(args.out / "weights.pth", weights())
@@ -1668,11 +1723,30 @@ def train(
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     began = saved = time.perf_counter()
     waited, first, since = 0.0, step, (began, step)
-    log, scores = (Curve(args.out / name, step) if not rank else None for name in ("log.csv", "validation.csv"))
+    log, scores = (Curve(args.out / name, step) for name in ("log.csv", "validation.csv"))  # rank 0 adds to them
     board = SummaryWriter(args.out, purge_step=step) if not rank else None
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+
+    def due_to_validate() -> bool:
+        return bool(args.validate) and (step == total or step % (args.validate_every * steps_per_epoch) == 0)
+
+    def judge() -> None:
+        """Scores of an epoch that is over, and of the end."""
+        row = score() if score and step % steps_per_epoch == 0 else {}
+        if due_to_validate() and not rank:
+            row |= validate(args, validation)
+        if row and not rank:
+            epoch = (step - 1) // steps_per_epoch
+            scores.add({"step": step, "epoch": epoch, **row})
+            for name, value in row.items():
+                board.add_scalar(f"validation/{name}", value, step)
+            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        method.train()
+
     method.train()
     try:
+        if step and not any(int(row["step"]) == step for row in scores.kept):  # stopped before it could be judged
+            judge()
         while step < total and not halt:
             epoch = step // steps_per_epoch
             for group in optimizer.param_groups:
@@ -1706,13 +1780,12 @@ def train(
             bar.update()
             halt = max(stopped, default=0)
             if world > 1:  # all stop at the same step
-                flag = torch.tensor(halt, device=device)
+                flag = torch.tensor(halt)  # on the CPU: a GPU would have to finish the step first
                 torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
                 halt = int(flag)
             over = step % steps_per_epoch == 0
-            judge = args.validate and (step == total or (over and (epoch + 1) % args.validate_every == 0))
             since_saved = (time.perf_counter() - saved) / 60
-            due = halt or judge or step == total
+            due = halt or due_to_validate() or step == total
             due = due or since_saved > (min(1, args.save_minutes) if over else args.save_minutes)
             if due or over or step % 10 == 0 or step <= 10:
                 now, steps = time.perf_counter(), step - since[1]
@@ -1736,20 +1809,12 @@ def train(
                     save()
                 saved = time.perf_counter()
             if look and not rank and step % look_every == 0:
-                picture = look(batch, step)
+                picture = look()
                 with atomic(args.out / "pictures" / f"{step:07}.jpg") as path:
                     path.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1])
                 board.add_image("picture", picture, step, dataformats="HWC")
             if (over or step == total) and not halt:
-                row = score() if score and over else {}
-                if judge and not rank:
-                    row |= validate(args, validation)
-                if row and not rank:
-                    scores.add({"step": step, "epoch": epoch, **row})
-                    for name, value in row.items():
-                        board.add_scalar(f"validation/{name}", value, step)
-                    tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-                method.train()
+                judge()
                 since = time.perf_counter(), step
     except OSError as error:  # of the logs; a checkpoint's says so itself
         why = error.strerror or error
@@ -1768,7 +1833,10 @@ def train(
         sys.exit(128 + halt)
     if not rank:
         took = time.perf_counter() - began
-        print(f"steps {first} to {step} in {took:.0f} s, {waited / took:.0%} of it waiting for data")
+        if step > first:
+            print(f"steps {first} to {step} in {took:.0f} s, {waited / took:.0%} of it waiting for data")
+        else:
+            print(f"{last}: is at step {step} of {total}, nothing is left to do")
         print(args.out / "weights.pth")
 
 

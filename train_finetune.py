@@ -32,7 +32,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import v2
 
 import common
-from common import PICTURES, Unreadable, UserError, all_gather, rank_world
+from common import PICTURES, Unreadable, UserError, all_gather, pictures_in, rank_world
 
 
 @dataclass
@@ -121,9 +121,9 @@ def settle(args: Args) -> Args:
     for flag in ("momentum", "weight_decay", "holdout", "key_momentum", "min_area"):
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 to 1")
+    if args.crop < 8:
+        raise UserError(f"--crop {args.crop}: give 8 or more")
     batch = f"--batch-size {args.batch_size}"
-    if args.batch_size % parts:
-        raise UserError(f"{batch}: is no multiple of {parts}, processes x --accumulate; change one of them")
     if args.moco_v2 and not moco:
         raise UserError(f"--moco-v2: is for --objective moco, not {args.objective}; leave it out")
     if moco and args.queue % args.batch_size:
@@ -132,6 +132,10 @@ def settle(args: Args) -> Args:
     if moco and (args.bn_groups < 1 or args.batch_size % args.bn_groups or args.bn_groups % parts):
         what = f"must divide {batch} and be a multiple of {parts}, processes x --accumulate"
         raise UserError(f"--bn-groups {args.bn_groups}: {what}; change one of them")
+    groups = {"imagenet": parts, "rotation": 0, "moco": args.bn_groups}[args.objective]
+    if args.crop <= 32 and args.batch_size < 2 * groups:
+        what = "leaves one cell of a picture, and BatchNorm would see one picture at a time"
+        raise UserError(f"--crop {args.crop}: {what}; give more, a larger batch, or fewer --bn-groups or --accumulate")
     return args
 
 
@@ -144,15 +148,6 @@ def learning_rate(args: Args) -> Callable[[int], float]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
-
-
-def pictures_in(folder: Path) -> list[str]:
-    """The pictures below a folder, in order, hidden ones left out."""
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [f"{place}/{name}" for name in sorted(files) if name[0] != "." and name.lower().endswith(PICTURES)]
-    return found
 
 
 def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[str]]:
@@ -362,7 +357,8 @@ class MoCo(nn.Module):
     def keys(self, images: Tensor, step: int) -> Tensor:
         """Keys of the images of all processes, in their order."""
         rank, everybody = rank_world()[0], all_gather(images)
-        order = torch.randperm(len(everybody), generator=torch.Generator().manual_seed(step)).to(images.device)
+        generator = torch.Generator(images.device).manual_seed(step)
+        order = torch.randperm(len(everybody), generator=generator, device=images.device)
         own = order[rank * len(images) : (rank + 1) * len(images)]
         shuffled = all_gather(self.embed(self.encoder_k, everybody[own]))
         return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
@@ -379,9 +375,9 @@ class MoCo(nn.Module):
             logits = contrast(q, keys[place : place + len(q)], self.negatives, self.temperature)
             labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
             terms = {"loss": F.cross_entropy(logits, labels), **accuracy(logits, labels)}
-        first = int(self.queue_ptr)
-        self.queue[:, first : first + len(keys)] = keys.T
-        self.queue_ptr[0] = (first + len(keys)) % self.queue.shape[1]
+        places = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.queue.shape[1]
+        self.queue[:, places] = keys.T
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.queue.shape[1])
         return terms
 
 
@@ -392,35 +388,21 @@ class MoCo(nn.Module):
 def load_start(net: Net, path: Path, arch: str) -> None:
     """Weights of the original stride into the network; what the file lacks beyond layer3 is named and stays random.
     UserError for another architecture."""
-    released, _ = common.read_weights(path)
-    state = {re.sub(r"^(module\.)?(encoder_q\.|net\.)?", "", key): value for key, value in released.items()}
-    wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
+    state, own = common.read_start(path), net.state_dict()
 
     def head(entries: dict) -> dict:
         return {key: value.shape for key, value in entries.items() if key.startswith("fc.")}
 
     fresh = [] if any(key.startswith("layer4.") for key in state) else ["layer4"]
-    fresh += [] if head(state) == head(wanted) else ["fc"]
-    needed = {key: value for key, value in wanted.items() if key.split(".")[0] not in fresh}
-    missing = [key for key in needed if key not in state]
-    wrong = [key for key in needed if key in state and state[key].shape != needed[key].shape]
-    more = [key for key in state if re.match(r"layer.*weight$", key) and key not in wanted]
-    if missing and any(re.search(r"(^|\.)(conv\d|downsample\.0)\.bias$", key) for key in state):
-        why = f"its BatchNorm is folded into the convolutions ({missing[0]} is gone), so it cannot be trained"
-        raise UserError(f"{path}: {why}; give the file from before that")
-    if wrong:
-        why = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(needed[wrong[0]].shape)}"
-    elif missing or more:
-        why = f"it lacks {missing[0]}" if missing else f"it has {more[0]} as well"
-    else:
-        net.load_state_dict(
-            {key: value for key, value in state.items() if key.split(".")[0] not in fresh}, strict=False
-        )
-        if fresh and not rank_world()[0]:
-            names = " and ".join({"layer4": "layer4", "fc": "head (fc)"}[name] for name in fresh)
-            print(f"note: {path}: has no fitting {names}; random weights are taken instead", file=sys.stderr)
-        return
-    raise UserError(f"{path}: is no {arch} with torchvision's names: {why}; give another file, or another --arch")
+    fresh += [] if head(state) == head(own) else ["fc"]
+    state = {key: value for key, value in state.items() if key.split(".")[0] not in fresh}
+    more = [key for key in state if re.match(r"layer.*weight$", key) and key not in own]
+    why = common.fit(net, state | {key: value for key, value in own.items() if key.split(".")[0] in fresh})
+    if why := why or (more and f"it has {more[0]} as well"):
+        raise UserError(f"{path}: is no {arch} with torchvision's names: {why}; give another file, or another --arch")
+    if fresh and not rank_world()[0]:
+        names = " and ".join({"layer4": "layer4", "fc": "head (fc)"}[name] for name in fresh)
+        print(f"note: {path}: has no fitting {names}; random weights are taken instead", file=sys.stderr)
 
 
 def system(args: Args) -> str:
@@ -462,14 +444,14 @@ def held_out_score(args: Args, method: nn.Module, pictures: HeldOut, device: tor
 
 def main(args: Args) -> None:
     args = settle(args)
-    device = common.start_training(args)
     learned, held, classes = find_pictures(args)
-    if len(learned) < args.batch_size:
-        raise UserError(f"--batch-size {args.batch_size}: there are {len(learned)} pictures to learn from; give fewer")
     moco = args.objective == "moco"
+    pictures = Pictures(learned, augmentation(args), ("query", "key") if moco else ("image",))
+    streams = {"pictures": (pictures, "batch_size")}
+    device = common.start_training(args, streams)
     outputs = {"imagenet": len(classes), "rotation": 4, "moco": args.dim}[args.objective]
     net = Net(args.arch, outputs, frozen=args.finetune is not None, mlp=moco and args.moco_v2)
-    if args.finetune:
+    if args.finetune and not common.resumes(args):
         load_start(net, args.finetune, args.arch)
     if moco:
         groups = args.bn_groups // (rank_world()[1] * args.accumulate)
@@ -490,7 +472,6 @@ def main(args: Args) -> None:
         meta |= {"torch": str(torch.__version__), "config": {flag: str(value) for flag, value in vars(args).items()}}
         return {"state_dict": net.state_dict(), "meta": meta}
 
-    pictures = Pictures(learned, augmentation(args), ("query", "key") if moco else ("image",))
     trained, kept = [value for value in method.parameters() if value.requires_grad], HeldOut(held, centre(args))
     common.train(
         args,
@@ -499,7 +480,7 @@ def main(args: Args) -> None:
         learning_rate(args),
         args.epochs,
         len(pictures) // args.batch_size,
-        {"pictures": (pictures, args.batch_size)},
+        streams,
         weights,
         validation=("--model", system(args)),
         score=(lambda: held_out_score(args, method, kept, device)) if held else None,

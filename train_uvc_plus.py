@@ -30,7 +30,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
 import common
-from common import PICTURES, Unreadable, UserError, Video, all_gather, rank_world
+from common import PICTURES, Unreadable, UserError, Video, all_gather, pictures_in, rank_world, visible
 
 
 @dataclass
@@ -117,7 +117,7 @@ def find_videos(roots: Sequence[Path]) -> list[Path]:
             raise UserError(f"--data {root}: no such folder; give one with videos, or with folders of frames")
         top = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root
         before = len(videos)
-        for folder, _, files in os.walk(top, followlinks=True):
+        for folder, files in visible(top):
             videos += [Path(folder, name) for name in files if name.lower().endswith(FILMS)]
             if any(name.lower().endswith(PICTURES) for name in files):
                 videos.append(Path(folder))
@@ -201,14 +201,17 @@ class Pairs(Dataset):
     their own, both flipped or neither. Localisation: the reference turned, both enlarged, the reference cut.
     """
 
-    def __init__(self, args: Args, videos: Sequence[Path], localise: bool):
-        self.args, self.videos, self.localise = args, videos, localise
+    step = 0  # as train() says
+
+    def __init__(self, args: Args, videos: Sequence[Path], warmup_steps: int):
+        self.args, self.warmup_steps = args, warmup_steps
+        self.videos = np.array([os.fsencode(path) for path in videos])  # objects would be copied by every worker
 
     def __len__(self) -> int:
         return len(self.videos) * self.args.pairs_per_video
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        a, path = self.args, self.videos[index % len(self.videos)]
+        a, path = self.args, Path(os.fsdecode(self.videos[index % len(self.videos)]))
 
         def choose(length: int) -> tuple[int, int]:
             if length < 2:
@@ -217,7 +220,7 @@ class Pairs(Dataset):
 
         frames = [to_lab(frame, a.short_side) for frame in read_frames(path, choose)]
         angle = integer(-10, 10)
-        if self.localise:
+        if self.step >= self.warmup_steps:
             frames[0] = random_crop(enlarge(rotate(frames[0], angle), a.full), a.crop)
             frames[1] = enlarge(frames[1], a.full)
         else:
@@ -234,37 +237,40 @@ class Pairs(Dataset):
 class Images(Dataset):
     """A random frame of each video, or pictures, as `change` turns them; with their labels if there are any."""
 
-    def __init__(self, paths: Sequence[Path], change: Callable[[np.ndarray], Tensor], labels: Sequence[int] = ()):
-        self.paths, self.change, self.labels = paths, change, labels
+    def __init__(self, paths: Sequence, change: Callable[[np.ndarray], Tensor], labels: Sequence[int] = ()):
+        self.paths, self.labels = np.array([os.fsencode(path) for path in paths]), np.array(labels, int)
+        self.change = change
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int):
-        (frame,) = read_frames(self.paths[index], lambda length: [integer(0, length - 1)])
-        return (self.change(frame), self.labels[index]) if self.labels else self.change(frame)
+        (frame,) = read_frames(Path(os.fsdecode(self.paths[index])), lambda length: [integer(0, length - 1)])
+        return (self.change(frame), int(self.labels[index])) if len(self.labels) else self.change(frame)
 
 
-def image_change(args: Args) -> Callable[[np.ndarray], Tensor]:
-    """The augmentation of the image objective: RGB frame -> 3 (grey: 1) x size x size uint8; of moco two of them."""
-    moco = args.image_objective == "moco"
-    steps = [v2.RandomResizedCrop(args.image_size, scale=(0.2 if moco else 0.08, 1), antialias=True)]
-    if moco:  # version 1; without effect on the colours of grey pictures
-        steps += [v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.4)]
-    augment = v2.Compose([*steps, v2.RandomHorizontalFlip()])
+def augment(frame: np.ndarray, change: v2.Transform, grey: bool, views: int) -> Tensor:
+    """RGB frame -> `views` of it as `change` makes them, each 3 (grey: 1) x size x size uint8; one as it is."""
+    if grey:
+        frame = cv2.cvtColor(frame, cv2.COLOR_RGB2LAB)[..., :1]
+    frame = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
+    return torch.stack([change(frame) for _ in range(views)]) if views > 1 else change(frame)
 
-    def change(frame: np.ndarray) -> Tensor:
-        if args.image_grey:
-            frame = cv2.cvtColor(frame, cv2.COLOR_RGB2LAB)[..., :1]
-        frame = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
-        return torch.stack([augment(frame), augment(frame)]) if moco else augment(frame)
 
-    return change
+def lab_crop(frame: np.ndarray, short_side: int, side: int) -> Tensor:
+    """RGB frame -> what the auto-encoder learns from, side x side x 3 uint8, flipped or not."""
+    frame = random_crop(to_lab(frame, short_side), side)
+    return torch.from_numpy(np.ascontiguousarray(frame[:, ::-1] if integer(0, 1) else frame))
 
 
 def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
     """The data of the image objective."""
-    objective, change = args.image_objective, image_change(args)
+    objective, moco = args.image_objective, args.image_objective == "moco"
+    steps = [v2.RandomResizedCrop(args.image_size, scale=(0.2 if moco else 0.08, 1), antialias=True)]
+    if moco:  # version 1; without effect on the colours of grey pictures
+        steps += [v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.4)]
+    change = v2.Compose([*steps, v2.RandomHorizontalFlip()])
+    change = functools.partial(augment, change=change, grey=args.image_grey, views=2 if moco else 1)
     if args.image_data == "frames":
         if objective == "imagenet":
             raise UserError("--image-objective imagenet: needs --image-data ROOT, a folder with a folder a class")
@@ -273,13 +279,13 @@ def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
         raise UserError(f"--image-data {args.image_data}: --image-objective none has no use for it; say which")
     root = Path(args.image_data)
     root = root / "train" if (root / "train").is_dir() else root
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES)
+    paths = pictures_in(root)
     if not paths:
         raise UserError(f"--image-data {args.image_data}: holds no pictures; give a folder of them, or frames")
     if objective != "imagenet":
         return Images(paths, change)
-    paths = [path for path in paths if path.parent != root]
-    names = [path.relative_to(root).parts[0] for path in paths]
+    paths = [path for path in paths if Path(path).parent != root]
+    names = [Path(path).relative_to(root).parts[0] for path in paths]
     classes = {name: number for number, name in enumerate(sorted(set(names)))}
     if len(classes) < 2:
         raise UserError(f"--image-data {args.image_data}: has {len(classes)} folders of pictures; give one a class")
@@ -395,7 +401,7 @@ def cell_grid(n: int, legacy: bool, like: Tensor) -> Tensor:
 
 def affinity(reference: Tensor, target: Tensor, temperature: float) -> Tensor:
     """S_ij = f_i . f_j / T, before the softmax. B x C x n x n and B x C x m x m -> B x nn x mm."""
-    return reference.flatten(2).transpose(1, 2) @ target.flatten(2) / temperature
+    return (reference / temperature).flatten(2).transpose(1, 2) @ target.flatten(2)  # a second nn x mm would be large
 
 
 def copy_colors(codes: Tensor, A: Tensor) -> Tensor:
@@ -481,16 +487,9 @@ def build_backbone(args: Args) -> nn.Module:
     """A ResNet-18 up to --out-layer, its weights random or those of --init, which must hold all of them."""
     row = common.MODELS["uvc+"]
     net = common.build_net(row, replace(row.settings, layer=args.out_layer.replace("layer", "res")))
-    if args.init:
-        state = {key.removeprefix("module."): value for key, value in common.read_weights(args.init)[0].items()}
-        wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
-        for key, value in wanted.items():
-            if key not in state or state[key].shape != value.shape:
-                raise UserError(
-                    f"--init {args.init}: has no fitting {key}; give a ResNet-18 up to {args.out_layer} with "
-                    "torchvision's names and its BatchNorm"
-                )
-        net.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    if args.init and not common.resumes(args) and (why := common.fit(net, common.read_start(args.init))):
+        what = f"give a ResNet-18 up to {args.out_layer} with torchvision's names and its BatchNorm"
+        raise UserError(f"--init {args.init}: {why}; {what}")
     return net
 
 
@@ -564,7 +563,7 @@ class UVC(nn.Module):
                 video = video + a.coordinate * terms["coordinate"]
         loss = video + a.image_weight * terms["image"] if "image" in terms else video
         if (step + 1) % a.look_every == 0:
-            self.shown = [None if x is None else x[:4].detach() for x in (x1, x2, y2, forward, where)]
+            self.shown = [None if x is None else x[:4].detach().clone() for x in (x1, x2, y2, forward, where)]
         return {
             "loss": loss,
             "color": error.mean(),
@@ -618,14 +617,25 @@ class UVC(nn.Module):
         logits = self.auxiliary(self.backbone(self.pictures(images))).float()
         return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
 
+    def embed(self, backbone: nn.Module, auxiliary: nn.Module, images: Tensor) -> Tensor:
+        """Pictures -> keys of length 1, N x 128. BatchNorm sees groups of a quarter of the batch, at least two at a
+        time in a process that is alone. In the running statistics, which inference takes, all groups weigh as much
+        as one pass."""
+        groups = images.chunk(max(2 if rank_world()[1] == 1 else 1, 4 // (rank_world()[1] * self.args.accumulate)))
+        norms = [part for part in backbone.modules() if isinstance(part, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1 - 0.9 ** (1 / len(groups))
+        keys = torch.cat([auxiliary(backbone(self.pictures(group))) for group in groups])
+        for norm in norms:
+            norm.momentum = 0.1
+        return F.normalize(keys.float(), dim=1)
+
     def moco(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Which of the queue's keys and the picture's own is its own, q . k / 0.07 (MoCo v1), and the share that is
-        right. BatchNorm sees groups of a quarter of the batch, those of the keys shuffled over all processes."""
-        query_images, key_images = self.pictures(images.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        right. Keys are shuffled over all processes, so that BatchNorm sees them in other groups than the queries."""
         rank, world = rank_world()
-        groups = max(1, 4 // (world * self.args.accumulate))
-        query = torch.cat([self.auxiliary(self.backbone(part)) for part in query_images.chunk(groups)])
-        query = F.normalize(query.float(), dim=1)  # N 128
+        query_images, key_images = images.unbind(1)
+        query = self.embed(self.backbone, self.auxiliary, query_images)
         with torch.no_grad():
             if self.moved != step:  # once, also where gradients are accumulated
                 pairs = ((self.key_backbone, self.backbone), (self.key_auxiliary, self.auxiliary))
@@ -633,21 +643,21 @@ class UVC(nn.Module):
                     old.lerp_(new, 0.001)
                 self.moved, self.negatives = step, self.queue.clone()
             everything = all_gather(key_images)
-            order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(step)).to(images.device)
+            generator = torch.Generator(images.device).manual_seed(step)
+            order = torch.randperm(len(everything), generator=generator, device=images.device)
             mine = everything[order].chunk(world)[rank]
-            keys = torch.cat([self.key_auxiliary(self.key_backbone(part)) for part in mine.chunk(groups)])
-            keys = all_gather(F.normalize(keys.float(), dim=1))[order.argsort()]
+            keys = all_gather(self.embed(self.key_backbone, self.key_auxiliary, mine))[order.argsort()]
         with torch.autocast(images.device.type, enabled=False):
             own = (query * keys.chunk(world)[rank]).sum(1, keepdim=True)
             logits = torch.cat([own, query @ self.negatives], 1) / 0.07
-        start = int(self.pointer)
-        self.queue[:, start : start + len(keys)] = keys.T
-        self.pointer.fill_((start + len(keys)) % self.queue.shape[1])
+        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % self.queue.shape[1]
+        self.queue[:, places] = keys.T
+        self.pointer.copy_((self.pointer + len(keys)) % self.queue.shape[1])
         return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)), (
             logits.argmax(1) == 0
         ).float().mean()
 
-    def look(self, batch: dict, step: int) -> np.ndarray:
+    def look(self) -> np.ndarray:
         """Rows of reference, whole target with its box, target, and the colours copied to it."""
         x1, x2, y2, copied, where = self.shown
         side, rows = x1.shape[-1], []
@@ -679,19 +689,15 @@ def check(args: Args) -> Args:
         raise UserError(f"--crop {args.crop}: give a multiple of 64, the concentration loss has windows of 64 pixels")
     if args.full <= args.crop or args.full % 8:
         raise UserError(f"--full {args.full}: give a multiple of 8 above --crop {args.crop}")
-    numbers = (
-        "epochs",
-        "batch_size",
-        "pairs_per_video",
-        "gap",
-        "look_every",
-        "autoencoder_steps",
-        "queue",
-        "image_size",
-    )
-    for flag in (*numbers, *(["image_batch_size"] if args.image_batch_size is not None else [])):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+    lowest = dict.fromkeys(("epochs", "batch_size", "image_batch_size", "pairs_per_video", "gap", "look_every"), 1)
+    lowest |= {"autoencoder_steps": 1, "queue": 1, "image_size": 64, "image_weight": 0, "short_side": 0}
+    lowest |= {"threshold": 0, "color_switch": 0, "concentration": 0, "coordinate": 0}
+    for flag, least in lowest.items():
+        if (value := getattr(args, flag)) is not None and not value >= least:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: give {least} or more")
+    for flag in ("lr", "temperature"):
+        if not getattr(args, flag) > 0:
+            raise UserError(f"--{flag} {getattr(args, flag)}: give a number above 0")
     for flag in ("image_weight", "image_grey"):
         if args.image_objective == "none" and getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')}: --image-objective none has no use for it; say which")
@@ -701,8 +707,6 @@ def check(args: Args) -> Args:
         raise UserError(
             "--amp bfloat16: is too coarse for affinities of features that have no unit length; take float16"
         )
-    if not args.temperature > 0:
-        raise UserError(f"--temperature {args.temperature}: give a number above 0; affinities are divided by it")
     given = {
         "short_side": args.crop if args.short_side is None else args.short_side,
         "image_weight": IMAGE_WEIGHT[args.image_objective] if args.image_weight is None else args.image_weight,
@@ -718,11 +722,8 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     folder = args.out / "autoencoder"
     if args.resume and (folder / "decoder.pth").is_file():
         return folder
-
-    def change(frame: np.ndarray) -> Tensor:
-        frame = random_crop(to_lab(frame, args.short_side), args.crop)
-        return torch.from_numpy(np.ascontiguousarray(frame[:, ::-1] if integer(0, 1) else frame))
-
+    torch.manual_seed(args.seed)
+    change = functools.partial(lab_crop, short_side=args.short_side, side=args.crop)
     held = videos[::10] if len(videos) >= 20 else videos  # few: all are learnt from, and tell nothing about others
     learn = [video for i, video in enumerate(videos) if i % 10 or len(videos) < 20]
     frames = Images(learn * math.ceil(500 * args.batch_size / len(learn)), change)  # 500 steps an epoch
@@ -747,7 +748,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
 
     own = replace(args, out=folder, max_steps=args.autoencoder_steps, validate=None)
     steps = len(frames) // args.batch_size
-    streams = {"frames": (frames, args.batch_size)}
+    streams = {"frames": (frames, "batch_size")}
     epochs = math.ceil(args.autoencoder_steps / steps)
 
     def lr(epoch: int) -> float:
@@ -768,24 +769,17 @@ def main(args: Args) -> None:
     args = check(args)
     videos = find_videos(args.data)
     images = find_images(args, videos)
-    parts = rank_world()[1] * max(1, args.accumulate)
-    wanted = [("--batch-size", len(videos) * args.pairs_per_video, args.batch_size)]
-    wanted += [("--image-batch-size", len(images), args.image_batch_size)] if images else []
-    for flag, count, size in wanted:
-        if count < size:
-            raise UserError(f"{flag} {size}: there are {count} samples an epoch; give fewer, or more --pairs-per-video")
-        if size % parts:
-            raise UserError(f"{flag} {size}: is no multiple of {parts}, processes x --accumulate; change one of them")
-    if args.init:  # what does not fit is refused before an auto-encoder is trained
-        build_backbone(args)
-    coders = load_autoencoder(args.autoencoder) if args.autoencoder else None
-    device = common.start_training(args)
-    coders = coders or load_autoencoder(train_autoencoder(args, videos, device))
-
     steps_per_epoch = len(videos) * args.pairs_per_video // args.batch_size
     warmup = args.warmup_epochs * steps_per_epoch
-    torch.manual_seed(args.seed)
+    streams = {"video": (Pairs(args, videos, warmup), "batch_size")}
+    streams |= {"image": (images, "image_batch_size")} if images else {}
+    again = common.resumes(args)  # all weights are in last.pth
+    coders = load_autoencoder(args.autoencoder) if args.autoencoder and not again else (LabEncoder(), LabDecoder())
+    device = common.start_training(args, streams)
     method = UVC(args, coders, warmup, max(images.labels, default=-1) + 1 if images else 0).to(device)
+    if not (args.autoencoder or again):  # an --init that does not fit has been refused by now
+        for part, trained in zip(coders, load_autoencoder(train_autoencoder(args, videos, device)), strict=True):
+            part.load_state_dict(trained.state_dict())
     optimizer = torch.optim.Adam([weight for weight in method.parameters() if weight.requires_grad], lr=args.lr)
 
     def lr(epoch: int) -> float:
@@ -804,24 +798,11 @@ def main(args: Args) -> None:
     layer = args.out_layer.replace("layer", "res")
     validation = ["--model", "uvc+", "--layer", layer, "--localization", "none", "--context", "7"]
     validation += ["--temperature", str(args.temperature)]
-    # The frames differ between the phases, so each is a call of train() that goes on where the one before stopped.
-    done, last, total = 0, args.out / "last.pth", min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    if args.resume and last.is_file():
-        done = common.read_checkpoint(last)["step"]
-        if done >= total and rank_world()[0] == 0:
-            print(f"{last}: is at step {done} of {total}, nothing is left to do")
-    for localise, epochs in ((False, args.warmup_epochs), (True, args.epochs)):
-        if done >= min(epochs * steps_per_epoch, total):
-            continue
-        streams = {"video": (Pairs(args, videos, localise), args.batch_size)}
-        streams |= {"image": (images, args.image_batch_size)} if images else {}
-        now = replace(args, resume=args.resume or done > 0)
-        common.train(
-            *(now, method, optimizer, lr, epochs, steps_per_epoch, streams, weights, validation),
-            look=method.look,
-            look_every=args.look_every,
-        )
-        done = epochs * steps_per_epoch
+    common.train(
+        *(args, method, optimizer, lr, args.epochs, steps_per_epoch, streams, weights, validation),
+        look=method.look,
+        look_every=args.look_every,
+    )
 
 
 if __name__ == "__main__":

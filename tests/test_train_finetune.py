@@ -403,6 +403,22 @@ def test_other_settings_are_not_resumed(data, tmp_path, cli):
     assert (tmp_path / "last.pth").read_bytes() == before
 
 
+def test_a_run_goes_on_after_its_files_moved(data, start, tmp_path, cli):
+    """Pictures by another path, weights to start from under another folder, which need not be there any more."""
+    flags = ("--objective", "rotation", *TINY, "--out", tmp_path / "out")
+    assert cli(train_finetune, *flags, "--data", data, "--finetune", start, "--max-steps", "1")[0] == 0
+    shutil.copytree(data, tmp_path / "moved")
+    flags += ("--data", tmp_path / "moved", "--max-steps", "2", "--finetune")
+    code, _, said = cli(train_finetune, *flags, tmp_path / "gone" / start.name)
+    assert code == 0, said
+    assert torch.load(tmp_path / "out" / "last.pth", weights_only=True)["step"] == 2
+    code, _, said = cli(train_finetune, *flags, tmp_path / "other.pth")
+    assert code == 2 and "was trained with --finetune " in said
+    (tmp_path / "moved" / "train" / "class0" / "000.jpg").unlink()
+    code, _, said = cli(train_finetune, *flags, start)
+    assert code == 2 and "was trained with 12 samples (pictures), not 11" in said and said.count("\n") == 1
+
+
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(data, tmp_path, cli):
     flags = ("--objective", "imagenet", "--data", data, *TINY, "--out", tmp_path, "--epochs", "9", "--lr", "1e18")
     code, _, said = cli(train_finetune, *flags)
@@ -553,7 +569,9 @@ def test_what_is_wrong_with_a_start_is_said(start, tmp_path, data, cli):
         return said
 
     assert "layer1.0.conv1.weight is (64, 64, 3, 3), not (64, 64, 1, 1)" in error(whole, "--arch", "resnet50")
-    assert "it lacks layer1.0.bn2.weight" in error({k: v for k, v in whole.items() if k != "layer1.0.bn2.weight"})
+    assert "it lacks 1 of 102 entries, such as layer1.0.bn2.weight" in error(
+        {k: v for k, v in whole.items() if k != "layer1.0.bn2.weight"}
+    )
     assert "layer1.2.conv1.weight as well" in error({**whole, "layer1.2.conv1.weight": torch.zeros(64, 64, 3, 3)})
     folded = {key: value for key, value in whole.items() if "bn" not in key} | {"conv1.bias": torch.zeros(64)}
     assert "BatchNorm is folded" in error(folded)
@@ -643,15 +661,20 @@ def test_rows_of_the_paper_take_the_fine_tuned_weights(tmp_path, monkeypatch):
         (("--data", "empty", "--objective", "moco"), "holds no pictures"),
         (("--data", "one"), "holds 1 class folders"),
         (("--data", "stray"), "is no class of"),
-        (("--data", "one", "--objective", "rotation", "--batch-size", "64"), "there are 10 pictures"),
+        (("--data", "one", "--objective", "rotation", "--batch-size", "64"), "there are 10 samples"),
         (("--data", "one", "--objective", "moco", "--batch-size", "6", "--queue", "100"), "give 96"),
         (("--data", "one", "--objective", "moco", "--batch-size", "6", "--queue", "12"), "--bn-groups 8: must divide"),
-        (("--data", "one", "--batch-size", "6", "--accumulate", "4"), "no multiple of 4"),
+        (("--data", "one", "--objective", "rotation", "--batch-size", "6", "--accumulate", "4"), "no multiple of 4"),
         (("--data", "one", "--moco-v2"), "is for --objective moco"),
+        (("--data", "one", "--moco-v2", "--objective", "moco", "--crop", "5"), "--crop 5: give 8 or more"),
+        (
+            ("--data", "one", "--objective", "moco", "--crop", "32", "--batch-size", "8"),
+            "BatchNorm would see one",
+        ),
         (("--data", "one", "--epochs", "0"), "--epochs 0: must be above 0"),
         (("--data", "one", "--holdout", "2"), "--holdout 2.0: give 0 to 1"),
         (("--data", "one", "--objective", "rotation", "--validate", "empty"), "val.txt"),
-        (("--data", "one", "--objective", "rotation", "--device", "cuda:77"), "--device cuda:77"),
+        (("--data", "one", "--objective", "rotation", "--batch-size", "4", "--device", "cuda:77"), "--device cuda:77"),
     ],
 )
 def test_bad_input_gets_one_line(flags, message, tmp_path, monkeypatch, cli):

@@ -72,6 +72,10 @@ def args(**changes) -> uvc.Args:
     return uvc.check(uvc.Args(**(small | changes)))
 
 
+def checkpoint(out: Path) -> dict:
+    return torch.load(out / "last.pth", weights_only=True)
+
+
 def rows(out: Path) -> list[dict[str, float]]:
     with (out / "log.csv").open() as file:
         return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
@@ -422,6 +426,26 @@ def test_moco_is_momentum_contrast():
     assert loss.item() == pytest.approx(-logits.log_softmax(1)[:, 0].mean().item(), rel=1e-3)
 
 
+def test_moco_groups_weigh_as_one_pass_in_the_statistics():
+    """Of what a step adds to the backbone's running statistics 30 % are of the pictures, whatever their groups; the
+    rest are of the video."""
+    net = uvc.UVC(args(image_objective="moco", image_batch_size=4, queue=8), coded(), 0)
+    kinds = {1: torch.ones_like, 2: torch.zeros_like}  # groups of one picture; two pairs
+    net.backbone.bn1.register_forward_pre_hook(lambda _, inputs: kinds[len(inputs[0])](inputs[0]))
+    net({"video": pair(False), "image": torch.randint(0, 255, (4, 2, 3, 64, 64), dtype=torch.uint8)}, 0)
+    assert net.backbone.bn1.running_mean.numpy() == pytest.approx(0.1 * 0.9 * 0.9, rel=1e-5)  # then two passes of video
+
+
+def test_moco_never_shares_one_group():
+    """Also a part of a batch cut with --accumulate is normalised in two groups: in one a key would give itself away."""
+    net = uvc.UVC(args(image_objective="moco", image_batch_size=16, queue=16, accumulate=4), coded(), 0)
+    seen = []
+    for part in (net.backbone, net.key_backbone):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    net.moco(torch.randint(0, 255, (4, 2, 3, 64, 64), dtype=torch.uint8), 0)
+    assert seen == [2, 2, 2, 2]
+
+
 # Data
 
 
@@ -437,7 +461,8 @@ def test_pairs_of_both_phases(videos):
     """Sizes and kind; the same seed gives the same pair; the warm-up's frames are of one video, cut differently."""
     a = args(crop=64, full=128)
     for localise, side in ((False, 64), (True, 128)):
-        pairs = uvc.Pairs(a, uvc.find_videos([videos]), localise)
+        pairs = uvc.Pairs(a, uvc.find_videos([videos]), warmup_steps=5)
+        pairs.step = 5 if localise else 4
         assert len(pairs) == 4
         for index in range(4):
             torch.manual_seed(index)
@@ -447,9 +472,9 @@ def test_pairs_of_both_phases(videos):
             assert sample["target"].dtype == torch.uint8
             torch.manual_seed(index)
             assert torch.equal(pairs[index]["target"], sample["target"])
-    small = uvc.Pairs(args(crop=192, full=256), uvc.find_videos([videos]), False)[0]  # frames of 80 x 96: reflected
+    small = uvc.Pairs(args(crop=192, full=256), uvc.find_videos([videos]), 1)[0]  # frames of 80 x 96: reflected
     assert small["reference"].shape == small["target"].shape == (192, 192, 3)
-    assert len(uvc.Pairs(args(pairs_per_video=3), [Path("a")], True)) == 3
+    assert len(uvc.Pairs(args(pairs_per_video=3), [Path("a")], 0)) == 3
 
 
 def test_transforms_keep_what_they_should():
@@ -484,7 +509,7 @@ def test_images_are_found_and_labelled(tmp_path):
         for i in range(2):
             cv2.imwrite(str(tmp_path / "train" / name / f"{i}.png"), np.full((20, 30, 3), 50 * i, np.uint8))
     images = uvc.find_images(args(image_objective="imagenet", image_data=str(tmp_path)), [])
-    assert images.labels == [0, 0, 1, 1]
+    assert images.labels.tolist() == [0, 0, 1, 1]
     picture, label = images[2]
     assert (picture.shape, picture.dtype, label) == ((3, 64, 64), torch.uint8, 1)
     two = uvc.find_images(args(image_objective="moco", image_data=str(tmp_path), image_grey=True), [])[0]
@@ -492,6 +517,18 @@ def test_images_are_found_and_labelled(tmp_path):
     frames = uvc.find_images(args(image_objective="rotation", pairs_per_video=3), [tmp_path / "train" / "cat"])
     assert len(frames) == 3
     assert frames[2].shape == (3, 64, 64)
+
+
+def test_linked_folders_are_seen_and_hidden_files_are_not(videos, tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).symlink_to(videos / "a")
+    (tmp_path / ".thumbs").symlink_to(videos / "a")
+    (tmp_path / "films").mkdir()
+    for name in ("._clip.mp4", "clip.mp4"):
+        (tmp_path / "films" / name).symlink_to(videos / "film" / "clip.mp4")
+    images = uvc.find_images(args(image_objective="imagenet", image_data=str(tmp_path)), [])
+    assert images.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [path.name for path in uvc.find_videos([tmp_path])] == ["clip.mp4", "x", "y"]
 
 
 def test_only_the_frames_needed_are_converted(videos, monkeypatch):
@@ -564,19 +601,29 @@ def test_weights_go_into_propagate(trained, small_clip, tmp_path, cli, flags):
 
 
 def test_it_starts_from_given_weights(trained, videos, coders, tmp_path, cli):
-    """One step of a tiny learning rate leaves them where they are; so does going on."""
-    flags = [*SMALL, "--data", videos, "--autoencoder", coders, "--lr", 1e-9, "--out", tmp_path / "out"]
+    """One step of a tiny learning rate leaves them where they are; so does going on, without the files."""
+    flags = [*SMALL, "--data", videos, "--lr", 1e-9, "--out", tmp_path / "out"]
     before = torch.load(trained / "weights.pth", weights_only=True)["state_dict"]
     before = {key: value for key, value in before.items() if "num_batches" not in key}  # as torchvision's files
     torch.save({f"module.{key}": value for key, value in before.items()}, tmp_path / "start.pth")
-    for steps in (1, 2):
-        code, _, err = cli(uvc, *flags, "--init", tmp_path / "start.pth", "--max-steps", steps)
+    for steps, inits, codes in ((1, tmp_path, coders), (2, tmp_path / "gone", tmp_path / "gone" / coders.name)):
+        files = ["--autoencoder", codes, "--init", inits / "start.pth"]
+        code, _, err = cli(uvc, *flags, *files, "--max-steps", steps)
         assert code == 0, err
         after = torch.load(tmp_path / "out" / "weights.pth", weights_only=True)["state_dict"]
         weights = [key for key in before if "running" not in key]
         assert weights and all(torch.allclose(before[key], after[key], atol=1e-6) for key in weights)
-    code, _, err = cli(uvc, *flags, "--max-steps", 3)
+    code, _, err = cli(uvc, *flags, *files[:2], "--max-steps", 3)
     assert code == 2 and "--init" in err  # another start is another run
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module.encoder_q.", "net.", "backbone."])
+def test_it_starts_from_files_of_all_trainings(prefix, tmp_path):
+    """Released ones, MoCo's, last.pth of either script."""
+    state = uvc.build_backbone(args()).state_dict()
+    torch.save({"method": {prefix + key: value for key, value in state.items()}}, tmp_path / "w.pth")
+    found = uvc.build_backbone(args(init=tmp_path / "w.pth", out=tmp_path)).state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in state.items())
 
 
 def test_resumed_is_the_same(trained, videos, coders, tmp_path, cli):
@@ -619,11 +666,11 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(videos, coders, tmp_path, cli
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "the same command goes on" in err
-    step = common.read_checkpoint(tmp_path / "last.pth")["step"]
+    step = checkpoint(tmp_path)["step"]
     assert 0 < step < 32
     code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", step + 1)
     assert code == 0, err
-    assert common.read_checkpoint(tmp_path / "last.pth")["step"] == step + 1
+    assert checkpoint(tmp_path)["step"] == step + 1
 
 
 def test_two_processes_are_one_with_two_parts(videos, tmp_path, cli):
@@ -636,7 +683,7 @@ def test_two_processes_are_one_with_two_parts(videos, tmp_path, cli):
     assert process.returncode == 0, err
     code, _, err = cli(uvc, *SMALL, *flags, "--out", tmp_path / "one", "--accumulate", 2)
     assert code == 0, err
-    one, two = (common.read_checkpoint(tmp_path / name / "last.pth") for name in ("one", "two"))
+    one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert one["step"] == two["step"] == 4
     for i, state in one["optimizer"]["state"].items():
         expected, found = state["exp_avg"], two["optimizer"]["state"][i]["exp_avg"]
@@ -660,6 +707,31 @@ def test_other_objectives_train(videos, coders, tmp_path, cli, objective):
     assert code == 0, err
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "out"))
     assert ("image" in rows(tmp_path / "out")[0]) == (objective != "none")
+
+
+def test_workers_that_are_no_forks(videos, tmp_path):
+    """As on macOS, and as on Linux from Python 3.14 on: workers get all that they need by pickle."""
+    flags = ["--data", videos, "--autoencoder-steps", 1, "--image-objective", "moco", "--out", tmp_path]
+    flags += ["--queue", 4, "--workers", 2, "--max-steps", 1]
+    code = "import multiprocessing as m, sys; m.set_start_method('forkserver'); m.set_forkserver_preload(['common'])\n"
+    code += "import common, train_uvc_plus as uvc; uvc.main(common.parse_args(uvc.Args, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *(str(flag) for flag in (*SMALL, *flags))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_videos_and_pictures_share_the_workers(videos, coders, tmp_path, cli, monkeypatch):
+    real, counts = torch.utils.data.DataLoader, []
+
+    def loader(*samples, num_workers, **flags):
+        counts.append(num_workers)
+        return real(*samples, **flags)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
+    flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "rotation", "--out", tmp_path]
+    code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", 1, "--workers", 4)
+    assert code == 0, err
+    assert counts == [2, 2]
 
 
 def test_validation_propagates(videos, coders, small_clip, tmp_path, cli):
@@ -762,6 +834,11 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
         (["--data", "{videos}", "--amp", "bfloat16"], "--amp bfloat16: is too coarse"),
         (["--data", "{videos}", "--look-every", "0"], "--look-every 0: give 1 or more"),
         (["--data", "{videos}", "--temperature", "0"], "--temperature 0.0: give a number above 0"),
+        (["--data", "{videos}", "--lr", "-1"], "--lr -1.0: give a number above 0"),
+        (["--data", "{videos}", "--short-side", "-5"], "--short-side -5: give 0 or more"),
+        (["--data", "{videos}", "--threshold", "nan"], "--threshold nan: give 0 or more"),
+        (["--data", "{videos}", "--image-size", "8"], "--image-size 8: give 64 or more"),
+        (["--data", "{videos}", "--save-minutes", "nan"], "--save-minutes nan: give 0 or more"),
         (["--data", "{videos}", "--image-objective", "imagenet"], "needs --image-data ROOT"),
         (["--data", "{videos}", "--image-data", "x"], "--image-objective none has no use for it"),
         (["--data", "{videos}", "--image-objective", "moco", "--image-data", "{empty}"], "holds no pictures"),
@@ -778,7 +855,7 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
         (["--data", "{videos}", "--init", "none.pth"], "none.pth: no such weights file"),
         (
             ["--data", "{videos}", "--init", "{default}", "--out-layer", "layer4"],
-            "has no fitting layer4.0.conv1.weight",
+            "it lacks 25 of 100 entries, such as layer4.0.conv1.weight",
         ),
     ],
     ids=lambda value: " ".join(value[2:] or value) if isinstance(value, list) else "",

@@ -42,11 +42,13 @@ class Line(nn.Module):
         super().__init__()
         self.fit = nn.Linear(3, 1)
         self.register_buffer("seen", torch.zeros(100, dtype=torch.long))
-        self.nan_at = -1
+        self.nan_at, self.stop_at = -1, -1
 
     def forward(self, batch, step):
         x = batch["numbers"]["x"]
         self.seen.index_add_(0, batch["numbers"]["index"], torch.ones_like(batch["numbers"]["index"]))
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         loss = (self.fit(x + 0.1 * torch.randn(3)) - x.sum(1, keepdim=True)).square().mean()
         return {"loss": loss * (float("nan") if step == self.nan_at else 1), "half": loss / 2}
 
@@ -54,14 +56,17 @@ class Line(nn.Module):
 @dataclass
 class Args(Training):
     lr: float = 0.001
+    batch_size: int = 4
 
 
-def go(out: Path, samples=None, nan_at: int = -1, epochs: int = 4, batch: int = 4, seconds=0.0, **flags) -> nn.Module:
-    args = Args(out=out, workers=flags.pop("workers", 0), **flags)
-    device = start_training(args)
+def go(
+    out: Path, samples=None, nan_at=-1, stop_at=-1, epochs: int = 4, batch: int = 4, seconds=0.0, score=None, **flags
+) -> nn.Module:
+    args = Args(out=out, workers=flags.pop("workers", 0), batch_size=batch, **flags)
+    streams = {"numbers": (samples or Numbers(20, seconds=seconds), "batch_size")}
+    device = start_training(args, streams)
     method = Line().to(device)
-    method.nan_at = nan_at
-    samples = samples or Numbers(20, seconds=seconds)
+    method.nan_at, method.stop_at = nan_at, stop_at
     optimizer = torch.optim.SGD(method.parameters(), args.lr, momentum=0.9)
 
     def weights():
@@ -74,8 +79,9 @@ def go(out: Path, samples=None, nan_at: int = -1, epochs: int = 4, batch: int = 
         lambda e: args.lr / (e + 1),
         epochs,
         20 // batch,
-        {"numbers": (samples, batch)},
+        streams,
         weights,
+        score=score,
     )
     return method
 
@@ -100,13 +106,37 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, amp):
 def test_parts_and_processes_are_the_same(tmp_path):
     """Two processes of 2 samples end where one process with two parts of 2 samples ends, up to rounding."""
     one = go(tmp_path / "one", accumulate=2).state_dict()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", __file__, str(tmp_path / "two")]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    torchrun(tmp_path / "two").check_returncode()
     two = torch.load(tmp_path / "two" / "last.pth", weights_only=True)["method"]
     for name in ("fit.weight", "fit.bias"):
         assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6), name
     assert two["seen"][:20].sum() == 40  # rank 0 saw half of 80
+
+
+def torchrun(out: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", __file__, str(out)]
+    return subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=90
+    )
+
+
+def test_nodes_that_do_not_share_a_folder_are_told(tmp_path):
+    """They would go on from different steps, and wait for each other for ever."""
+    go(tmp_path / "0", max_steps=2)
+    run = torchrun(tmp_path / "{RANK}")
+    assert run.returncode and f"--out {tmp_path / '0'}: processes find other files there" in run.stderr
+
+
+def test_a_process_takes_its_gpu_and_no_other(tmp_path, monkeypatch):
+    """Memory of GPU 0 would be lost to the context of every process."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(common, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    for device, local in (("auto", None), ("cuda:1", None), ("auto", "3"), ("cuda:1", "3"), ("cpu", "3")):
+        monkeypatch.setenv("LOCAL_RANK", local) if local else monkeypatch.delenv("LOCAL_RANK", raising=False)
+        start_training(Args(out=tmp_path, device=device), {})
+    assert asked == ["cuda:0", "cuda:1", "cuda:3", "cuda:3", "cpu"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -124,6 +154,17 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert torch.equal(resumed.fit.weight, whole.fit.weight)
 
 
+def test_a_stop_at_the_end_of_an_epoch_loses_no_score(tmp_path):
+    """What there was no time for is done first when the run goes on; and once."""
+    for stop_at in (9, 19):  # the last step of an epoch, and of all
+        with pytest.raises(SystemExit):
+            go(tmp_path, stop_at=stop_at, score=lambda: {"top1": 0.5})
+    for _ in range(2):
+        go(tmp_path, score=lambda: {"top1": 0.5})
+    lines = (tmp_path / "validation.csv").read_text().splitlines()
+    assert lines == ["step,epoch,top1", "5,0,0.5", "10,1,0.5", "15,2,0.5", "20,3,0.5"]
+
+
 def test_no_number_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"no numbers by step 8; .*last\.pth is kept"):
         go(tmp_path, nan_at=7, save_minutes=0)
@@ -135,6 +176,8 @@ def test_other_settings_are_refused_free_ones_are_not(tmp_path):
     go(tmp_path, max_steps=2)
     with pytest.raises(UserError, match=r"--lr 0\.001, not 0\.5"):
         go(tmp_path, lr=0.5)
+    with pytest.raises(UserError, match=r"with 20 samples \(numbers\), not 24"):
+        go(tmp_path, Numbers(24))
     go(tmp_path, max_steps=3, save_minutes=1)
     go(tmp_path, lr=0.5, resume=False, max_steps=1)
     assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 1
@@ -154,14 +197,20 @@ def test_unreadable_samples_are_named_and_skipped(tmp_path, capsys):
 
 
 def test_bad_sizes_get_one_line(tmp_path):
-    with pytest.raises(UserError, match="20 samples to learn from"):
+    with pytest.raises(UserError, match="--batch-size 21: there are 20 samples to learn from"):
         go(tmp_path, batch=21, epochs=1)
-    with pytest.raises(UserError, match="does not divide"):
+    with pytest.raises(UserError, match="--batch-size 4: is no multiple of 3"):
         go(tmp_path, accumulate=3)
     with pytest.raises(UserError, match="--accumulate 0"):
         go(tmp_path, accumulate=0)
     with pytest.raises(UserError, match=r"has no ImageSets/2017/val\.txt"):
         go(tmp_path, validate=tmp_path)
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("dog\n")
+    (tmp_path / "JPEGImages" / "480p" / "dog").mkdir(parents=True)
+    for flags, name in (({}, "Annotations/480p/dog"), ({"validate_sequences": "doog"}, "JPEGImages/480p/doog")):
+        with pytest.raises(UserError, match=f"has no {name}; give DAVIS 2017 and"):
+            go(tmp_path, validate=tmp_path, **flags)
     (tmp_path / "last.pth").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="damaged"):
         go(tmp_path)
@@ -183,6 +232,8 @@ def test_full_disk_keeps_what_is_there(tmp_path):
 
 if __name__ == "__main__":
     common.run(
-        lambda out: go(Path(out), epochs=16 if sys.argv[2:] else 4, seconds=float((sys.argv[2:] or [0])[0])),
+        lambda out: go(
+            Path(out.format(**os.environ)), epochs=16 if sys.argv[2:] else 4, seconds=float((sys.argv[2:] or [0])[0])
+        ),
         lambda: sys.argv[1],
     )
