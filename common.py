@@ -332,7 +332,10 @@ def preset(name: str, dataset: str = "davis") -> Propagation:
 def build_net(model: Model, s: Propagation, net: nn.Module | None = None) -> nn.Module:
     """The network of a row up to its output stage, the stages beyond the wanted stride no longer reducing (section
     4.2). net: the whole network, if it is there already. UserError if it has no such layer at such a stride."""
-    unfit = UserError(f"--layer {s.layer} --stride {s.stride}: not to be had of {model.arch}; see --list-models")
+    unfit = UserError(
+        f"--layer {s.layer} --stride {s.stride}: not to be had of {model.arch}; ResNets have res2 to res4 at stride 4, "
+        "8, 16 and 32, VGGs conv1, conv2, ... at 1 to 32, ViTs last at the size of their patches"
+    )
     if hasattr(net, "patch_embed"):
         if s.layer != "last" or s.stride != net.patch_embed.patch_size[0]:
             raise unfit
@@ -491,13 +494,21 @@ def load_encoder(
             net = build_net(model, settings)
         encoder = Encoder(net.to_empty(device="cpu"), settings, model.input)
         if why := fit(encoder.net, state):
-            hint = (
-                f"; it looks like {guess} ({MODELS[guess].arch}): say --model {guess}"
-                if guess and guess != name
-                else ""
-            )
-            if settings.layer == "res4" and "such as layer4." in why:
+            hint = ""
+            if guess and guess != name:
+                hint = f"; it looks like {guess} ({MODELS[guess].arch}): say --model {guess}"
+            elif patches := [value for key, value in state.items() if key.endswith("patch_embed.proj.weight")]:
+                width, patch = len(patches[0]), patches[0].shape[-1]
+                size = {384: "small", 768: "base", 1024: "large"}.get(width, "SIZE")
+                kind = "dinov2.lvd142m" if patch == 14 else "224.dino"
+                kind = "dinov3.lvd1689m" if any("storage_tokens" in key for key in state) else kind
+                hint = f"; it is a ViT: say --model timm:vit_{size}_patch{patch}_{kind}"
+            elif settings.layer in ("res4", "last") and "such as layer4." in why:
                 hint = "; it ends at layer3: say --layer res3"
+            elif path.name == "last.pth":
+                hint = "; give weights.pth, beside it"
+            elif " as well" in why:
+                hint = "; a deeper network: say --model torchvision:NAME"
             raise UserError(f"{path}: does not fit {name} ({model.arch} up to {settings.layer}): {why}{hint}")
         if weights:
             wanted = encoder.net.state_dict()
@@ -522,6 +533,8 @@ def timm_model(arch: str, path: Path | None) -> tuple[nn.Module, tuple, tuple]:
     kind = {"dynamic_img_size": True} if "patch" in arch else {}
     try:
         net = timm.create_model(arch, pretrained=path is None, num_classes=0, **kind)
+    except TypeError as error:
+        raise UserError(f"--model timm:{arch}: takes frames of one size alone; take another ViT") from error
     except Exception as error:  # of its hub client: many kinds
         raise UserError(
             f"weights of timm:{arch}: could not be fetched ({str(error).splitlines()[0]}); give --weights FILE"
@@ -535,7 +548,8 @@ def timm_model(arch: str, path: Path | None) -> tuple[nn.Module, tuple, tuple]:
         }
         convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", lambda state, net: state)
         try:
-            missing = net.load_state_dict(convert(state, net), strict=False).missing_keys
+            with contextlib.redirect_stdout(io.StringIO()):  # what it drops of a DINOv3 file
+                missing = net.load_state_dict(convert(state, net), strict=False).missing_keys
         except (RuntimeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: does not fit timm:{arch}: {str(error).splitlines()[-1].strip()}") from error
         if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
@@ -631,6 +645,10 @@ def fit(net: nn.Module, state: dict[str, Tensor]) -> str:
         return f"its BatchNorm is folded into the convolutions ({norms[0]} is gone)"
     if missing:
         return f"it lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
+    stages = {key.split(".")[0] for key in wanted}
+    for key in state:  # ResNet-34's stages begin as ResNet-18's
+        if re.match(r"layer\d\.\d+\.\w+\.weight$", key) and key.split(".")[0] in stages and key not in wanted:
+            return f"it has {key} as well"
     net.load_state_dict(state, strict=False)
     return ""
 

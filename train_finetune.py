@@ -15,7 +15,6 @@ import contextlib
 import copy
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -396,9 +395,7 @@ def load_start(net: Net, path: Path, arch: str) -> None:
     fresh = [] if any(key.startswith("layer4.") for key in state) else ["layer4"]
     fresh += [] if head(state) == head(own) else ["fc"]
     state = {key: value for key, value in state.items() if key.split(".")[0] not in fresh}
-    more = [key for key in state if re.match(r"layer.*weight$", key) and key not in own]
-    why = common.fit(net, state | {key: value for key, value in own.items() if key.split(".")[0] in fresh})
-    if why := why or (more and f"it has {more[0]} as well"):
+    if why := common.fit(net, state | {key: value for key, value in own.items() if key.split(".")[0] in fresh}):
         raise UserError(f"{path}: is no {arch} with torchvision's names: {why}; give another file, or another --arch")
     if fresh and not rank_world()[0]:
         names = " and ".join({"layer4": "layer4", "fc": "head (fc)"}[name] for name in fresh)

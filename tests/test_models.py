@@ -7,6 +7,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -692,3 +693,24 @@ def test_weights_alone_run_the_system(name, tmp_path, cli):
         (tmp_path / "points.csv").write_text("id,x,y\na,30,30\n")
         code, _, said = cli(propagate, *flags, "--overwrite", "--points", tmp_path / "points.csv")
         assert code == 2 and "error: --localization track" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("resnet34", "it has layer1.2.conv1.weight as well; a deeper network: say --model torchvision:NAME"),
+        ("dino", "it is a ViT: say --model timm:vit_small_patch8_224.dino"),
+        ("dinov2", "it is a ViT: say --model timm:vit_base_patch14_dinov2.lvd142m"),
+        ("dinov3", "it is a ViT: say --model timm:vit_large_patch16_dinov3.lvd1689m"),
+    ],
+)
+def test_files_of_other_networks_are_refused_with_what_they_are(file, message, tmp_path):
+    """ResNet-34 begins as ResNet-18 does: its file would otherwise load, and be half used."""
+    state = torchvision.models.resnet34().state_dict()
+    if file != "resnet34":
+        width, patch = {"dino": (384, 8), "dinov2": (768, 14), "dinov3": (1024, 16)}[file]
+        state = {"patch_embed.proj.weight": torch.zeros(width, 3, patch, patch)}
+        state |= {"storage_tokens": torch.zeros(1, 4, width)} if file == "dinov3" else {}
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(UserError, match=re.escape(message)):
+        common.load_encoder("imagenet", tmp_path / "file.pth")
