@@ -31,7 +31,7 @@ bench: .venv/ready
 	touch $@
 
 .venv/tests: .venv/ready tests/requirements.txt
-	-$(PY) -m pip install --quiet -r tests/requirements.txt  # without it the tests of TensorRT skip
+	-$(PY) -m pip install --quiet -r tests/requirements.txt  # without it the tests of TensorRT and timm skip
 	touch $@
 
 clean:

@@ -642,6 +642,35 @@ def test_timm_vit(tmp_path):
         load_encoder(f"timm:{arch}", save(tmp_path / "w.pth", R18(stages=3)), settings, "cpu")
 
 
+@pytest.mark.parametrize("family", ["dinov2", "dinov3"])
+@torch.inference_mode()
+def test_the_files_of_dinov2_and_dinov3_as_they_are_released(family, tmp_path, capsys):
+    """Their own names: register_tokens with a place of their own for the class token; storage_tokens, ls1.gamma."""
+    timm = pytest.importorskip("timm")
+    names = {"dinov2": "vit_small_patch14_reg4_dinov2.lvd142m", "dinov3": "vit_small_patch16_dinov3.lvd1689m"}
+    torch.manual_seed(0)
+    vit = timm.create_model(names[family], pretrained=False, num_classes=0, dynamic_img_size=True).eval()
+    for parameter in vit.parameters():
+        parameter.normal_(std=0.05)
+    state = {key: value.clone() for key, value in vit.state_dict().items()}
+    if family == "dinov2":
+        released = {"register_tokens": state.pop("reg_token"), "mask_token": torch.zeros(1, 384)}
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), state["pos_embed"]], 1)
+    else:
+        released = {"storage_tokens": state.pop("reg_token"), "mask_token": torch.zeros(1, 384)}
+        released |= {f"blocks.{i}.attn.qkv.bias": torch.zeros(3 * 384) for i in range(12)}
+        state = {re.sub(r"gamma_(\d)", r"ls\1.gamma", key): value for key, value in state.items()}
+    path = save(tmp_path / "released.pth", state | released)
+    settings = replace(preset(f"timm:{names[family]}"), size="full", upsample=1)
+    got = load_encoder(f"timm:{names[family]}", path, settings, "cpu")(torch.from_numpy(FRAMES))
+    size = [settings.stride * math.ceil(side / settings.stride) for side in (40, 64)]
+    mean, std = (torch.tensor(vit.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+    x = F.interpolate(unit(FRAMES), size=size, mode="bilinear")
+    tokens = vit.forward_features((x - mean) / std)[:, 5:].transpose(1, 2)
+    same(got, F.normalize(tokens.unflatten(2, settings.grid(40, 64))))
+    assert capsys.readouterr().out == ""
+
+
 def test_timm_resnet(tmp_path):
     pytest.importorskip("timm")
     p = R18()
