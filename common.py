@@ -1824,18 +1824,22 @@ class Video:
                     raise UserError(f"{path}: holds no video stream; give a film with pictures")
                 stream = film.streams.video[0]
                 self.fps = float(stream.average_rate or stream.guessed_rate or 25)
-                promised = stream.frames
-                stamps = [p.pts if p.pts is not None else p.dts for p in film.demux(stream) if p.size]
+                promised = len(stream.index_entries) if "mp4" in film.format.name else stream.frames  # less edit lists
+                packets = [(p.pts if p.pts is not None else p.dts, p.is_discard) for p in film.demux(stream) if p.size]
+                kinds = {film.format.name, stream.codec_context.name} if stream.codec_context.has_b_frames else set()
         except av.error.FFmpegError as error:
             raise UserError(
                 f"{path}: cannot be read as a film ({error.strerror}); is it whole? Try to play it"
             ) from error
-        # Without usable stamps frames are counted from the start, and seeking means decoding from there.
-        self._seekable = None not in stamps and len(set(stamps)) == len(stamps)
+        stamps = [stamp for stamp, discarded in packets if not discarded]  # an edit list cuts frames away
+        # Without usable stamps frames are counted from the start, and seeking means decoding from there. AVI and XviD
+        # do not say when B-frames are shown, and MPEG program streams have other stamps after seeking.
+        vague = kinds & {"avi", "mpeg4", "mpeg"}
+        self._seekable = not vague and None not in stamps and len(set(stamps)) == len(stamps)
         self._pts = sorted(stamps) if self._seekable else list(range(len(stamps)))
         self.names = [f"{i:05d}" for i in range(len(stamps))]
-        if promised > len(stamps):
-            self.broken = f"{path}: breaks off after {len(stamps)} of {promised} frames; the frames before are kept"
+        if promised > len(packets):
+            self.broken = f"{path}: breaks off after {len(packets)} of {promised} frames; the frames before are kept"
 
     def frames(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """(index, frame) for each of `indices`, which must all rise or all fall."""
@@ -1862,29 +1866,30 @@ class Video:
     def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         first, last, left = indices[0], indices[-1], set(indices)
         number = {stamp: i for i, stamp in enumerate(self._pts)} if self._seekable else None
-        done, late = -1, 0
+        done = -1
         try:
-            with av.open(self.source) as film:
-                stream = film.streams.video[0]
-                stream.thread_type = "AUTO"
-                pictures = film.decode(stream)
-                # A key frame is found by its decoding time, which may come before it is shown.
-                for back in (0, 32, first) if first and number else ():
-                    film.seek(self._pts[max(0, first - back)], stream=stream)
+            with contextlib.ExitStack() as stack:
+                # A key frame is found by its decoding time, which may come before it is shown; in some containers
+                # seeking overshoots, and never finds the first one: then the film is read from its start.
+                for back in (0, 32, None) if first and number else (None,):
+                    film = stack.enter_context(av.open(self.source))
+                    stream = film.streams.video[0]
+                    stream.thread_type = "AUTO"
+                    if back is not None:
+                        film.seek(self._pts[max(0, first - back)], stream=stream)
                     pictures = film.decode(stream)
                     head = next(pictures, None)
-                    pictures = itertools.chain([head] if head else [], pictures)
-                    if head and number.get(head.pts, last) <= first:
+                    if head and number and number.get(head.pts, last + 1) <= first:
                         break
+                pictures = itertools.chain([head] if head else [], pictures)
                 for count, picture in enumerate(pictures):
                     index = number.get(picture.pts) if number else count
                     if index is None:  # a stamp that the index does not know
                         continue
-                    late += index > last  # stamps of an AVI may be out of order by a few
-                    if late > 16:
-                        return
-                    if first <= index <= last:
-                        done = max(done, index)
+                    if index > last:
+                        break
+                    if index >= first:
+                        done = index
                     if index in left:
                         left.remove(index)
                         frame = picture.to_ndarray(format="rgb24")

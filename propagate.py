@@ -115,6 +115,13 @@ def choose_frames(args: Args, length: int) -> list[int]:
     return chosen[::-1] if args.reverse else chosen
 
 
+def read_frame(video, index: int) -> np.ndarray:
+    """The frame that is annotated. UserError where the film does not give it."""
+    for _, frame in video.frames([index]):
+        return frame
+    raise UserError(f"--mask-frame {index}: cannot be decoded from {video.source}; annotate another frame")
+
+
 def fit_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Read a mask and its palette; bring it to the frame's size where the aspect is the same."""
     mask, palette = common.read_mask(path)
@@ -397,8 +404,7 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
                 continue
             if not annotated:  # every annotated frame stays in the context of all stretches for good
                 for index, labels in annotations.items():
-                    frame = next(video.frames([index]))[1]
-                    annotated[index] = encode(frame), labels.to(device)
+                    annotated[index] = encode(read_frame(video, index)), labels.to(device)
             back = rest[0 if s.history else max(0, done - s.context) : done]
             if not all(results.state_path(index).is_file() for index in back):
                 back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
@@ -564,7 +570,7 @@ def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list
         return {frames[0]: points}, ids, PALETTE
     if args.pick:
         need_window("--pick")
-        masks = {frames[0]: pick_mask(next(video.frames(frames))[1])}
+        masks = {frames[0]: pick_mask(read_frame(video, frames[0]))}
         palette = PALETTE
     else:
         read = [fit_mask(path, video.size) for path in args.mask]

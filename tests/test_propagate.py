@@ -325,13 +325,16 @@ def test_every_factor_runs_and_tracks(small_clip, tmp_path, cli, flags):
     assert overlap > (0.1 if "--no-l2" in flags else 0.5)  # random features need their lengths taken out
 
 
-def remux(film: Path, container: Path) -> None:
-    """The same coded frames in another container."""
-    with av.open(str(film)) as source, av.open(str(container), "w") as target:
+def remux(film: Path, container: Path, earlier: int = 0) -> None:
+    """The same coded frames in another container; `earlier` of them before time 0, where an edit list cuts them off."""
+    options = {"avoid_negative_ts": "disabled"} if earlier else {}
+    with av.open(str(film)) as source, av.open(str(container), "w", options=options) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
                 packet.stream = stream
+                packet.pts -= earlier * packet.duration
+                packet.dts -= earlier * packet.duration
                 target.mux(packet)
 
 
@@ -350,22 +353,76 @@ def test_portrait_film_with_rotation_in_its_metadata(small_clip, tmp_path, cli):
     assert (next(video.frames([0]))[1] == np.rot90(upright, -1)).all()
 
 
-def test_frames_by_index_in_either_direction(small_clip, tmp_path):
-    with av.open(str(tmp_path / "gop.mp4"), "w") as film:  # B-frames and several key frames
-        stream = film.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.options = {"g": "10", "bf": "2", "crf": "5"}
-        for i in range(90):
+def write_film(path: Path, codec: str, frames: int, **options: str) -> Path:
+    """Frames of one grey each, lighter by 2 from frame to frame; several key frames, B-frames if asked for."""
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        stream.options = {"g": "12", **options}
+        for i in range(frames):
             frame = np.full((48, 64, 3), 2 * i + 20, np.uint8)
             film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         film.mux(stream.encode())
-    video = Video(tmp_path / "gop.mp4")
+    return path
+
+
+def greys(video: Video, indices) -> list[int]:
+    """The frames that the video gives for `indices`, by how light they are."""
+    got = list(video.frames(list(indices)))
+    assert [i for i, _ in got] == list(indices) and video.broken is None
+    return [round((frame.mean() - 20) / 2) for _, frame in got]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "bf"),
+    [
+        ("gop.mp4", "libx264", "2"),
+        ("gop.ts", "libx264", "2"),  # seeking never finds the first key frame
+        ("mpeg2.ts", "mpeg2video", "2"),
+        ("gop.avi", "mpeg4", "2"),
+        ("h264.avi", "libx264", "2"),  # packets have the time of decoding only
+        ("gop.vob", "mpeg2video", "2"),  # after seeking, the stamps are other ones
+        ("gop.mpg", "mpeg1video", "0"),
+    ],
+)
+def test_frames_by_index_in_either_direction(tmp_path, name, codec, bf):
+    video = Video(write_film(tmp_path / name, codec, 90, bf=bf))
     assert len(video) == 90
-    for wanted in (range(90), range(89, -1, -1), range(35, 80, 7), [77, 40, 3], [50]):
-        got = [(i, round((frame.mean() - 20) / 2)) for i, frame in video.frames(list(wanted))]
-        assert [i for i, _ in got] == list(wanted)
-        assert all(abs(i - value) <= 1 for i, value in got)
-    assert video.broken is None
+    for wanted in (
+        range(90),
+        range(1, 90),
+        range(89, -1, -1),
+        range(35, 80, 7),
+        [77, 40, 3],
+        *([i] for i in range(90)),
+    ):
+        assert np.abs(np.subtract(greys(video, wanted), wanted)).max() <= 1
+
+
+def test_a_film_in_mpeg_ts_gets_all_its_masks(tmp_path, cli):
+    film = write_film(tmp_path / "gop.ts", "libx264", 30)
+    write_mask(tmp_path / "mask.png", np.eye(48, 64, dtype=np.uint8))
+    job = [*RANDOM, "--video", film, "--mask", tmp_path / "mask.png", "--mask-frame", 3, "--start", 3]
+    assert "27 masks" in cli(propagate, *job, "--out", tmp_path / "o")[1]
+
+
+def test_packed_b_frames_come_in_the_order_in_which_they_are_shown(shared):
+    """XviD's: the stamps of the packets are those of other frames."""
+    with av.open(str(shared / "data/videos/test.avi")) as film:
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    video = Video(shared / "data/videos/test.avi")
+    assert all((frame == frames[i]).all() for i, frame in video.frames(range(40)))
+    assert (next(video.frames([29]))[1] == frames[29]).all()
+
+
+def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path):
+    write_film(tmp_path / "whole.mp4", "libx264", 30, bf="0")
+    for earlier in (5, 10):  # in a group of pictures, and between two
+        remux(tmp_path / "whole.mp4", tmp_path / "cut.mp4", earlier=earlier)
+        video = Video(tmp_path / "cut.mp4")
+        assert len(video) == 30 - earlier
+        for wanted in (range(len(video)), [19], [7]):
+            assert np.abs(np.subtract(greys(video, wanted), wanted) - earlier).max() <= 1
 
 
 def test_a_picture_that_breaks_off_stops_a_run_that_can_go_on(small_clip, tmp_path, cli):
@@ -397,6 +454,9 @@ def test_a_truncated_film_gives_the_frames_before_the_break(small_clip, tmp_path
     assert f"after frame {len(masks_in(tmp_path / 'a')) - 1}" in err
     assert cli(propagate, *argv, "--video", tmp_path / "cut.mkv", "--out", tmp_path / "b")[0] == 0
     assert 1 <= len(masks_in(tmp_path / "b")) < 12
+    last = ("--mask-frame", len(Video(tmp_path / "cut.mp4")) - 1)
+    code, _, err = cli(propagate, *argv, "--video", tmp_path / "cut.mp4", *last, "--out", tmp_path / "c")
+    assert code == 2 and "cannot be decoded from" in err.splitlines()[-1]
 
 
 def test_a_frame_size_that_changes_stops_there_and_keeps_what_was_made(small_clip, tmp_path, cli):
