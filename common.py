@@ -2009,12 +2009,13 @@ def inflate_ids(data: bytes) -> np.ndarray:
     return rows[:, 1:].copy()
 
 
-def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def read_mask(path: str | Path, known: dict[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Read a mask: (ids H x W uint8, palette 256 x 3 uint8).
 
     An indexed PNG gives its ids; a grey picture its values; black and white is one object, id 1; in a colour
     picture black (or transparent) is background and each other colour an object: the id of that colour in PASCAL
     VOC's palette if all have one, else 1, 2, ... by how much they cover. 255 beside other ids is void, background.
+    known: the ids of colours, and of values above 255, in masks read before; filled up, so that they stay the same.
     """
     try:
         with Image.open(path) as picture:
@@ -2023,18 +2024,21 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path}: no such mask; give the picture of the first frame's objects") from error
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a picture; give a PNG mask") from error
-    palette = PALETTE.copy()
-    indexed = picture.mode == "P"
+    palette, known = PALETTE.copy(), {} if known is None else known
+    indexed, coloured = picture.mode == "P", False
     if indexed:
         ids = np.asarray(picture)
         own = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
         palette[: len(own)] = own
-    elif picture.mode in ("1", "L", "I", "I;16", "F"):
-        ids = np.asarray(picture).astype(np.int64)
+    elif picture.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
+        ids = np.asarray(picture)
+        if not ((ids >= 0) & (ids % 1 == 0)).all():
+            raise UserError(f"{path}: holds values that are no ids (below 0, or no integers); save it as 0, 1, 2, ...")
+        ids = ids.astype(np.int64)
     else:
-        rgba = np.asarray(picture.convert("RGBA")).astype(np.int64)
-        colour = (rgba[..., 0] << 16 | rgba[..., 1] << 8 | rgba[..., 2]) * (rgba[..., 3] > 0)
-        ids = colour
+        r, g, b, alpha = np.asarray(picture.convert("RGBA")).astype(np.int64).transpose(2, 0, 1)
+        coloured = bool(((r != g) | (g != b))[alpha > 0].any())
+        ids = (r << 16 | g << 8 | b if coloured else r) * (alpha > 0)
     numbers, counts = np.unique(ids, return_counts=True)
     numbers, counts = numbers[numbers != 0], counts[numbers != 0]
     if not indexed:
@@ -2046,19 +2050,25 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             )
     if len(numbers) == 0:
         raise UserError(f"{path}: is empty, all of it is background; paint each object in a value of its own")
-    if picture.mode not in ("P", "1", "L", "I", "I;16", "F"):
-        voc = {int(r) << 16 | int(g) << 8 | int(b): i for i, (r, g, b) in enumerate(PALETTE)}
-        new = [voc.get(int(n)) for n in numbers]
-        if None in new:
-            new = np.argsort(np.argsort(-counts, kind="stable")) + 1
-            palette[new] = np.stack([numbers >> 16, numbers >> 8 & 255, numbers & 255], 1)
+    if coloured or numbers[-1] > 255:
+        voc = {int(r) << 16 | int(g) << 8 | int(b): i for i, (r, g, b) in enumerate(PALETTE)} if coloured else {}
+        unknown = [n for n in (numbers[np.argsort(-counts, kind="stable")] if coloured else numbers) if n not in known]
+        own = [voc.get(n) for n in unknown]
+        if None in own or set(own) & set(known.values()):
+            own = sorted(set(range(1, 256)) - set(known.values()))[: len(unknown)]
+        if len(own) < len(unknown):
+            raise UserError(f"{path}: brings the objects of all masks to more than 255; give fewer")
+        known.update(zip(unknown, own, strict=True))
+        new, names = [known[n] for n in numbers], np.array(list(known))
+        if coloured:
+            palette[list(known.values())] = np.stack([names >> 16, names >> 8 & 255, names & 255], 1)
     elif len(numbers) == 1 and numbers[0] in (1, 255):
         new = [1]
         palette[1] = palette[numbers[0] if indexed else 1]
-    elif numbers[-1] > 255:
-        new = np.arange(1, len(numbers) + 1)
     else:
         new = np.where(numbers == 255, 0, numbers)
+        if numbers[-1] == 255 and not indexed:
+            print(f"note: {path}: 255 beside other values is void, so background; is it an object?", file=sys.stderr)
     return np.asarray([0, *new], np.uint8)[np.searchsorted(np.array([0, *numbers]), ids)], palette
 
 

@@ -122,9 +122,9 @@ def read_frame(video, index: int) -> np.ndarray:
     raise UserError(f"--mask-frame {index}: cannot be decoded from {video.source}; annotate another frame")
 
 
-def fit_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Read a mask and its palette; bring it to the frame's size where the aspect is the same."""
-    mask, palette = common.read_mask(path)
+def fit_mask(path: Path, size: tuple[int, int], known: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a mask and its palette; bring it to the frame's size where the aspect is the same. known: as read_mask."""
+    mask, palette = common.read_mask(path, known)
     (H, W), (h, w) = size, mask.shape
     if (h, w) != (H, W):
         if abs(w / h * H / W - 1) > 0.02:
@@ -573,8 +573,9 @@ def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list
         masks = {frames[0]: pick_mask(read_frame(video, frames[0]))}
         palette = PALETTE
     else:
-        read = [fit_mask(path, video.size) for path in args.mask]
-        masks, palette = dict(zip(frames, (mask for mask, _ in read), strict=True)), read[0][1]
+        known = {}  # an object has one id in all masks, and the last palette all their colours
+        read = [fit_mask(path, video.size, known) for path in args.mask]
+        masks, palette = dict(zip(frames, (mask for mask, _ in read), strict=True)), read[-1][1]
     ids = [int(number) for number in np.unique(np.concatenate([np.unique(mask) for mask in masks.values()])) if number]
     return masks, ids, palette
 

@@ -253,7 +253,18 @@ def test_points(small_clip, tmp_path, cli):
 
 
 @pytest.mark.parametrize(
-    "kind", ["grey", "black and white", "colour", "voc colours", "transparent", "own palette", "16 bit"]
+    "kind",
+    [
+        "grey",
+        "grey with alpha",
+        "grey as RGB",
+        "black and white",
+        "colour",
+        "voc colours",
+        "transparent",
+        "own palette",
+        "16 bit",
+    ],
 )
 def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
     """Whatever the picture, the first mask written says which pixels are which object."""
@@ -263,6 +274,10 @@ def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
     by_size = 1 + np.argsort(np.argsort([-(truth == n).sum() for n in (1, 2, 3)]))
     if kind == "grey":
         picture, expected = Image.fromarray(truth * 40), truth * 40
+    elif kind == "grey with alpha":
+        picture = Image.fromarray(np.dstack([truth, np.full_like(truth, 255)]), "LA")
+    elif kind == "grey as RGB":
+        picture = Image.fromarray(np.dstack([truth] * 3))
     elif kind == "black and white":
         picture, expected = Image.fromarray(np.where(truth > 0, 255, 0).astype(np.uint8)), (truth > 0).astype(np.uint8)
     elif kind == "colour":
@@ -272,10 +287,12 @@ def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
     elif kind == "voc colours":
         picture = Image.fromarray(PALETTE[truth])
     elif kind == "transparent":
-        rgba = np.dstack([np.full((*truth.shape, 3), 90, np.uint8), np.where(truth == 2, 255, 0).astype(np.uint8)])
+        rgba = np.dstack(
+            [np.full((*truth.shape, 3), (90, 80, 70), np.uint8), np.where(truth == 2, 255, 0).astype(np.uint8)]
+        )
         picture, expected = Image.fromarray(rgba), (truth == 2).astype(np.uint8)
         palette = PALETTE.copy()
-        palette[1] = 90
+        palette[1] = 90, 80, 70
     elif kind == "own palette":
         picture, palette = Image.fromarray(truth), PALETTE.copy()
         palette[:4] = colours
@@ -288,6 +305,35 @@ def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
     assert (masks_in(tmp_path / "o")["00000.png"] == expected).all()
     with Image.open(tmp_path / "o/masks/00001.png") as written:
         assert (np.array(written.getpalette()).reshape(-1, 3)[: palette.shape[0]] == palette).all()
+
+
+def test_255_beside_other_values_is_void_and_said_so(small_clip, tmp_path, cli):
+    truth = read_ids(small_clip / "f0.png")
+    Image.fromarray(np.array([0, 128, 255, 0], np.uint8)[truth]).save(tmp_path / "mask.png")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--end", 2, "--mask", tmp_path / "mask.png"]
+    code, _, err = cli(propagate, *argv, "--out", tmp_path / "o")
+    assert code == 0 and "mask.png: 255 beside other values is void" in err
+    assert (masks_in(tmp_path / "o")["00000.png"] == 128 * (truth == 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["colours", "16 bit"])
+def test_an_object_has_the_same_id_in_all_masks(small_clip, tmp_path, cli, kind):
+    """Whichever covers more in either, and the second mask may bring in a new one."""
+    a, b = np.zeros((2, 96, 160), np.uint8)
+    a[:40, :40], a[:10, 80:] = 1, 2
+    b[:10, :10], b[:40, 80:], b[60:, 60:] = 1, 2, 3
+    colours = np.array([(0, 0, 0), (250, 10, 20), (9, 240, 30), (40, 50, 230)], np.uint8)
+    values = np.array([0, 3000, 4000, 1000], np.uint16)
+    for name, mask in ("a", a), ("b", b):
+        Image.fromarray(colours[mask] if kind == "colours" else values[mask]).save(tmp_path / f"{name}.png")
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--out", tmp_path / "o", "--end", 3]
+    job += ["--mask", tmp_path / "a.png", "--mask-frame", 0, "--mask", tmp_path / "b.png", "--mask-frame", 2]
+    assert cli(propagate, *job)[0] == 0
+    masks = masks_in(tmp_path / "o")
+    assert (masks["00000.png"] == a).all() and (masks["00002.png"] == b).all()
+    if kind == "colours":
+        with Image.open(tmp_path / "o/masks/00000.png") as written:
+            assert (np.array(written.getpalette()).reshape(-1, 3)[:4] == colours).all()
 
 
 def test_a_mask_of_another_size_is_resized_and_said_so(small_clip, tmp_path, cli):
@@ -519,6 +565,8 @@ def test_bad_masks(small_clip, tmp_path, cli):
     assert "anti-aliased" in say(Image.fromarray(smooth))
     many = np.arange(96 * 160).reshape(96, 160) // 9
     assert re.search("has 1706 .*", say(Image.fromarray(many.astype(np.uint16))))
+    Image.fromarray(truth.astype(np.float32) / 2).save(tmp_path / "half.tif")
+    assert "no integers" in refused(cli, *argv, "--mask", tmp_path / "half.tif")
     (tmp_path / "mask.png").write_bytes(b"no picture")
     assert "cannot be read" in refused(cli, *argv, "--mask", tmp_path / "mask.png")
     f0 = ("--mask", small_clip / "f0.png")
