@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -208,6 +209,13 @@ def write_json(path: Path, content: dict) -> None:
 
 def digest(path: Path | None) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path and path.is_file() else None
+
+
+def describe(video: Video) -> str:
+    """What tells a video from another one under its name."""
+    files = [path.stat() for path in video.pictures or [Path(video.source)]]
+    changed = datetime.fromtimestamp(max(file.st_mtime for file in files))
+    return f"{len(video)} frames, {sum(file.st_size for file in files)} bytes, changed {changed}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,13 +618,15 @@ def main(args: Args) -> None:
     else:
         check_topk(args.propagation, video.size, len(annotations))
         encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
+    weights = args.weights or (None if engine else common.find_weights(args.model, fetch=False))
     job = {
-        "video": video.source,
+        "video": video.source if live else str(path),
+        "content": None if live else describe(video),
         "frames": [args.start, args.end, args.every, args.reverse],
         "annotations": {str(k): hashlib.sha256(v.tobytes()).hexdigest()[:16] for k, v in annotations.items()},
         "ids": ids,
         "model": engine.info["model"] if engine else args.model,
-        "weights": digest(args.weights),
+        "weights": digest(weights),
         "dtype": engine.info["dtype"] if engine else args.dtype,
         "settings": asdict(args.propagation),
     }

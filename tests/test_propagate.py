@@ -125,6 +125,24 @@ def test_other_settings_are_not_mixed_in(done, small_clip, cli):
     assert len(masks_in(done)) == 12
 
 
+def test_another_film_or_other_weights_under_the_same_name_are_another_run(small_clip, tmp_path, cli, monkeypatch):
+    import torchvision
+
+    clip.write_clip(tmp_path / "other", frames=12, height=96, width=160, seed=2)
+    shutil.copy(small_clip / "clip.mp4", tmp_path / "clip.mp4")
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), "weights/imagenet.pth")
+    job = ["--model", "imagenet", *RANDOM[2:], "--mask", small_clip / "f0.png", "--end", 2, "--out", tmp_path / "o"]
+    assert cli(propagate, *job, "--video", "clip.mp4")[0] == 0
+    assert "all was there" in cli(propagate, *job, "--video", "./clip.mp4")[1]
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), "weights/imagenet.pth")
+    assert "weights " in refused(cli, *job, "--video", "clip.mp4")
+    assert cli(propagate, *job, "--video", "clip.mp4", "--overwrite")[0] == 0
+    shutil.copy(tmp_path / "other/clip.mp4", tmp_path / "clip.mp4")
+    assert "content 12 frames, " in refused(cli, *job, "--video", "clip.mp4")
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, cli, stop):
     argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
