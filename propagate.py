@@ -309,8 +309,8 @@ class Stopwatch(Counter):
 
 
 class Results:
-    """What whole frames got, written by a thread: a mask or points, and the soft labels of the latest frames (in
-    .state/), from which a stopped run goes on exactly as if it had not stopped."""
+    """What whole frames got, written by a thread: a mask or points, and the soft labels of the latest `keep` frames
+    (in .state/), from which a stopped run goes on exactly as if it had not stopped."""
 
     def __init__(self, out: Path, names: list[str], keep: int, ids: list, palette: np.ndarray, points: bool):
         self.out, self.names, self.keep, self.ids, self.palette, self.points = out, names, keep, ids, palette, points
@@ -413,12 +413,17 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
             if not annotated:  # every annotated frame stays in the context of all stretches for good
                 for index, labels in annotations.items():
                     annotated[index] = encode(read_frame(video, index)), labels.to(device)
-            back = rest[0 if s.history else max(0, done - s.context) : done]
+            latest = rest[max(0, done - s.context) : done]
+            back = rest[:done] if s.history else latest
             if not all(results.state_path(index).is_file() for index in back):
                 back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
+            # Of all that came before, propagate_video looks again at the labels, but only at these frames' features.
+            again = [index for index in back if index in latest or index in rest[4:5]]
+            known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
+            other = annotated[next(iter(annotations))][0]
             recent = [
-                (encode(frame), torch.from_numpy(np.load(results.state_path(index))).to(device))
-                for index, frame in (video.frames(back) if back else ())
+                (known.get(index, other), torch.from_numpy(np.load(results.state_path(index))).to(device))
+                for index in back
             ]
             current = deque()
 
@@ -634,7 +639,7 @@ def main(args: Args) -> None:
         job["engine"] = digest(args.engine)
     open_job(out, job, args.overwrite or live)
 
-    keep = args.propagation.context
+    keep = 0 if live else len(order) if args.propagation.history else args.propagation.context
     results = Results(out, [] if live else video.names, keep, ids, palette, points=args.points is not None)
     clock, start = Stopwatch(), time.perf_counter()
     grid, labels = args.propagation.grid(*video.size), {}

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import clip
+import common
 import propagate
 from common import PALETTE, Video, read_ids, write_mask
 
@@ -174,6 +175,34 @@ def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, 
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in times.items())  # what was whole was kept
     assert same(tmp_path / "o", done)
     assert (tmp_path / "o" / "overlay.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--mask-frame", "6"),  # the stop is in the second stretch
+        ("--memory", "spaced"),
+        ("--localization", "predicted"),
+        ("--localization", "track", "--aggregation", "per-frame"),
+        ("--context", "0"),
+    ],
+)
+def test_what_was_computed_is_not_computed_again(small_clip, tmp_path, cli, monkeypatch, flags):
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", *flags]
+    assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
+    real, calls = common.propagate_labels, []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(common, "propagate_labels", stopped)
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0
+    assert len(calls) == 12 and same(tmp_path / "o", tmp_path / "whole")  # the 10th again, and the 11th
 
 
 def test_choosing_frames(small_clip, tmp_path, cli):
