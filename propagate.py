@@ -22,7 +22,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -307,6 +307,18 @@ class Stopwatch(Counter):
         yield
         self[stage] += time.perf_counter() - start
 
+    def each(self, stage: str, items: Iterator) -> Iterator:
+        """The same items; waiting for them is `stage`."""
+        while True:
+            with self.time(stage):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
+Answer = tuple[int, np.ndarray, np.ndarray, torch.Tensor | None]  # index, frame, mask or points, soft labels
+
 
 class Results:
     """What whole frames got, written by a thread: a mask or points, and the soft labels of the latest `keep` frames
@@ -368,8 +380,8 @@ class Results:
         while self.pending:
             self.pending.popleft().result()
 
-    def finish(self, order: list[int]) -> None:
-        """Every frame is whole: write the table of points, drop the state."""
+    def finish(self, order: list[int], whole: bool) -> None:
+        """Write the table of points; where there is nothing to go on with, drop the state."""
         if self.points:
             with common.atomic(self.out / "points.csv") as temporary, temporary.open("w", newline="") as file:
                 writer = csv.writer(file)
@@ -377,7 +389,8 @@ class Results:
                 for index in order:
                     for name, (x, y) in zip(self.ids, self.table[index], strict=True):
                         writer.writerow([index, name, *(("", "") if x < 0 else (f"{x:.2f}", f"{y:.2f}"))])
-        shutil.rmtree(self.out / ".state", ignore_errors=True)
+        if whole:
+            shutil.rmtree(self.out / ".state", ignore_errors=True)
 
 
 def segments(order: list[int], annotated: Iterable[int]) -> list[list[int]]:
@@ -390,9 +403,11 @@ def segments(order: list[int], annotated: Iterable[int]) -> list[list[int]]:
     return ([order[places[0] :: -1]] if places[0] else []) + onwards
 
 
-def track(args: Args, video, order, annotations: dict[int, torch.Tensor], results: Results, encoder, clock) -> None:
-    """Label every frame of `order` that has no result yet. annotations: frame -> soft labels L x h x w."""
-    s, device, live = args.propagation, next(encoder.parameters()).device, isinstance(video, Camera)
+def track(
+    s: Propagation, video, stretches: list, annotations: dict[int, torch.Tensor], results: Results, encoder, clock
+) -> Iterator[Answer]:
+    """Label every frame that has no result yet. annotations: frame -> soft labels L x h x w."""
+    device = encoder.mean.device
 
     def encode(frame: np.ndarray) -> torch.Tensor:
         with clock.time("extract"):
@@ -401,58 +416,45 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
                 torch.cuda.synchronize(device)
         return features
 
-    total = None if live else len(order)
-    done = 1 if live else sum(map(results.has, order))
-    with tqdm(total=total, initial=done, unit="frame", desc=video.source) as bar:
-        annotated = {}
-        for stretch in [order] if live else segments(order, annotations):
-            rest = stretch[1:]
-            done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
-            if done == len(rest):
-                continue
-            if not annotated:  # every annotated frame stays in the context of all stretches for good
-                for index, labels in annotations.items():
-                    annotated[index] = encode(read_frame(video, index)), labels.to(device)
-            latest = rest[max(0, done - s.context) : done]
-            back = rest[:done] if s.history else latest
-            if not all(results.state_path(index).is_file() for index in back):
-                back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
-            # Of all that came before, propagate_video looks again at the labels, but only at these frames' features.
-            again = [index for index in back if index in latest or index in rest[4:5]]
-            known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
-            other = annotated[next(iter(annotations))][0]
-            recent = [
-                (known.get(index, other), torch.from_numpy(np.load(results.state_path(index))).to(device))
-                for index in back
-            ]
-            current = deque()
+    annotated = {}
+    for stretch in stretches:
+        rest = stretch[1:]
+        done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
+        if done == len(rest):
+            continue
+        if not annotated:  # every annotated frame stays in the context of all stretches for good
+            for index, labels in annotations.items():
+                annotated[index] = encode(read_frame(video, index)), labels.to(device)
+        latest = rest[max(0, done - s.context) : done]
+        back = rest[:done] if s.history else latest
+        if not all(results.state_path(index).is_file() for index in back):
+            back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
+        # Of all that came before, propagate_video looks again at the labels, but only at these frames' features.
+        again = [index for index in back if index in latest or index in rest[4:5]]
+        known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
+        other = annotated[next(iter(annotations))][0]
+        recent = [
+            (known.get(index, other), torch.from_numpy(np.load(results.state_path(index))).to(device)) for index in back
+        ]
+        current = deque()
 
-            def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-                frames = common.ahead(video.frames(todo))
-                while True:
-                    with clock.time("read"):
-                        item = next(frames, None)
-                    if item is None:
-                        return
-                    current.append(item)
-                    yield encode(item[1])
+        def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
+            for item in clock.each("read", common.ahead(video.frames(todo))):
+                current.append(item)
+                yield encode(item[1])
 
-            labelled = common.propagate_video(features(), list(annotated.values()), s, recent)
-            while True:
-                start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
-                if (z := next(labelled, None)) is None:
-                    break
-                index, frame = current.popleft()
-                if results.points:
-                    answer = common.points_from_labels(z, video.size)
-                else:
-                    answer = common.mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
-                clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
-                bar.update(not results.has(index))
-                with clock.time("write"):
-                    results.add(index, answer, z)
-                if args.show and not show(draw(frame, answer, results)):
-                    break
+        labelled = common.propagate_video(features(), list(annotated.values()), s, recent)
+        while True:
+            start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
+            if (z := next(labelled, None)) is None:
+                break
+            index, frame = current.popleft()
+            if results.points:
+                answer = common.points_from_labels(z, video.size)
+            else:
+                answer = common.mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
+            clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
+            yield index, frame, answer, z
 
 
 def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dict, ids: list) -> None:
@@ -483,32 +485,33 @@ def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dic
         )
 
 
-def track_engine(args: Args, video, order, annotations: dict[int, np.ndarray], results: Results, engine, clock) -> None:
+def track_engine(
+    video, stretches: list, annotations: dict[int, np.ndarray], results: Results, engine, clock
+) -> Iterator[Answer]:
     """As track, by an exported graph. annotations: the annotated frame -> its mask H x W. A stopped run computes a
     stretch again from its annotated frame, since the graph's memory is not on disk."""
-    live, ids = isinstance(video, Camera), np.array([0, *results.ids], np.uint8)
+    ids = np.array([0, *results.ids], np.uint8)
     number = np.zeros(256, np.uint8)  # the graph's ids are 1, 2, ...
     number[ids] = np.arange(len(ids))
-    done = 1 if live else sum(map(results.has, order))
-    with tqdm(total=None if live else len(order), initial=done, unit="frame", desc=video.source) as bar:
-        for stretch in [order] if live else segments(order, annotations):
-            if not live and all(map(results.has, stretch)):
-                continue
-            frames = common.ahead(video.frames(stretch))
-            while True:
-                with clock.time("read"):
-                    index, frame = next(frames, (None, None))
-                if index is None:
-                    break
-                with clock.time("extract and propagate"):
-                    answer = ids[engine.step(frame, number[annotations[index]] if index in annotations else None)]
-                if index in annotations or results.has(index):
-                    continue
-                bar.update()
-                with clock.time("write"):
-                    results.add(index, answer)
-                if args.show and not show(draw(frame, answer, results)):
-                    break
+    for stretch in stretches:
+        if all(map(results.has, stretch)):
+            continue
+        for index, frame in clock.each("read", common.ahead(video.frames(stretch))):
+            with clock.time("extract and propagate"):
+                answer = ids[engine.step(frame, number[annotations[index]] if index in annotations else None)]
+            if not results.has(index):
+                yield index, frame, answer, None
+
+
+def follow(answers: Iterator[Answer], results: Results, bar: tqdm, window: bool, clock: Stopwatch) -> None:
+    """Write answer after answer, and show it in the window; until the last, or q."""
+    with bar, closing(answers):
+        for index, frame, answer, labels in answers:
+            bar.update(not results.has(index))
+            with clock.time("write"):
+                results.add(index, answer, labels)
+            if window and not show(draw(frame, answer, results)):
+                return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,12 +655,15 @@ def main(args: Args) -> None:
             results.add(index, known)
     results.flush()
     before = len(annotations) if live else sum(map(results.has, order))
+    stretches = segments(order, annotations)
+    bar = tqdm(total=None if live else len(order), initial=before, unit="frame", desc=video.source)
     try:
         with torch.inference_mode():
             if engine:
-                track_engine(args, video, order, annotations, results, engine, clock)
+                answers = track_engine(video, stretches, annotations, results, engine, clock)
             else:
-                track(args, video, order, labels, results, encoder, clock)
+                answers = track(args.propagation, video, stretches, labels, results, encoder, clock)
+            follow(answers, results, bar, args.show, clock)
     except KeyboardInterrupt:
         if not live:  # a camera is stopped this way
             raise
@@ -668,13 +674,12 @@ def main(args: Args) -> None:
         order = range(len(video))
     if video.broken:
         print(f"note: {video.broken}", file=sys.stderr)
-    order = [index for index in order if results.has(index)]
-    results.finish(order)
-    seconds = time.perf_counter() - start
-    if len(order) > before or not (out / "overlay.mp4").is_file():
+    done = [index for index in order if results.has(index)]
+    results.finish(done, whole=live or len(done) == len(order))
+    made, seconds = len(done) - before, time.perf_counter() - start
+    if made or not (out / "overlay.mp4").is_file():
         with clock.time("film"):
-            make_film(out, video, order, results, args.every)
-    made = len(order) - before
+            make_film(out, video, done, results, args.every)
     rates = {stage: round(made / spent, 2) for stage, spent in clock.items() if spent > 0}
     versions = {"softcopy": common.__version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {"opencv": cv2.__version__, "av": av.__version__}
@@ -682,7 +687,7 @@ def main(args: Args) -> None:
         rates = {"whole run": round(made / seconds, 2), **rates}
         record = {"job": job, "versions": versions, "frames": made, "frames_per_second": rates}
         write_json(out / "run.json", record | {"ran_on": engine.provider if engine else str(encoder.mean.device)})
-    what = f"{len(order)} frames of points.csv" if results.points else f"{len(order)} masks"
+    what = f"{len(done)} frames of points.csv" if results.points else f"{len(done)} masks"
     print(
         f"{out}: {what}, overlay.mp4, contact_sheet.jpg"
         + (f"; {made / seconds:.2f} frames/s" if made else "; all was there")

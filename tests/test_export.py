@@ -500,6 +500,15 @@ def test_propagate_keeps_the_ids_and_goes_on(tracker, small_clip, tmp_path, cli)
     assert [path.read_bytes() for path in masks] == before
 
 
+def test_q_stops_an_engine_too(tracker, small_clip, tmp_path, cli, monkeypatch):
+    shown = []
+    monkeypatch.setattr(propagate, "need_window", lambda flag: None)
+    monkeypatch.setattr(propagate, "show", lambda picture: shown.append(picture))  # False: as if q was pressed
+    job = ["--engine", tracker, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
+    assert cli(propagate, *job, "--mask-frame", 6, "--show", "--out", tmp_path / "out")[0] == 0
+    assert len(shown) == 1 and len(list((tmp_path / "out" / "masks").iterdir())) == 2
+
+
 @pytest.mark.parametrize(("graph", "share"), [("tracker", 0.999), ("int8", 0.998)])
 def test_the_example_gives_the_same_masks(graph, share, small_clip, tmp_path, request):
     tracker = request.getfixturevalue(graph)

@@ -794,6 +794,19 @@ def test_show(small_clip, tmp_path, cli, monkeypatch):
     assert len(window.shown) == 4 and window.shown[0].shape == (96, 160, 3)
 
 
+def test_q_stops_the_run_which_can_go_on(small_clip, tmp_path, cli, monkeypatch):
+    """In the first of two stretches; what was made is not made again."""
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--mask-frame", 6]
+    assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
+    window = FakeWindow(monkeypatch, [-1, -1, -1, "q"])
+    assert cli(propagate, *job, "--show", "--out", tmp_path / "o")[0] == 0
+    assert len(window.shown) == 4 and len(masks_in(tmp_path / "o")) == 5
+    window = FakeWindow(monkeypatch, [])
+    assert cli(propagate, *job, "--show", "--out", tmp_path / "o")[0] == 0
+    assert len(window.shown) == 7 and same(tmp_path / "o", tmp_path / "whole")
+    assert not (tmp_path / "o" / ".state").exists()
+
+
 def test_a_camera(small_clip, tmp_path, cli, monkeypatch):
     """A camera is a video whose end is not known: its frames are kept, q or --end stops it."""
     frames = iter([cv2.cvtColor(f, cv2.COLOR_RGB2BGR) for _, f in Video(small_clip / "clip.mp4").frames(range(8))])
