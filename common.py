@@ -1784,16 +1784,17 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 class Video:
     """Frames of a film, or of a folder or glob of pictures, by index and in either direction.
 
-    names: one for each frame (file stems of pictures, else 00000, 00001, ...); fps; size (H, W). Nothing is kept:
-    memory does not depend on the length. A film that breaks off gives the frames before the break; `broken` then
-    says where and why. Raises UserError where there is nothing to read or the frame size changes.
+    names: one for each frame (file stems of pictures, else 00000, 00001, ...); times: when each is shown, in seconds;
+    fps; size (H, W). Memory does not depend on the length: no frame is kept, but for a block of at most 32 when
+    reading backwards. A film that breaks off gives the frames before the break; `broken` then says where and why.
+    Raises UserError where there is nothing to read or the frame size changes.
     """
 
     def __init__(self, source: str | Path):
-        self.source, self.fps, self.broken, self.names = str(source), 25.0, None, []
+        self.source, self.fps, self.broken, self.names, self.times = str(source), 25.0, None, [], []
         path, self.pictures = Path(source), []
         if path.is_dir():
-            self.pictures = [p for p in path.iterdir() if p.suffix.lower() in PICTURES]
+            self.pictures = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]  # macOS keeps ._00000.jpg
         elif glob.has_magic(self.source) and not path.exists():
             self.pictures = [Path(p) for p in glob.glob(self.source)]
         elif not path.is_file():
@@ -1807,6 +1808,7 @@ class Video:
                 raise UserError(f"{source}: two pictures share a name before the dot; masks could not be told apart")
         elif path.is_file():
             self._index(path)
+        self.times = self.times or [i / self.fps for i in range(len(self))]
         if not len(self):
             raise UserError(f"{source}: holds no pictures; give a film, or a folder of {', '.join(PICTURES[:3])}, ...")
         self.size = next(self.frames([0]))[1].shape[:2]
@@ -1824,6 +1826,7 @@ class Video:
                     raise UserError(f"{path}: holds no video stream; give a film with pictures")
                 stream = film.streams.video[0]
                 self.fps = float(stream.average_rate or stream.guessed_rate or 25)
+                tick = stream.time_base
                 promised = len(stream.index_entries) if "mp4" in film.format.name else stream.frames  # less edit lists
                 packets = [(p.pts if p.pts is not None else p.dts, p.is_discard) for p in film.demux(stream) if p.size]
                 kinds = {film.format.name, stream.codec_context.name} if stream.codec_context.has_b_frames else set()
@@ -1837,6 +1840,8 @@ class Video:
         vague = kinds & {"avi", "mpeg4", "mpeg"}
         self._seekable = not vague and None not in stamps and len(set(stamps)) == len(stamps)
         self._pts = sorted(stamps) if self._seekable else list(range(len(stamps)))
+        if self._seekable:
+            self.times = [float((stamp - self._pts[0]) * tick) for stamp in self._pts]
         self.names = [f"{i:05d}" for i in range(len(stamps))]
         if promised > len(packets):
             self.broken = f"{path}: breaks off after {len(packets)} of {promised} frames; the frames before are kept"
@@ -1860,7 +1865,8 @@ class Video:
         elif len(indices) < 2 or indices[0] < indices[-1]:
             yield from self._decode(indices)
         else:  # backwards: blocks of frames, each decoded forwards
-            for block in (indices[i : i + 32] for i in range(0, len(indices), 32)):
+            step = min(32, max(1, 2**28 // (3 * self.size[0] * self.size[1])))  # 256 MiB
+            for block in (indices[i : i + step] for i in range(0, len(indices), step)):
                 yield from reversed(list(self._decode(block[::-1])))
 
     def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -1952,17 +1958,24 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def film_writer(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[np.ndarray], None]]:
-    """Write an H.264 film that plays in a browser: yields a function that appends a frame; atomic."""
+def film_writer(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[..., None]]:
+    """Write an H.264 film that plays in a browser: yields a function that appends a frame, at a time in seconds if one
+    is given; atomic."""
     height, width = (side - side % 2 for side in size)  # 4:2:0 colour wants even sides
     with atomic(path) as temporary, av.open(str(temporary), "w", options={"movflags": "faststart"}) as film:
         stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "20", "preset": "veryfast"}
+        stream.codec_context.colorspace = 5  # BT.601, which from_ndarray's conversion follows; untagged HD reads as 709
+        stream.codec_context.time_base = tick = Fraction(1, 90000)
+        number, last = itertools.count(), -1
 
-        def append(frame: np.ndarray) -> None:
-            frame = np.ascontiguousarray(frame[:height, :width])
-            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        def append(frame: np.ndarray, seconds: float | None = None) -> None:
+            nonlocal last
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            last = max(last + 1, round((next(number) / fps if seconds is None else seconds) / tick))
+            picture.pts, picture.time_base = last, tick
+            film.mux(stream.encode(picture))
 
         yield append
         film.mux(stream.encode())

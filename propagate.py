@@ -85,22 +85,23 @@ class Args:
 
 
 class Camera:
-    """A camera as a video: each frame is kept in `folder`, so that the film can be made afterwards."""
+    """A camera as a video: each frame is kept in `folder`, and its time, so that the film can be made afterwards."""
 
     def __init__(self, number: int, folder: Path):
-        self.source, self.fps, self.broken, self.folder = f"camera {number}", 25.0, None, folder
+        self.source, self.broken, self.folder, self.times = f"camera {number}", None, folder, {}
         self.capture = cv2.VideoCapture(number)
         ok, self.first = self.capture.read()
         if not ok:
             raise UserError(f"--video {number}: no camera of this number gives pictures; try another, or a file")
         self.size = self.first.shape[:2]
-        folder.mkdir(parents=True, exist_ok=True)
 
     def frames(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
         for index in indices:
             frame = self.first if index == 0 else self.capture.read()[1]
             if frame is None:
                 return
+            self.times[index] = time.perf_counter()
             cv2.imwrite(str(self.folder / f"{index:05d}.jpg"), frame, [cv2.IMWRITE_JPEG_QUALITY, 95])
             yield index, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
@@ -175,15 +176,16 @@ def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> 
         )
 
 
-def open_job(out: Path, job: dict, overwrite: bool) -> None:
-    """Write run.json; refuse to mix with results of another job, so that nothing computed is lost or mislabelled."""
+def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> None:
+    """Write run.json; refuse to mix with results of another job, so that nothing computed is lost or mislabelled. A
+    camera's recording always replaces what is there."""
     record = out / "run.json"
     try:
         before = json.loads(record.read_text())["job"]
     except (OSError, ValueError, KeyError):
         before = None
     mixed = before is None and (out / "masks").is_dir()
-    if mixed or (before is not None and before != job):
+    if live or mixed or (before is not None and before != job):
         changed = "it holds masks of another origin"
         if before:
             flat = [{**j, **j.get("settings", {})} for j in (before, job)]
@@ -192,9 +194,9 @@ def open_job(out: Path, job: dict, overwrite: bool) -> None:
                 for key in sorted(set(flat[0]) | set(flat[1]))
                 if key != "settings" and flat[0].get(key) != flat[1].get(key)
             )
-        if not overwrite:
+        if not (overwrite or live):
             raise UserError(f"{out}: has results of another run ({changed}); add --overwrite or choose another --out")
-        for name in ("masks", ".state"):
+        for name in ("masks", ".state") + ("frames",) * live:
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("points.csv", "overlay.mp4", "contact_sheet.jpg"):
             (out / name).unlink(missing_ok=True)
@@ -537,15 +539,15 @@ def show(picture: np.ndarray) -> bool:
     return cv2.waitKey(1) & 0xFF not in (ord("q"), 27)
 
 
-def make_film(out: Path, video: Video, order: list[int], results: Results, every: int) -> None:
-    """overlay.mp4 of all frames in the order of `order`, and contact_sheet.jpg of twelve of them."""
+def make_film(out: Path, video: Video, order: list[int], results: Results) -> None:
+    """overlay.mp4 of all frames in the order of `order`, at their times, and contact_sheet.jpg of twelve of them."""
     chosen = {order[round(i)] for i in np.linspace(0, len(order) - 1, min(12, len(order)))}
     H, W = video.size
     thumbs, width = [], min(480, W)
-    with common.film_writer(out / "overlay.mp4", video.fps / every, video.size) as append:
+    with common.film_writer(out / "overlay.mp4", video.fps, video.size) as append:
         for index, frame in tqdm(common.ahead(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
             picture = draw(frame, results.read(index), results)
-            append(picture)
+            append(picture, abs(video.times[index] - video.times[order[0]]))
             if index in chosen:
                 thumb = cv2.resize(picture, (width, max(1, round(width * H / W))), interpolation=cv2.INTER_AREA)
                 cv2.rectangle(thumb, (0, 0), (11 * len(video.names[index]) + 10, 24), (0, 0, 0), -1)
@@ -603,7 +605,8 @@ def main(args: Args) -> None:
         raise UserError("--video: missing; give a film, a folder of pictures or the number of a camera (see --help)")
     live = args.video.isdigit() and not Path(args.video).exists()
     path = Path(args.video).resolve()
-    name = f"camera{args.video}" if live else path.parent.name if glob.has_magic(path.name) else path.stem
+    pattern = glob.has_magic(path.name) and not path.exists()
+    name = f"camera{args.video}" if live else path.parent.name if pattern else path.stem
     out = args.out or Path("results") / name
     if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
         raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
@@ -611,6 +614,10 @@ def main(args: Args) -> None:
         need_window("--show")
 
     # What is asked for, checked before any long work.
+    if live and (args.start or args.every != 1 or args.reverse or any(args.mask_frame)):
+        raise UserError("--start, --every, --reverse, --mask-frame: a camera runs from its first frame on; leave them")
+    if live and args.end is not None and args.end < 2:
+        raise UserError(f"--end {args.end}: give 2 or more, or stop the camera with q")
     video = Camera(int(args.video), out / "frames") if live else Video(args.video)
     order = range(args.end or 10**9) if live else choose_frames(args, len(video))
     annotations, ids, palette = annotate(args, video, order[0])
@@ -626,7 +633,7 @@ def main(args: Args) -> None:
     else:
         check_topk(args.propagation, video.size, len(annotations))
         encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
-    weights = args.weights or (None if engine else common.find_weights(args.model, fetch=False))
+    weights = None if engine else args.weights or common.find_weights(args.model, fetch=False)
     job = {
         "video": video.source if live else str(path),
         "content": None if live else describe(video),
@@ -640,7 +647,7 @@ def main(args: Args) -> None:
     }
     if engine:
         job["engine"] = digest(args.engine)
-    open_job(out, job, args.overwrite or live)
+    open_job(out, job, args.overwrite, live)
 
     keep = 0 if live else len(order) if args.propagation.history else args.propagation.context
     results = Results(out, [] if live else video.names, keep, ids, palette, points=args.points is not None)
@@ -670,8 +677,8 @@ def main(args: Args) -> None:
     finally:
         results.flush()
     if live:
-        video = Video(out / "frames")
-        order = range(len(video))
+        times, video = video.times, Video(out / "frames")
+        order, video.times = range(len(video)), times
     if video.broken:
         print(f"note: {video.broken}", file=sys.stderr)
     done = [index for index in order if results.has(index)]
@@ -679,7 +686,7 @@ def main(args: Args) -> None:
     made, seconds = len(done) - before, time.perf_counter() - start
     if made or not (out / "overlay.mp4").is_file():
         with clock.time("film"):
-            make_film(out, video, done, results, args.every)
+            make_film(out, video, done, results)
     rates = {stage: round(made / spent, 2) for stage, spent in clock.items() if spent > 0}
     versions = {"softcopy": common.__version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {"opencv": cv2.__version__, "av": av.__version__}

@@ -101,6 +101,23 @@ def test_the_film_plays_in_a_browser(done):
     assert (done / "overlay.mp4").read_bytes().find(b"moov") < 100  # at the front: it starts before all is loaded
 
 
+def test_the_film_keeps_the_times_and_colours_of_the_video(tmp_path, cli):
+    """Frames that last longer and longer, HD, and a colour that is another one in BT.709."""
+    frame = np.full((720, 1280, 3), (40, 160, 80), np.uint8)
+    with common.film_writer(tmp_path / "clip.mp4", 25, (720, 1280)) as append:
+        for i in range(6):
+            append(frame, i * i / 10)
+    write_mask(tmp_path / "mask.png", np.eye(720, 1280, dtype=np.uint8))
+    job = [*RANDOM, "--video", tmp_path / "clip.mp4", "--mask", tmp_path / "mask.png", "--size", 64]
+    for flags, times in (((), [0, 0.1, 0.4, 0.9, 1.6, 2.5]), (("--every", 2, "--reverse"), [0, 1.2, 1.6])):
+        assert cli(propagate, *job, *flags, "--overwrite", "--out", tmp_path / "o")[0] == 0
+        film = Video(tmp_path / "o/overlay.mp4")
+        assert np.allclose(film.times, times, atol=1e-4)
+    assert np.abs(next(film.frames([0]))[1][700, 100].astype(int) - frame[0, 0]).max() < 5
+    with av.open(str(tmp_path / "o/overlay.mp4")) as film:
+        assert film.streams.video[0].codec_context.colorspace == 5  # as the colours were converted
+
+
 def test_the_contact_sheet_and_the_record(done):
     sheet = cv2.imread(str(done / "contact_sheet.jpg"))
     assert sheet.shape == (3 * 96, 4 * 160, 3)
@@ -266,12 +283,14 @@ def test_a_folder_of_pictures_keeps_its_names(small_clip, tmp_path, cli):
     assert Video(tmp_path / "frames").names == [name[:-4] for name in names]  # natural order: 2 before 10
 
 
-@pytest.mark.parametrize("video", ["clip.mp4", "frames/", "frames/*.png"])
+@pytest.mark.parametrize("video", ["clip.mp4", "clip [1].mp4", "frames/", "frames/*.png"])
 def test_results_go_to_a_folder_named_after_the_video(small_clip, tmp_path, cli, monkeypatch, video):
     (tmp_path / "frames").mkdir()
     for index, frame in Video(small_clip / "clip.mp4").frames(range(2)):
-        Image.fromarray(frame).save(tmp_path / f"frames/{index}.png")
-    shutil.copy(small_clip / "clip.mp4", tmp_path)
+        Image.fromarray(frame).save(tmp_path / f"frames/shot {index}.png")
+        (tmp_path / f"frames/._shot {index}.png").touch()  # what macOS leaves on other disks
+    for name in ("clip.mp4", "clip [1].mp4"):
+        shutil.copy(small_clip / "clip.mp4", tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert cli(propagate, *RANDOM, "--video", video, "--mask", small_clip / "f0.png", "--end", 2)[0] == 0
     assert len(masks_in(tmp_path / "results" / video.split("/")[0].removesuffix(".mp4"))) == 2
@@ -490,6 +509,13 @@ def test_frames_by_index_in_either_direction(tmp_path, name, codec, bf):
         *([i] for i in range(90)),
     ):
         assert np.abs(np.subtract(greys(video, wanted), wanted)).max() <= 1
+
+
+def test_reading_backwards_holds_256_mib_at_most(small_clip, monkeypatch):
+    video, blocks = Video(small_clip / "clip.mp4"), []
+    video.size = (4000, 6000)
+    monkeypatch.setattr(video, "_decode", lambda block: blocks.append(list(block)) or [])
+    assert list(video._read(range(7, -1, -1))) == [] and blocks == [[5, 6, 7], [2, 3, 4], [0, 1]]
 
 
 def test_a_film_in_mpeg_ts_gets_all_its_masks(tmp_path, cli):
@@ -807,28 +833,46 @@ def test_q_stops_the_run_which_can_go_on(small_clip, tmp_path, cli, monkeypatch)
     assert not (tmp_path / "o" / ".state").exists()
 
 
-def test_a_camera(small_clip, tmp_path, cli, monkeypatch):
-    """A camera is a video whose end is not known: its frames are kept, q or --end stops it."""
-    frames = iter([cv2.cvtColor(f, cv2.COLOR_RGB2BGR) for _, f in Video(small_clip / "clip.mp4").frames(range(8))])
+@pytest.fixture
+def camera(small_clip, tmp_path, monkeypatch):
+    """Camera 0 shows the frames of the small clip, a quarter of a second apart."""
+    clock = [0.0]
 
     class Capture:
         def __init__(self, number):
-            self.number = number
+            film = Video(small_clip / "clip.mp4").frames(range(12 if number == 0 else 0))
+            self.frames = (frame for _, frame in film) if number == 0 else iter(())
 
         def read(self):
-            frame = next(frames, None) if self.number == 0 else None
-            return frame is not None, frame
+            clock[0] += 0.25
+            frame = next(self.frames, None)
+            return frame is not None, frame if frame is None else cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
 
     monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    monkeypatch.setattr(propagate.time, "perf_counter", lambda: clock[0])
     monkeypatch.chdir(tmp_path)
+    return [*RANDOM, "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+
+
+def test_a_camera(small_clip, tmp_path, cli, monkeypatch, camera):
+    """A camera is a video whose end is not known: its frames are kept, q or --end stops it."""
     FakeWindow(monkeypatch, [-1, -1, -1, "q"])
-    argv = [*RANDOM, "--mask", small_clip / "f0.png", "--show", "--out", tmp_path / "o"]
-    assert cli(propagate, *argv, "--video", 0)[0] == 0
+    assert cli(propagate, *camera, "--show", "--video", 0)[0] == 0
     masks = masks_in(tmp_path / "o")
-    assert 4 <= len(masks) <= 5
+    assert len(masks) == 5
     assert jaccard(masks["00003.png"] > 0, read_ids(small_clip / "truth/00003.png") > 0) > 0.6
     assert (tmp_path / "o/overlay.mp4").exists() and (tmp_path / "o/frames/00003.jpg").exists()
-    assert "no camera" in refused(cli, *argv, "--video", 7)
+    assert "no camera" in refused(cli, *camera, "--video", 7)
+    for flag in (("--start", 2), ("--every", 3), ("--reverse",), ("--mask-frame", 4)):
+        assert "a camera runs from its first frame on" in refused(cli, *camera, "--video", 0, *flag)
+    assert "--end 0" in refused(cli, *camera, "--video", 0, "--end", 0)
+
+
+def test_a_second_recording_replaces_the_first(tmp_path, cli, camera):
+    assert cli(propagate, *camera, "--video", 0, "--end", 9)[0] == 0
+    assert cli(propagate, *camera, "--video", 0, "--end", 4)[0] == 0
+    assert len(masks_in(tmp_path / "o")) == len(list((tmp_path / "o/frames").iterdir())) == 4
+    assert np.allclose(np.diff(Video(tmp_path / "o/overlay.mp4").times), 0.25)  # as fast as the camera was
 
 
 def test_no_window(small_clip, cli, monkeypatch):
