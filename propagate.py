@@ -7,7 +7,8 @@
     python propagate.py --engine tracker.onnx --video clip.mp4 --mask f0.png
 
 Writes --out (results/<video name>/): masks/*.png (indexed PNG) or points.csv, overlay.mp4, contact_sheet.jpg and
-run.json. Stopped and started again, it goes on after the last whole frame.
+run.json. Stopped and started again, it goes on after the last whole frame; with --engine, it keeps what is whole but
+runs through it again.
 """
 
 import csv
@@ -22,7 +23,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -53,7 +54,7 @@ class Args:
     """Picture of an annotated frame's objects: indexed PNG, grey ids, black and white, or one colour an object."""
     mask_frame: Annotated[list[int], tyro.conf.UseAppendAction] = field(default_factory=list)
     """The frame of the video that each --mask (or --points) belongs to; default: the first one used."""
-    points: Path | None = None
+    points: Annotated[list[Path], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Track key points instead: a CSV file with the columns id,x,y (pixels)."""
     pick: bool = False
     """Draw the objects in a window on the annotated frame."""
@@ -69,6 +70,8 @@ class Args:
     """Use every n-th frame."""
     reverse: bool = False
     """Run from the last frame to the first."""
+    film: bool = True
+    """Make overlay.mp4, for which the whole video is read once more."""
     show: bool = False
     """Show the result in a window as it is made; q stops."""
     device: str = "auto"
@@ -136,8 +139,8 @@ def fit_mask(path: Path, size: tuple[int, int], known: dict[int, int]) -> tuple[
     return mask, palette
 
 
-def read_points(path: Path, size: tuple[int, int]) -> tuple[list[str], np.ndarray]:
-    """A CSV file with the columns id,x,y -> ids and J x 2 positions in pixels."""
+def read_points(path: Path, size: tuple[int, int]) -> dict[str, tuple[float, float]]:
+    """A CSV file with the columns id,x,y -> the position of each id, in pixels."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -153,7 +156,7 @@ def read_points(path: Path, size: tuple[int, int]) -> tuple[list[str], np.ndarra
     for name, (x, y) in points.items():
         if not (0 <= x < size[1] and 0 <= y < size[0]):
             raise UserError(f"{path}: point {name} at {x:g},{y:g} lies outside the frame ({size[1]}x{size[0]} pixels)")
-    return list(points), np.array(list(points.values()))
+    return points
 
 
 def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> None:
@@ -161,18 +164,16 @@ def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> 
     if settings.localization in ("window", "predicted"):  # their presets take all there is
         return
     h, w = settings.grid(*size)
-    reach = np.arange(-settings.radius, settings.radius + 1)
-    inside = (
-        reach[:, None] ** 2 + reach**2 < settings.radius**2 if settings.shape == "circle" else reach == reach[:, None]
-    )
-    region = (
-        h * w if settings.localization != "fixed" else int(inside.sum() if settings.shape == "circle" else inside.size)
-    )
+    cells = h * w
+    if settings.localization == "fixed":
+        r = min(settings.radius, max(h, w))
+        region = ~common.beyond(settings, (r, r + 1, r, r + 1), (0, 2 * r + 1, 0, 2 * r + 1), "cpu")
+        cells = min(cells, int(region.sum()))
     frames = annotated + settings.context if settings.aggregation == "overall" else 1
-    if settings.topk > min(region, h * w) * frames:
+    if settings.topk > cells * frames:
         raise UserError(
-            f"--topk {settings.topk}: only {min(region, h * w)} cells of {frames} context frame(s) are searched; "
-            f"give {min(region, h * w) * frames} or less"
+            f"--topk {settings.topk}: only {cells} cells of {frames} context frame(s) are searched; "
+            f"give {cells * frames} or less"
         )
 
 
@@ -328,21 +329,17 @@ class Results:
 
     def __init__(self, out: Path, names: list[str], keep: int, ids: list, palette: np.ndarray, points: bool):
         self.out, self.names, self.keep, self.ids, self.palette, self.points = out, names, keep, ids, palette, points
-        self.table: dict[int, np.ndarray] = {}  # frame -> J x 2 positions, -1 where lost
-        self.pool, self.pending = ThreadPoolExecutor(1), deque()
-        self.journal = out / ".state" / "points.csv"
+        self.pool, self.pending, self.csv = ThreadPoolExecutor(1), deque(), out / "points.csv"
         self.states = deque(sorted((out / ".state").glob("*.npy"), key=lambda path: path.stat().st_mtime_ns))
-        if points and (out / "points.csv").is_file():
-            with (out / "points.csv").open(newline="") as file:
-                for row in csv.DictReader(file):
-                    place = self.table.setdefault(int(row["frame"]), np.full((len(ids), 2), -1.0))
-                    if row["x"]:
-                        place[ids.index(row["id"])] = float(row["x"]), float(row["y"])
-        elif points and self.journal.is_file():
-            for line in self.journal.read_text().splitlines():
-                index, *xy, last = line.split(",")
-                if last == "end" and len(xy) == 2 * len(ids):  # the last line may be torn
-                    self.table[int(index)] = np.array(xy, float).reshape(-1, 2)
+        self.table: dict[int, np.ndarray] = {}  # frame -> J x 2 positions, -1 where lost
+        if points and self.csv.is_file():
+            lines = self.csv.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+            for index, name, x, y in csv.reader(line for line in lines if line[-1] == "\n"):  # the last may be torn
+                place = self.table.setdefault(int(index), np.full((len(ids), 2), np.nan))
+                place[ids.index(name)] = (x, y) if x else (-1, -1)
+            self.table = {index: place for index, place in self.table.items() if not np.isnan(place).any()}
+        if points:
+            self.write_points(self.table)
 
     def mask_path(self, index: int) -> Path:
         return self.out / "masks" / f"{self.names[index] if self.names else f'{index:05d}'}.png"
@@ -368,13 +365,12 @@ class Results:
             with common.atomic(self.state_path(index)) as temporary, temporary.open("wb") as file:
                 np.save(file, labels)
             self.states.append(self.state_path(index))
-            while len(self.states) > self.keep:
+            while len(self.states) > self.keep + 1:  # one more: a frame's answer comes after its state
                 self.states.popleft().unlink(missing_ok=True)
         if self.points:
-            self.table[index] = answer
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            with self.journal.open("a") as file:
-                file.write(f"{index}," + ",".join(f"{value:.3f}" for value in answer.flat) + ",end\n")
+            self.table[index] = np.round(answer.astype(float), 2)  # as it is written: a run that goes on has no more
+            with self.csv.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(self.rows([index]))
         else:
             common.write_mask(self.mask_path(index), answer, self.palette)
 
@@ -382,15 +378,19 @@ class Results:
         while self.pending:
             self.pending.popleft().result()
 
+    def rows(self, order: Iterable[int]) -> Iterator[list]:
+        for index in order:
+            for name, (x, y) in zip(self.ids, self.table[index], strict=True):
+                yield [index, name, *(("", "") if x < 0 else (f"{x:.2f}", f"{y:.2f}"))]
+
+    def write_points(self, order: Iterable[int]) -> None:
+        with common.atomic(self.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["frame", "id", "x", "y"], *self.rows(order)])
+
     def finish(self, order: list[int], whole: bool) -> None:
-        """Write the table of points; where there is nothing to go on with, drop the state."""
+        """Bring the table of points into order; where there is nothing to go on with, drop the state."""
         if self.points:
-            with common.atomic(self.out / "points.csv") as temporary, temporary.open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["frame", "id", "x", "y"])
-                for index in order:
-                    for name, (x, y) in zip(self.ids, self.table[index], strict=True):
-                        writer.writerow([index, name, *(("", "") if x < 0 else (f"{x:.2f}", f"{y:.2f}"))])
+            self.write_points(order)
         if whole:
             shutil.rmtree(self.out / ".state", ignore_errors=True)
 
@@ -539,15 +539,20 @@ def show(picture: np.ndarray) -> bool:
     return cv2.waitKey(1) & 0xFF not in (ord("q"), 27)
 
 
-def make_film(out: Path, video: Video, order: list[int], results: Results) -> None:
-    """overlay.mp4 of all frames in the order of `order`, at their times, and contact_sheet.jpg of twelve of them."""
+def make_pictures(out: Path, video: Video, order: list[int], results: Results, film: bool) -> None:
+    """contact_sheet.jpg of twelve frames, and overlay.mp4 of all in the order of `order`, at their times."""
     chosen = {order[round(i)] for i in np.linspace(0, len(order) - 1, min(12, len(order)))}
     H, W = video.size
     thumbs, width = [], min(480, W)
-    with common.film_writer(out / "overlay.mp4", video.fps, video.size) as append:
+    if not film:
+        order = [index for index in order if index in chosen]
+        (out / "overlay.mp4").unlink(missing_ok=True)
+    writer = common.film_writer(out / "overlay.mp4", video.fps, video.size) if film else nullcontext()
+    with writer as append:
         for index, frame in tqdm(common.ahead(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
             picture = draw(frame, results.read(index), results)
-            append(picture, abs(video.times[index] - video.times[order[0]]))
+            if film:
+                append(picture, abs(video.times[index] - video.times[order[0]]))
             if index in chosen:
                 thumb = cv2.resize(picture, (width, max(1, round(width * H / W))), interpolation=cv2.INTER_AREA)
                 cv2.rectangle(thumb, (0, 0), (11 * len(video.names[index]) + 10, 24), (0, 0, 0), -1)
@@ -580,12 +585,14 @@ def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list
     """Read or draw what is annotated: frame -> mask H x W or points J x 2; the ids; the palette."""
     if bool(args.mask) + bool(args.points) + args.pick != 1:
         raise UserError("--mask, --points or --pick: give one of them, to say what to track")
-    frames = args.mask_frame or [first]
-    if len(frames) != max(len(args.mask), 1) or len(set(frames)) < len(frames):
-        raise UserError(f"--mask-frame: {len(frames)} frame(s) for {max(len(args.mask), 1)} mask(s); give one for each")
-    if args.points:
-        ids, points = read_points(args.points, video.size)
-        return {frames[0]: points}, ids, PALETTE
+    frames, files = args.mask_frame or [first], len(args.mask or args.points) or 1
+    if len(frames) != files or len(set(frames)) < len(frames):
+        raise UserError(f"--mask-frame: {len(frames)} frame(s) for {files} mask(s) or table(s); give one for each")
+    if args.points:  # a point that a table does not name is lost in its frame
+        tables = [read_points(path, video.size) for path in args.points]
+        ids = list(dict.fromkeys(name for table in tables for name in table))
+        places = [np.array([table.get(name, (-1, -1)) for name in ids]) for table in tables]
+        return dict(zip(frames, places, strict=True)), ids, PALETTE
     if args.pick:
         need_window("--pick")
         masks = {frames[0]: pick_mask(read_frame(video, frames[0]))}
@@ -650,7 +657,7 @@ def main(args: Args) -> None:
     open_job(out, job, args.overwrite, live)
 
     keep = 0 if live else len(order) if args.propagation.history else args.propagation.context
-    results = Results(out, [] if live else video.names, keep, ids, palette, points=args.points is not None)
+    results = Results(out, [] if live else video.names, keep, ids, palette, points=bool(args.points))
     clock, start = Stopwatch(), time.perf_counter()
     grid, labels = args.propagation.grid(*video.size), {}
     for index, known in annotations.items():
@@ -684,9 +691,10 @@ def main(args: Args) -> None:
     done = [index for index in order if results.has(index)]
     results.finish(done, whole=live or len(done) == len(order))
     made, seconds = len(done) - before, time.perf_counter() - start
-    if made or not (out / "overlay.mp4").is_file():
+    pictures = ["overlay.mp4"] * args.film + ["contact_sheet.jpg"]
+    if made or not all((out / name).is_file() for name in pictures):
         with clock.time("film"):
-            make_film(out, video, done, results)
+            make_pictures(out, video, done, results, args.film)
     rates = {stage: round(made / spent, 2) for stage, spent in clock.items() if spent > 0}
     versions = {"softcopy": common.__version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {"opencv": cv2.__version__, "av": av.__version__}
@@ -695,10 +703,8 @@ def main(args: Args) -> None:
         record = {"job": job, "versions": versions, "frames": made, "frames_per_second": rates}
         write_json(out / "run.json", record | {"ran_on": engine.provider if engine else str(encoder.mean.device)})
     what = f"{len(done)} frames of points.csv" if results.points else f"{len(done)} masks"
-    print(
-        f"{out}: {what}, overlay.mp4, contact_sheet.jpg"
-        + (f"; {made / seconds:.2f} frames/s" if made else "; all was there")
-    )
+    speed = f"{made / seconds:.2f} frames/s" if made else "all was there"
+    print(f"{out}: {', '.join([what, *pictures])}; {speed}")
 
 
 if __name__ == "__main__":

@@ -318,6 +318,56 @@ def test_points(small_clip, tmp_path, cli):
     assert "all was there" in cli(propagate, *argv)[1]
 
 
+def test_points_go_on_after_a_line_that_is_torn(small_clip, tmp_path, cli, monkeypatch):
+    (tmp_path / "points.csv").write_text("id,x,y\nball,40,30\nstar,90.5,60\n")
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "points.csv"]
+    assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
+    real, calls = common.propagate_labels, []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(common, "propagate_labels", stopped)
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
+    written = (tmp_path / "o/points.csv").read_bytes()
+    for torn in (written[:-3], written[:-12], written):  # in the last number, in the id; whole
+        (tmp_path / "o/points.csv").write_bytes(torn)
+        calls[:] = [1] * 5
+        assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
+        assert (tmp_path / "o/points.csv").read_bytes() in (written, written[: written.rfind(b"5,ball")])
+    (tmp_path / "o/points.csv").write_bytes(written[:-3])
+    calls[:] = [1] * 6
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0 and len(calls) == 6 + 7
+    assert (tmp_path / "o/points.csv").read_bytes() == (tmp_path / "whole/points.csv").read_bytes()
+    assert (tmp_path / "o/overlay.mp4").read_bytes() == (tmp_path / "whole/overlay.mp4").read_bytes()
+
+
+def test_points_of_several_frames(small_clip, tmp_path, cli):
+    """A correction, and a point that comes in later."""
+    (tmp_path / "a.csv").write_text("id,x,y\nball,40,30\n")
+    (tmp_path / "b.csv").write_text("id,x,y\nstar,90,60\nball,60,40\n")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "a.csv", "--points", tmp_path / "b.csv"]
+    assert "give one for each" in refused(cli, *argv, "--mask-frame", 0, "--out", tmp_path / "o")
+    assert cli(propagate, *argv, "--mask-frame", 0, "--mask-frame", 6, "--out", tmp_path / "o")[0] == 0
+    with (tmp_path / "o" / "points.csv").open() as file:
+        rows = [(int(row["frame"]), row["id"], row["x"], row["y"]) for row in csv.DictReader(file)]
+    assert rows[:2] == [(0, "ball", "40.00", "30.00"), (0, "star", "", "")]
+    assert rows[12:14] == [(6, "ball", "60.00", "40.00"), (6, "star", "90.00", "60.00")] and len(rows) == 24
+    assert all(x for frame, name, x, _ in rows if name == "ball" or frame >= 6)
+
+
+def test_without_the_film(done, small_clip, tmp_path, cli):
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    assert f"{tmp_path / 'o'}: 12 masks, contact_sheet.jpg; " in cli(propagate, *argv, "--no-film")[1]
+    assert not (tmp_path / "o/overlay.mp4").exists()
+    assert (tmp_path / "o/contact_sheet.jpg").read_bytes() == (done / "contact_sheet.jpg").read_bytes()
+    assert "12 masks, overlay.mp4, contact_sheet.jpg; all was there" in cli(propagate, *argv)[1]
+    assert (tmp_path / "o/overlay.mp4").exists()
+
+
 @pytest.mark.parametrize(
     "kind",
     [
