@@ -185,16 +185,13 @@ def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> None:
         before = json.loads(record.read_text())["job"]
     except (OSError, ValueError, KeyError):
         before = None
-    mixed = before is None and (out / "masks").is_dir()
+    mixed = before is None and any((out / name).exists() for name in ("masks", "points.csv"))
     if live or mixed or (before is not None and before != job):
-        changed = "it holds masks of another origin"
-        if before:
-            flat = [{**j, **j.get("settings", {})} for j in (before, job)]
-            changed = ", ".join(
-                f"{key} {flat[0].get(key)} -> {flat[1].get(key)}"
-                for key in sorted(set(flat[0]) | set(flat[1]))
-                if key != "settings" and flat[0].get(key) != flat[1].get(key)
-            )
+        old, new = ({**each, **each.get("settings", {})} for each in (before or {}, job))
+        keys = sorted(key for key in old.keys() | new.keys() if key != "settings" and old.get(key) != new.get(key))
+        changed = (
+            ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys) if before else "of another origin"
+        )
         if not (overwrite or live):
             raise UserError(f"{out}: has results of another run ({changed}); add --overwrite or choose another --out")
         for name in ("masks", ".state") + ("frames",) * live:
@@ -544,15 +541,14 @@ def make_pictures(out: Path, video: Video, order: list[int], results: Results, f
     chosen = {order[round(i)] for i in np.linspace(0, len(order) - 1, min(12, len(order)))}
     H, W = video.size
     thumbs, width = [], min(480, W)
+    writer = common.film_writer(out / "overlay.mp4", video.fps, video.size)
     if not film:
-        order = [index for index in order if index in chosen]
         (out / "overlay.mp4").unlink(missing_ok=True)
-    writer = common.film_writer(out / "overlay.mp4", video.fps, video.size) if film else nullcontext()
+        writer, order = nullcontext(lambda *_: None), [index for index in order if index in chosen]
     with writer as append:
         for index, frame in tqdm(common.ahead(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
             picture = draw(frame, results.read(index), results)
-            if film:
-                append(picture, abs(video.times[index] - video.times[order[0]]))
+            append(picture, abs(video.times[index] - video.times[order[0]]))
             if index in chosen:
                 thumb = cv2.resize(picture, (width, max(1, round(width * H / W))), interpolation=cv2.INTER_AREA)
                 cv2.rectangle(thumb, (0, 0), (11 * len(video.names[index]) + 10, 24), (0, 0, 0), -1)
