@@ -1827,7 +1827,8 @@ class Video:
                 stream = film.streams.video[0]
                 self.fps = float(stream.average_rate or stream.guessed_rate or 25)
                 tick = stream.time_base
-                promised = len(stream.index_entries) if "mp4" in film.format.name else stream.frames  # less edit lists
+                # A truncated film promises more frames than it has packets; in mp4 an edit list leaves only these.
+                promised = len(stream.index_entries) if "mp4" in film.format.name else stream.frames
                 packets = [(p.pts if p.pts is not None else p.dts, p.is_discard) for p in film.demux(stream) if p.size]
                 kinds = {film.format.name, stream.codec_context.name} if stream.codec_context.has_b_frames else set()
         except av.error.FFmpegError as error:
