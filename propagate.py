@@ -212,10 +212,10 @@ def digest(path: Path | None) -> str | None:
 
 
 def describe(video: Video) -> str:
-    """What tells a video from another one under its name."""
-    files = [path.stat() for path in video.pictures or [Path(video.source)]]
-    changed = datetime.fromtimestamp(max(file.st_mtime for file in files))
-    return f"{len(video)} frames, {sum(file.st_size for file in files)} bytes, changed {changed}"
+    """What tells a video from another one under its name. The first picture of a folder stands for all: a later one
+    that is broken may be replaced, and the run goes on."""
+    file = Path(video.pictures[0] if video.pictures else video.source).stat()
+    return f"{len(video)} frames, {file.st_size} bytes, changed {datetime.fromtimestamp(file.st_mtime)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

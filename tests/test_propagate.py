@@ -159,6 +159,11 @@ def test_another_film_or_other_weights_under_the_same_name_are_another_run(small
     assert cli(propagate, *job, "--video", "clip.mp4", "--overwrite")[0] == 0
     shutil.copy(tmp_path / "other/clip.mp4", tmp_path / "clip.mp4")
     assert "content 12 frames, " in refused(cli, *job, "--video", "clip.mp4")
+    for i in range(2):
+        write_mask(Path(f"frames/{i}.png"), np.full((96, 160), i, np.uint8))
+    assert cli(propagate, *job, "--video", "frames", "--overwrite")[0] == 0
+    write_mask(Path("frames/0.png"), np.full((96, 160), 7, np.uint8))
+    assert "content 2 frames, " in refused(cli, *job, "--video", "frames")
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
