@@ -1872,16 +1872,17 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 class Video:
     """Frames of a film, or of a folder or glob of pictures, by index and in either direction.
 
-    names: one for each frame (file stems of pictures, else 00000, 00001, ...); fps; size (H, W). Nothing is kept:
-    memory does not depend on the length. A film that breaks off gives the frames before the break; `broken` then
-    says where and why. Raises UserError where there is nothing to read or the frame size changes.
+    names: one for each frame (file stems of pictures, else 00000, 00001, ...); times: when each is shown, in seconds;
+    fps; size (H, W). Memory does not depend on the length: no frame is kept, but for a block of at most 32 when
+    reading backwards. A film that breaks off gives the frames before the break; `broken` then says where and why.
+    Raises UserError where there is nothing to read or the frame size changes.
     """
 
     def __init__(self, source: str | Path):
-        self.source, self.fps, self.broken, self.names = str(source), 25.0, None, []
+        self.source, self.fps, self.broken, self.names, self.times = str(source), 25.0, None, [], []
         path, self.pictures = Path(source), []
         if path.is_dir():
-            self.pictures = [p for p in path.iterdir() if p.suffix.lower() in PICTURES]
+            self.pictures = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]  # macOS keeps ._00000.jpg
         elif glob.has_magic(self.source) and not path.exists():
             self.pictures = [Path(p) for p in glob.glob(self.source)]
         elif not path.is_file():
@@ -1895,6 +1896,7 @@ class Video:
                 raise UserError(f"{source}: two pictures share a name before the dot; masks could not be told apart")
         elif path.is_file():
             self._index(path)
+        self.times = self.times or [i / self.fps for i in range(len(self))]
         if not len(self):
             raise UserError(f"{source}: holds no pictures; give a film, or a folder of {', '.join(PICTURES[:3])}, ...")
         self.size = next(self.frames([0]))[1].shape[:2]
@@ -1912,18 +1914,26 @@ class Video:
                     raise UserError(f"{path}: holds no video stream; give a film with pictures")
                 stream = film.streams.video[0]
                 self.fps = float(stream.average_rate or stream.guessed_rate or 25)
-                promised = stream.frames
-                stamps = [p.pts if p.pts is not None else p.dts for p in film.demux(stream) if p.size]
+                tick = stream.time_base
+                # A truncated film promises more frames than it has packets; in mp4 an edit list leaves only these.
+                promised = len(stream.index_entries) if "mp4" in film.format.name else stream.frames
+                packets = [(p.pts if p.pts is not None else p.dts, p.is_discard) for p in film.demux(stream) if p.size]
+                kinds = {film.format.name, stream.codec_context.name} if stream.codec_context.has_b_frames else set()
         except av.error.FFmpegError as error:
             raise UserError(
                 f"{path}: cannot be read as a film ({error.strerror}); is it whole? Try to play it"
             ) from error
-        # Without usable stamps frames are counted from the start, and seeking means decoding from there.
-        self._seekable = None not in stamps and len(set(stamps)) == len(stamps)
+        stamps = [stamp for stamp, discarded in packets if not discarded]  # an edit list cuts frames away
+        # Without usable stamps frames are counted from the start, and seeking means decoding from there. AVI and XviD
+        # do not say when B-frames are shown, and MPEG program streams have other stamps after seeking.
+        vague = kinds & {"avi", "mpeg4", "mpeg"}
+        self._seekable = not vague and None not in stamps and len(set(stamps)) == len(stamps)
         self._pts = sorted(stamps) if self._seekable else list(range(len(stamps)))
+        if self._seekable:
+            self.times = [float((stamp - self._pts[0]) * tick) for stamp in self._pts]
         self.names = [f"{i:05d}" for i in range(len(stamps))]
-        if promised > len(stamps):
-            self.broken = f"{path}: breaks off after {len(stamps)} of {promised} frames; the frames before are kept"
+        if promised > len(packets):
+            self.broken = f"{path}: breaks off after {len(packets)} of {promised} frames; the frames before are kept"
 
     def frames(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """(index, frame) for each of `indices`, which must all rise or all fall."""
@@ -1944,35 +1954,37 @@ class Video:
         elif len(indices) < 2 or indices[0] < indices[-1]:
             yield from self._decode(indices)
         else:  # backwards: blocks of frames, each decoded forwards
-            for block in (indices[i : i + 32] for i in range(0, len(indices), 32)):
+            step = min(32, max(1, 2**28 // (3 * self.size[0] * self.size[1])))  # 256 MiB
+            for block in (indices[i : i + step] for i in range(0, len(indices), step)):
                 yield from reversed(list(self._decode(block[::-1])))
 
     def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         first, last, left = indices[0], indices[-1], set(indices)
         number = {stamp: i for i, stamp in enumerate(self._pts)} if self._seekable else None
-        done, late = -1, 0
+        done = -1
         try:
-            with av.open(self.source) as film:
-                stream = film.streams.video[0]
-                stream.thread_type = "AUTO"
-                pictures = film.decode(stream)
-                # A key frame is found by its decoding time, which may come before it is shown.
-                for back in (0, 32, first) if first and number else ():
-                    film.seek(self._pts[max(0, first - back)], stream=stream)
+            with contextlib.ExitStack() as stack:
+                # A key frame is found by its decoding time, which may come before it is shown; in some containers
+                # seeking overshoots, and never finds the first one: then the film is read from its start.
+                for back in (0, 32, None) if first and number else (None,):
+                    film = stack.enter_context(av.open(self.source))
+                    stream = film.streams.video[0]
+                    stream.thread_type = "AUTO"
+                    if back is not None:
+                        film.seek(self._pts[max(0, first - back)], stream=stream)
                     pictures = film.decode(stream)
                     head = next(pictures, None)
-                    pictures = itertools.chain([head] if head else [], pictures)
-                    if head and number.get(head.pts, last) <= first:
+                    if head and number and number.get(head.pts, last + 1) <= first:
                         break
+                pictures = itertools.chain([head] if head else [], pictures)
                 for count, picture in enumerate(pictures):
                     index = number.get(picture.pts) if number else count
                     if index is None:  # a stamp that the index does not know
                         continue
-                    late += index > last  # stamps of an AVI may be out of order by a few
-                    if late > 16:
-                        return
-                    if first <= index <= last:
-                        done = max(done, index)
+                    if index > last:
+                        break
+                    if index >= first:
+                        done = index
                     if index in left:
                         left.remove(index)
                         frame = picture.to_ndarray(format="rgb24")
@@ -2035,17 +2047,24 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def film_writer(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[np.ndarray], None]]:
-    """Write an H.264 film that plays in a browser: yields a function that appends a frame; atomic."""
+def film_writer(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[..., None]]:
+    """Write an H.264 film that plays in a browser: yields a function that appends a frame, at a time in seconds if one
+    is given; atomic."""
     height, width = (side - side % 2 for side in size)  # 4:2:0 colour wants even sides
     with atomic(path) as temporary, av.open(str(temporary), "w", options={"movflags": "faststart"}) as film:
         stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "20", "preset": "veryfast"}
+        stream.codec_context.colorspace = 5  # BT.601, which from_ndarray's conversion follows; untagged HD reads as 709
+        stream.codec_context.time_base = tick = Fraction(1, 90000)
+        number, last = itertools.count(), -1
 
-        def append(frame: np.ndarray) -> None:
-            frame = np.ascontiguousarray(frame[:height, :width])
-            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        def append(frame: np.ndarray, seconds: float | None = None) -> None:
+            nonlocal last
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            last = max(last + 1, round((next(number) / fps if seconds is None else seconds) / tick))
+            picture.pts, picture.time_base = last, tick
+            film.mux(stream.encode(picture))
 
         yield append
         film.mux(stream.encode())
@@ -2092,12 +2111,13 @@ def inflate_ids(data: bytes) -> np.ndarray:
     return rows[:, 1:].copy()
 
 
-def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def read_mask(path: str | Path, known: dict[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Read a mask: (ids H x W uint8, palette 256 x 3 uint8).
 
     An indexed PNG gives its ids; a grey picture its values; black and white is one object, id 1; in a colour
     picture black (or transparent) is background and each other colour an object: the id of that colour in PASCAL
     VOC's palette if all have one, else 1, 2, ... by how much they cover. 255 beside other ids is void, background.
+    known: the ids of colours, and of values above 255, in masks read before; filled up, so that they stay the same.
     """
     try:
         with Image.open(path) as picture:
@@ -2106,18 +2126,21 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path}: no such mask; give the picture of the first frame's objects") from error
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a picture; give a PNG mask") from error
-    palette = PALETTE.copy()
-    indexed = picture.mode == "P"
+    palette, known = PALETTE.copy(), {} if known is None else known
+    indexed, coloured = picture.mode == "P", False
     if indexed:
         ids = np.asarray(picture)
         own = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
         palette[: len(own)] = own
-    elif picture.mode in ("1", "L", "I", "I;16", "F"):
-        ids = np.asarray(picture).astype(np.int64)
+    elif picture.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
+        ids = np.asarray(picture)
+        if not ((ids >= 0) & (ids % 1 == 0)).all():
+            raise UserError(f"{path}: holds values that are no ids (below 0, or no integers); save it as 0, 1, 2, ...")
+        ids = ids.astype(np.int64)
     else:
-        rgba = np.asarray(picture.convert("RGBA")).astype(np.int64)
-        colour = (rgba[..., 0] << 16 | rgba[..., 1] << 8 | rgba[..., 2]) * (rgba[..., 3] > 0)
-        ids = colour
+        r, g, b, alpha = np.asarray(picture.convert("RGBA")).astype(np.int64).transpose(2, 0, 1)
+        coloured = bool(((r != g) | (g != b))[alpha > 0].any())
+        ids = (r << 16 | g << 8 | b if coloured else r) * (alpha > 0)
     numbers, counts = np.unique(ids, return_counts=True)
     numbers, counts = numbers[numbers != 0], counts[numbers != 0]
     if not indexed:
@@ -2129,19 +2152,25 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             )
     if len(numbers) == 0:
         raise UserError(f"{path}: is empty, all of it is background; paint each object in a value of its own")
-    if picture.mode not in ("P", "1", "L", "I", "I;16", "F"):
-        voc = {int(r) << 16 | int(g) << 8 | int(b): i for i, (r, g, b) in enumerate(PALETTE)}
-        new = [voc.get(int(n)) for n in numbers]
-        if None in new:
-            new = np.argsort(np.argsort(-counts, kind="stable")) + 1
-            palette[new] = np.stack([numbers >> 16, numbers >> 8 & 255, numbers & 255], 1)
+    if coloured or numbers[-1] > 255:
+        voc = {int(r) << 16 | int(g) << 8 | int(b): i for i, (r, g, b) in enumerate(PALETTE)} if coloured else {}
+        unknown = [n for n in (numbers[np.argsort(-counts, kind="stable")] if coloured else numbers) if n not in known]
+        own = [voc.get(n) for n in unknown]
+        if None in own or set(own) & set(known.values()):
+            own = sorted(set(range(1, 256)) - set(known.values()))[: len(unknown)]
+        if len(own) < len(unknown):
+            raise UserError(f"{path}: brings the objects of all masks to more than 255; give fewer")
+        known.update(zip(unknown, own, strict=True))
+        new, names = [known[n] for n in numbers], np.array(list(known))
+        if coloured:
+            palette[list(known.values())] = np.stack([names >> 16, names >> 8 & 255, names & 255], 1)
     elif len(numbers) == 1 and numbers[0] in (1, 255):
         new = [1]
         palette[1] = palette[numbers[0] if indexed else 1]
-    elif numbers[-1] > 255:
-        new = np.arange(1, len(numbers) + 1)
     else:
         new = np.where(numbers == 255, 0, numbers)
+        if numbers[-1] == 255 and not indexed:
+            print(f"note: {path}: 255 beside other values is void, so background; is it an object?", file=sys.stderr)
     return np.asarray([0, *new], np.uint8)[np.searchsorted(np.array([0, *numbers]), ids)], palette
 
 

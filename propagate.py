@@ -7,7 +7,8 @@
     python propagate.py --engine tracker.onnx --video clip.mp4 --mask f0.png
 
 Writes --out (results/<video name>/): masks/*.png (indexed PNG) or points.csv, overlay.mp4, contact_sheet.jpg and
-run.json. Stopped and started again, it goes on after the last whole frame.
+run.json. Stopped and started again, it goes on after the last whole frame; with --engine, it keeps what is whole but
+runs through it again.
 """
 
 import csv
@@ -22,8 +23,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,7 +54,7 @@ class Args:
     """Picture of an annotated frame's objects: indexed PNG, grey ids, black and white, or one colour an object."""
     mask_frame: Annotated[list[int], tyro.conf.UseAppendAction] = field(default_factory=list)
     """The frame of the video that each --mask (or --points) belongs to; default: the first one used."""
-    points: Path | None = None
+    points: Annotated[list[Path], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Track key points instead: a CSV file with the columns id,x,y (pixels)."""
     pick: bool = False
     """Draw the objects in a window on the annotated frame."""
@@ -68,6 +70,8 @@ class Args:
     """Use every n-th frame."""
     reverse: bool = False
     """Run from the last frame to the first."""
+    film: bool = True
+    """Make overlay.mp4, for which the whole video is read once more."""
     show: bool = False
     """Show the result in a window as it is made; q stops."""
     device: str = "auto"
@@ -84,22 +88,23 @@ class Args:
 
 
 class Camera:
-    """A camera as a video: each frame is kept in `folder`, so that the film can be made afterwards."""
+    """A camera as a video: each frame is kept in `folder`, and its time, so that the film can be made afterwards."""
 
     def __init__(self, number: int, folder: Path):
-        self.source, self.fps, self.broken, self.folder = f"camera {number}", 25.0, None, folder
+        self.source, self.broken, self.folder, self.times = f"camera {number}", None, folder, {}
         self.capture = cv2.VideoCapture(number)
         ok, self.first = self.capture.read()
         if not ok:
             raise UserError(f"--video {number}: no camera of this number gives pictures; try another, or a file")
         self.size = self.first.shape[:2]
-        folder.mkdir(parents=True, exist_ok=True)
 
     def frames(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
         for index in indices:
             frame = self.first if index == 0 else self.capture.read()[1]
             if frame is None:
                 return
+            self.times[index] = time.perf_counter()
             cv2.imwrite(str(self.folder / f"{index:05d}.jpg"), frame, [cv2.IMWRITE_JPEG_QUALITY, 95])
             yield index, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
@@ -115,9 +120,16 @@ def choose_frames(args: Args, length: int) -> list[int]:
     return chosen[::-1] if args.reverse else chosen
 
 
-def fit_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Read a mask and its palette; bring it to the frame's size where the aspect is the same."""
-    mask, palette = common.read_mask(path)
+def read_frame(video, index: int) -> np.ndarray:
+    """The frame that is annotated. UserError where the film does not give it."""
+    for _, frame in video.frames([index]):
+        return frame
+    raise UserError(f"--mask-frame {index}: cannot be decoded from {video.source}; annotate another frame")
+
+
+def fit_mask(path: Path, size: tuple[int, int], known: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a mask and its palette; bring it to the frame's size where the aspect is the same. known: as read_mask."""
+    mask, palette = common.read_mask(path, known)
     (H, W), (h, w) = size, mask.shape
     if (h, w) != (H, W):
         if abs(w / h * H / W - 1) > 0.02:
@@ -127,8 +139,8 @@ def fit_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]
     return mask, palette
 
 
-def read_points(path: Path, size: tuple[int, int]) -> tuple[list[str], np.ndarray]:
-    """A CSV file with the columns id,x,y -> ids and J x 2 positions in pixels."""
+def read_points(path: Path, size: tuple[int, int]) -> dict[str, tuple[float, float]]:
+    """A CSV file with the columns id,x,y -> the position of each id, in pixels."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -144,7 +156,7 @@ def read_points(path: Path, size: tuple[int, int]) -> tuple[list[str], np.ndarra
     for name, (x, y) in points.items():
         if not (0 <= x < size[1] and 0 <= y < size[0]):
             raise UserError(f"{path}: point {name} at {x:g},{y:g} lies outside the frame ({size[1]}x{size[0]} pixels)")
-    return list(points), np.array(list(points.values()))
+    return points
 
 
 def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> None:
@@ -152,41 +164,37 @@ def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> 
     if settings.localization in ("window", "predicted"):  # their presets take all there is
         return
     h, w = settings.grid(*size)
-    reach = np.arange(-settings.radius, settings.radius + 1)
-    inside = (
-        reach[:, None] ** 2 + reach**2 < settings.radius**2 if settings.shape == "circle" else reach == reach[:, None]
-    )
-    region = (
-        h * w if settings.localization != "fixed" else int(inside.sum() if settings.shape == "circle" else inside.size)
-    )
+    cells = h * w
+    if settings.localization == "fixed":
+        r = min(settings.radius, max(h, w))
+        region = ~common.beyond(settings, (r, r + 1, r, r + 1), (0, 2 * r + 1, 0, 2 * r + 1), "cpu")
+        cells = min(cells, int(region.sum()))
     frames = annotated + settings.context if settings.aggregation == "overall" else 1
-    if settings.topk > min(region, h * w) * frames:
+    if settings.topk > cells * frames:
         raise UserError(
-            f"--topk {settings.topk}: only {min(region, h * w)} cells of {frames} context frame(s) are searched; "
-            f"give {min(region, h * w) * frames} or less"
+            f"--topk {settings.topk}: only {cells} cells of {frames} context frame(s) are searched; "
+            f"give {cells * frames} or less"
         )
 
 
-def open_job(out: Path, job: dict, overwrite: bool) -> None:
-    """Write run.json; refuse to mix with results of another job, so that nothing computed is lost or mislabelled."""
+def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> None:
+    """Write run.json; refuse to mix with results of another job, so that nothing computed is lost or mislabelled. A
+    camera's recording always replaces what is there."""
     record = out / "run.json"
     try:
         before = json.loads(record.read_text())["job"]
     except (OSError, ValueError, KeyError):
         before = None
-    mixed = before is None and (out / "masks").is_dir()
-    if mixed or (before is not None and before != job):
-        changed = "it holds masks of another origin"
-        if before:
-            flat = [{**j, **j.get("settings", {})} for j in (before, job)]
-            changed = ", ".join(
-                f"{key} {flat[0].get(key)} -> {flat[1].get(key)}"
-                for key in sorted(set(flat[0]) | set(flat[1]))
-                if key != "settings" and flat[0].get(key) != flat[1].get(key)
-            )
-        if not overwrite:
+    mixed = before is None and any((out / name).exists() for name in ("masks", "points.csv"))
+    if live or mixed or (before is not None and before != job):
+        old, new = ({**each, **each.get("settings", {})} for each in (before or {}, job))
+        keys = sorted(key for key in old.keys() | new.keys() if key != "settings" and old.get(key) != new.get(key))
+        changed = (
+            ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys) if before else "of another origin"
+        )
+        if not (overwrite or live):
             raise UserError(f"{out}: has results of another run ({changed}); add --overwrite or choose another --out")
-        for name in ("masks", ".state"):
+        for name in ("masks", ".state") + ("frames",) * live:
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("points.csv", "overlay.mp4", "contact_sheet.jpg"):
             (out / name).unlink(missing_ok=True)
@@ -201,6 +209,13 @@ def write_json(path: Path, content: dict) -> None:
 
 def digest(path: Path | None) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path and path.is_file() else None
+
+
+def describe(video: Video) -> str:
+    """What tells a video from another one under its name. The first picture of a folder stands for all: a later one
+    that is broken may be replaced, and the run goes on."""
+    file = Path(video.pictures[0] if video.pictures else video.source).stat()
+    return f"{len(video)} frames, {file.st_size} bytes, changed {datetime.fromtimestamp(file.st_mtime)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,28 +307,36 @@ class Stopwatch(Counter):
         yield
         self[stage] += time.perf_counter() - start
 
+    def each(self, stage: str, items: Iterator) -> Iterator:
+        """The same items; waiting for them is `stage`."""
+        while True:
+            with self.time(stage):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
+Answer = tuple[int, np.ndarray, np.ndarray, torch.Tensor | None]  # index, frame, mask or points, soft labels
+
 
 class Results:
-    """What whole frames got, written by a thread: a mask or points, and the soft labels of the latest frames (in
-    .state/), from which a stopped run goes on exactly as if it had not stopped."""
+    """What whole frames got, written by a thread: a mask or points, and the soft labels of the latest `keep` frames
+    (in .state/), from which a stopped run goes on exactly as if it had not stopped."""
 
     def __init__(self, out: Path, names: list[str], keep: int, ids: list, palette: np.ndarray, points: bool):
         self.out, self.names, self.keep, self.ids, self.palette, self.points = out, names, keep, ids, palette, points
-        self.table: dict[int, np.ndarray] = {}  # frame -> J x 2 positions, -1 where lost
-        self.pool, self.pending = ThreadPoolExecutor(1), deque()
-        self.journal = out / ".state" / "points.csv"
+        self.pool, self.pending, self.csv = ThreadPoolExecutor(1), deque(), out / "points.csv"
         self.states = deque(sorted((out / ".state").glob("*.npy"), key=lambda path: path.stat().st_mtime_ns))
-        if points and (out / "points.csv").is_file():
-            with (out / "points.csv").open(newline="") as file:
-                for row in csv.DictReader(file):
-                    place = self.table.setdefault(int(row["frame"]), np.full((len(ids), 2), -1.0))
-                    if row["x"]:
-                        place[ids.index(row["id"])] = float(row["x"]), float(row["y"])
-        elif points and self.journal.is_file():
-            for line in self.journal.read_text().splitlines():
-                index, *xy, last = line.split(",")
-                if last == "end" and len(xy) == 2 * len(ids):  # the last line may be torn
-                    self.table[int(index)] = np.array(xy, float).reshape(-1, 2)
+        self.table: dict[int, np.ndarray] = {}  # frame -> J x 2 positions, -1 where lost
+        if points and self.csv.is_file():
+            lines = self.csv.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+            for index, name, x, y in csv.reader(line for line in lines if line[-1] == "\n"):  # the last may be torn
+                place = self.table.setdefault(int(index), np.full((len(ids), 2), np.nan))
+                place[ids.index(name)] = (x, y) if x else (-1, -1)
+            self.table = {index: place for index, place in self.table.items() if not np.isnan(place).any()}
+        if points:
+            self.write_points(self.table)
 
     def mask_path(self, index: int) -> Path:
         return self.out / "masks" / f"{self.names[index] if self.names else f'{index:05d}'}.png"
@@ -339,13 +362,12 @@ class Results:
             with common.atomic(self.state_path(index)) as temporary, temporary.open("wb") as file:
                 np.save(file, labels)
             self.states.append(self.state_path(index))
-            while len(self.states) > self.keep:
+            while len(self.states) > self.keep + 1:  # one more: a frame's answer comes after its state
                 self.states.popleft().unlink(missing_ok=True)
         if self.points:
-            self.table[index] = answer
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            with self.journal.open("a") as file:
-                file.write(f"{index}," + ",".join(f"{value:.3f}" for value in answer.flat) + ",end\n")
+            self.table[index] = np.round(answer.astype(float), 2)  # as it is written: a run that goes on has no more
+            with self.csv.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(self.rows([index]))
         else:
             common.write_mask(self.mask_path(index), answer, self.palette)
 
@@ -353,16 +375,21 @@ class Results:
         while self.pending:
             self.pending.popleft().result()
 
-    def finish(self, order: list[int]) -> None:
-        """Every frame is whole: write the table of points, drop the state."""
+    def rows(self, order: Iterable[int]) -> Iterator[list]:
+        for index in order:
+            for name, (x, y) in zip(self.ids, self.table[index], strict=True):
+                yield [index, name, *(("", "") if x < 0 else (f"{x:.2f}", f"{y:.2f}"))]
+
+    def write_points(self, order: Iterable[int]) -> None:
+        with common.atomic(self.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["frame", "id", "x", "y"], *self.rows(order)])
+
+    def finish(self, order: list[int], whole: bool) -> None:
+        """Bring the table of points into order; where there is nothing to go on with, drop the state."""
         if self.points:
-            with common.atomic(self.out / "points.csv") as temporary, temporary.open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["frame", "id", "x", "y"])
-                for index in order:
-                    for name, (x, y) in zip(self.ids, self.table[index], strict=True):
-                        writer.writerow([index, name, *(("", "") if x < 0 else (f"{x:.2f}", f"{y:.2f}"))])
-        shutil.rmtree(self.out / ".state", ignore_errors=True)
+            self.write_points(order)
+        if whole:
+            shutil.rmtree(self.out / ".state", ignore_errors=True)
 
 
 def segments(order: list[int], annotated: Iterable[int]) -> list[list[int]]:
@@ -375,9 +402,11 @@ def segments(order: list[int], annotated: Iterable[int]) -> list[list[int]]:
     return ([order[places[0] :: -1]] if places[0] else []) + onwards
 
 
-def track(args: Args, video, order, annotations: dict[int, torch.Tensor], results: Results, encoder, clock) -> None:
-    """Label every frame of `order` that has no result yet. annotations: frame -> soft labels L x h x w."""
-    s, device, live = args.propagation, next(encoder.parameters()).device, isinstance(video, Camera)
+def track(
+    s: Propagation, video, stretches: list, annotations: dict[int, torch.Tensor], results: Results, encoder, clock
+) -> Iterator[Answer]:
+    """Label every frame that has no result yet. annotations: frame -> soft labels L x h x w."""
+    device = encoder.mean.device
 
     def encode(frame: np.ndarray) -> torch.Tensor:
         with clock.time("extract"):
@@ -386,54 +415,45 @@ def track(args: Args, video, order, annotations: dict[int, torch.Tensor], result
                 torch.cuda.synchronize(device)
         return features
 
-    total = None if live else len(order)
-    done = 1 if live else sum(map(results.has, order))
-    with tqdm(total=total, initial=done, unit="frame", desc=video.source) as bar:
-        annotated = {}
-        for stretch in [order] if live else segments(order, annotations):
-            rest = stretch[1:]
-            done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
-            if done == len(rest):
-                continue
-            if not annotated:  # every annotated frame stays in the context of all stretches for good
-                for index, labels in annotations.items():
-                    frame = next(video.frames([index]))[1]
-                    annotated[index] = encode(frame), labels.to(device)
-            back = rest[0 if s.history else max(0, done - s.context) : done]
-            if not all(results.state_path(index).is_file() for index in back):
-                back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
-            recent = [
-                (encode(frame), torch.from_numpy(np.load(results.state_path(index))).to(device))
-                for index, frame in (video.frames(back) if back else ())
-            ]
-            current = deque()
+    annotated = {}
+    for stretch in stretches:
+        rest = stretch[1:]
+        done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
+        if done == len(rest):
+            continue
+        if not annotated:  # every annotated frame stays in the context of all stretches for good
+            for index, labels in annotations.items():
+                annotated[index] = encode(read_frame(video, index)), labels.to(device)
+        latest = rest[max(0, done - s.context) : done]
+        back = rest[:done] if s.history else latest
+        if not all(results.state_path(index).is_file() for index in back):
+            back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
+        # Of all that came before, propagate_video looks again at the labels, but only at these frames' features.
+        again = [index for index in back if index in latest or index in rest[4:5]]
+        known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
+        other = annotated[next(iter(annotations))][0]
+        recent = [
+            (known.get(index, other), torch.from_numpy(np.load(results.state_path(index))).to(device)) for index in back
+        ]
+        current = deque()
 
-            def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-                frames = common.ahead(video.frames(todo))
-                while True:
-                    with clock.time("read"):
-                        item = next(frames, None)
-                    if item is None:
-                        return
-                    current.append(item)
-                    yield encode(item[1])
+        def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
+            for item in clock.each("read", common.ahead(video.frames(todo))):
+                current.append(item)
+                yield encode(item[1])
 
-            labelled = common.propagate_video(features(), list(annotated.values()), s, recent)
-            while True:
-                start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
-                if (z := next(labelled, None)) is None:
-                    break
-                index, frame = current.popleft()
-                if results.points:
-                    answer = common.points_from_labels(z, video.size)
-                else:
-                    answer = common.mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
-                clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
-                bar.update(not results.has(index))
-                with clock.time("write"):
-                    results.add(index, answer, z)
-                if args.show and not show(draw(frame, answer, results)):
-                    break
+        labelled = common.propagate_video(features(), list(annotated.values()), s, recent)
+        while True:
+            start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
+            if (z := next(labelled, None)) is None:
+                break
+            index, frame = current.popleft()
+            if results.points:
+                answer = common.points_from_labels(z, video.size)
+            else:
+                answer = common.mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
+            clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
+            yield index, frame, answer, z
 
 
 def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dict, ids: list) -> None:
@@ -464,32 +484,33 @@ def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dic
         )
 
 
-def track_engine(args: Args, video, order, annotations: dict[int, np.ndarray], results: Results, engine, clock) -> None:
+def track_engine(
+    video, stretches: list, annotations: dict[int, np.ndarray], results: Results, engine, clock
+) -> Iterator[Answer]:
     """As track, by an exported graph. annotations: the annotated frame -> its mask H x W. A stopped run computes a
     stretch again from its annotated frame, since the graph's memory is not on disk."""
-    live, ids = isinstance(video, Camera), np.array([0, *results.ids], np.uint8)
+    ids = np.array([0, *results.ids], np.uint8)
     number = np.zeros(256, np.uint8)  # the graph's ids are 1, 2, ...
     number[ids] = np.arange(len(ids))
-    done = 1 if live else sum(map(results.has, order))
-    with tqdm(total=None if live else len(order), initial=done, unit="frame", desc=video.source) as bar:
-        for stretch in [order] if live else segments(order, annotations):
-            if not live and all(map(results.has, stretch)):
-                continue
-            frames = common.ahead(video.frames(stretch))
-            while True:
-                with clock.time("read"):
-                    index, frame = next(frames, (None, None))
-                if index is None:
-                    break
-                with clock.time("extract and propagate"):
-                    answer = ids[engine.step(frame, number[annotations[index]] if index in annotations else None)]
-                if index in annotations or results.has(index):
-                    continue
-                bar.update()
-                with clock.time("write"):
-                    results.add(index, answer)
-                if args.show and not show(draw(frame, answer, results)):
-                    break
+    for stretch in stretches:
+        if all(map(results.has, stretch)):
+            continue
+        for index, frame in clock.each("read", common.ahead(video.frames(stretch))):
+            with clock.time("extract and propagate"):
+                answer = ids[engine.step(frame, number[annotations[index]] if index in annotations else None)]
+            if not results.has(index):
+                yield index, frame, answer, None
+
+
+def follow(answers: Iterator[Answer], results: Results, bar: tqdm, window: bool, clock: Stopwatch) -> None:
+    """Write answer after answer, and show it in the window; until the last, or q."""
+    with bar, closing(answers):
+        for index, frame, answer, labels in answers:
+            bar.update(not results.has(index))
+            with clock.time("write"):
+                results.add(index, answer, labels)
+            if window and not show(draw(frame, answer, results)):
+                return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,15 +536,19 @@ def show(picture: np.ndarray) -> bool:
     return cv2.waitKey(1) & 0xFF not in (ord("q"), 27)
 
 
-def make_film(out: Path, video: Video, order: list[int], results: Results, every: int) -> None:
-    """overlay.mp4 of all frames in the order of `order`, and contact_sheet.jpg of twelve of them."""
+def make_pictures(out: Path, video: Video, order: list[int], results: Results, film: bool) -> None:
+    """contact_sheet.jpg of twelve frames, and overlay.mp4 of all in the order of `order`, at their times."""
     chosen = {order[round(i)] for i in np.linspace(0, len(order) - 1, min(12, len(order)))}
     H, W = video.size
     thumbs, width = [], min(480, W)
-    with common.film_writer(out / "overlay.mp4", video.fps / every, video.size) as append:
+    writer = common.film_writer(out / "overlay.mp4", video.fps, video.size)
+    if not film:
+        (out / "overlay.mp4").unlink(missing_ok=True)
+        writer, order = nullcontext(lambda *_: None), [index for index in order if index in chosen]
+    with writer as append:
         for index, frame in tqdm(common.ahead(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
             picture = draw(frame, results.read(index), results)
-            append(picture)
+            append(picture, abs(video.times[index] - video.times[order[0]]))
             if index in chosen:
                 thumb = cv2.resize(picture, (width, max(1, round(width * H / W))), interpolation=cv2.INTER_AREA)
                 cv2.rectangle(thumb, (0, 0), (11 * len(video.names[index]) + 10, 24), (0, 0, 0), -1)
@@ -556,19 +581,22 @@ def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list
     """Read or draw what is annotated: frame -> mask H x W or points J x 2; the ids; the palette."""
     if bool(args.mask) + bool(args.points) + args.pick != 1:
         raise UserError("--mask, --points or --pick: give one of them, to say what to track")
-    frames = args.mask_frame or [first]
-    if len(frames) != max(len(args.mask), 1) or len(set(frames)) < len(frames):
-        raise UserError(f"--mask-frame: {len(frames)} frame(s) for {max(len(args.mask), 1)} mask(s); give one for each")
-    if args.points:
-        ids, points = read_points(args.points, video.size)
-        return {frames[0]: points}, ids, PALETTE
+    frames, files = args.mask_frame or [first], len(args.mask or args.points) or 1
+    if len(frames) != files or len(set(frames)) < len(frames):
+        raise UserError(f"--mask-frame: {len(frames)} frame(s) for {files} mask(s) or table(s); give one for each")
+    if args.points:  # a point that a table does not name is lost in its frame
+        tables = [read_points(path, video.size) for path in args.points]
+        ids = list(dict.fromkeys(name for table in tables for name in table))
+        places = [np.array([table.get(name, (-1, -1)) for name in ids]) for table in tables]
+        return dict(zip(frames, places, strict=True)), ids, PALETTE
     if args.pick:
         need_window("--pick")
-        masks = {frames[0]: pick_mask(next(video.frames(frames))[1])}
+        masks = {frames[0]: pick_mask(read_frame(video, frames[0]))}
         palette = PALETTE
     else:
-        read = [fit_mask(path, video.size) for path in args.mask]
-        masks, palette = dict(zip(frames, (mask for mask, _ in read), strict=True)), read[0][1]
+        known = {}  # an object has one id in all masks, and the last palette all their colours
+        read = [fit_mask(path, video.size, known) for path in args.mask]
+        masks, palette = dict(zip(frames, (mask for mask, _ in read), strict=True)), read[-1][1]
     ids = [int(number) for number in np.unique(np.concatenate([np.unique(mask) for mask in masks.values()])) if number]
     return masks, ids, palette
 
@@ -580,7 +608,8 @@ def main(args: Args) -> None:
         raise UserError("--video: missing; give a film, a folder of pictures or the number of a camera (see --help)")
     live = args.video.isdigit() and not Path(args.video).exists()
     path = Path(args.video).resolve()
-    name = f"camera{args.video}" if live else path.parent.name if glob.has_magic(path.name) else path.stem
+    pattern = glob.has_magic(path.name) and not path.exists()
+    name = f"camera{args.video}" if live else path.parent.name if pattern else path.stem
     out = args.out or Path("results") / name
     if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
         raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
@@ -588,6 +617,10 @@ def main(args: Args) -> None:
         need_window("--show")
 
     # What is asked for, checked before any long work.
+    if live and (args.start or args.every != 1 or args.reverse or any(args.mask_frame)):
+        raise UserError("--start, --every, --reverse, --mask-frame: a camera runs from its first frame on; leave them")
+    if live and args.end is not None and args.end < 2:
+        raise UserError(f"--end {args.end}: give 2 or more, or stop the camera with q")
     video = Camera(int(args.video), out / "frames") if live else Video(args.video)
     order = range(args.end or 10**9) if live else choose_frames(args, len(video))
     annotations, ids, palette = annotate(args, video, order[0])
@@ -603,22 +636,24 @@ def main(args: Args) -> None:
     else:
         check_topk(args.propagation, video.size, len(annotations))
         encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
+    weights = None if engine else args.weights or common.find_weights(args.model, fetch=False)
     job = {
-        "video": video.source,
+        "video": video.source if live else str(path),
+        "content": None if live else describe(video),
         "frames": [args.start, args.end, args.every, args.reverse],
         "annotations": {str(k): hashlib.sha256(v.tobytes()).hexdigest()[:16] for k, v in annotations.items()},
         "ids": ids,
         "model": engine.info["model"] if engine else args.model,
-        "weights": digest(args.weights),
+        "weights": digest(weights),
         "dtype": engine.info["dtype"] if engine else args.dtype,
         "settings": asdict(args.propagation),
     }
     if engine:
         job["engine"] = digest(args.engine)
-    open_job(out, job, args.overwrite or live)
+    open_job(out, job, args.overwrite, live)
 
-    keep = args.propagation.context
-    results = Results(out, [] if live else video.names, keep, ids, palette, points=args.points is not None)
+    keep = 0 if live else len(order) if args.propagation.history else args.propagation.context
+    results = Results(out, [] if live else video.names, keep, ids, palette, points=bool(args.points))
     clock, start = Stopwatch(), time.perf_counter()
     grid, labels = args.propagation.grid(*video.size), {}
     for index, known in annotations.items():
@@ -630,29 +665,32 @@ def main(args: Args) -> None:
             results.add(index, known)
     results.flush()
     before = len(annotations) if live else sum(map(results.has, order))
+    stretches = segments(order, annotations)
+    bar = tqdm(total=None if live else len(order), initial=before, unit="frame", desc=video.source)
     try:
         with torch.inference_mode():
             if engine:
-                track_engine(args, video, order, annotations, results, engine, clock)
+                answers = track_engine(video, stretches, annotations, results, engine, clock)
             else:
-                track(args, video, order, labels, results, encoder, clock)
+                answers = track(args.propagation, video, stretches, labels, results, encoder, clock)
+            follow(answers, results, bar, args.show, clock)
     except KeyboardInterrupt:
         if not live:  # a camera is stopped this way
             raise
     finally:
         results.flush()
     if live:
-        video = Video(out / "frames")
-        order = range(len(video))
+        times, video = video.times, Video(out / "frames")
+        order, video.times = range(len(video)), times
     if video.broken:
         print(f"note: {video.broken}", file=sys.stderr)
-    order = [index for index in order if results.has(index)]
-    results.finish(order)
-    seconds = time.perf_counter() - start
-    if len(order) > before or not (out / "overlay.mp4").is_file():
+    done = [index for index in order if results.has(index)]
+    results.finish(done, whole=live or len(done) == len(order))
+    made, seconds = len(done) - before, time.perf_counter() - start
+    pictures = ["overlay.mp4"] * args.film + ["contact_sheet.jpg"]
+    if made or not all((out / name).is_file() for name in pictures):
         with clock.time("film"):
-            make_film(out, video, order, results, args.every)
-    made = len(order) - before
+            make_pictures(out, video, done, results, args.film)
     rates = {stage: round(made / spent, 2) for stage, spent in clock.items() if spent > 0}
     versions = {"softcopy": common.__version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {"opencv": cv2.__version__, "av": av.__version__}
@@ -660,11 +698,9 @@ def main(args: Args) -> None:
         rates = {"whole run": round(made / seconds, 2), **rates}
         record = {"job": job, "versions": versions, "frames": made, "frames_per_second": rates}
         write_json(out / "run.json", record | {"ran_on": engine.provider if engine else str(encoder.mean.device)})
-    what = f"{len(order)} frames of points.csv" if results.points else f"{len(order)} masks"
-    print(
-        f"{out}: {what}, overlay.mp4, contact_sheet.jpg"
-        + (f"; {made / seconds:.2f} frames/s" if made else "; all was there")
-    )
+    what = f"{len(done)} frames of points.csv" if results.points else f"{len(done)} masks"
+    speed = f"{made / seconds:.2f} frames/s" if made else "all was there"
+    print(f"{out}: {', '.join([what, *pictures])}; {speed}")
 
 
 if __name__ == "__main__":

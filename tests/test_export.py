@@ -485,6 +485,15 @@ def test_propagate_runs_it_to_the_same_masks(graph, share, flags, small_clip, tm
     assert job["model"] == "random" and job["settings"]["context"] == 3 and job["engine"]
 
 
+def test_q_stops_an_engine_too(tracker, small_clip, tmp_path, cli, monkeypatch):
+    shown = []
+    monkeypatch.setattr(propagate, "need_window", lambda flag: None)
+    monkeypatch.setattr(propagate, "show", lambda picture: shown.append(picture))  # False: as if q was pressed
+    job = ["--engine", tracker, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
+    assert cli(propagate, *job, "--mask-frame", 6, "--show", "--out", tmp_path / "out")[0] == 0
+    assert len(shown) == 1 and len(list((tmp_path / "out" / "masks").iterdir())) == 2
+
+
 def test_propagate_keeps_the_ids_and_goes_on(tracker, small_clip, tmp_path, cli):
     mask = read_ids(small_clip / "f0.png")
     write_mask(tmp_path / "own.png", np.array([0, 200, 0, 7], np.uint8)[mask])  # two objects, ids 200 and 7

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import clip
+import common
 import propagate
 from common import PALETTE, Video, read_ids, write_mask
 
@@ -100,6 +101,23 @@ def test_the_film_plays_in_a_browser(done):
     assert (done / "overlay.mp4").read_bytes().find(b"moov") < 100  # at the front: it starts before all is loaded
 
 
+def test_the_film_keeps_the_times_and_colours_of_the_video(tmp_path, cli):
+    """Frames that last longer and longer, HD, and a colour that is another one in BT.709."""
+    frame = np.full((720, 1280, 3), (40, 160, 80), np.uint8)
+    with common.film_writer(tmp_path / "clip.mp4", 25, (720, 1280)) as append:
+        for i in range(6):
+            append(frame, i * i / 10)
+    write_mask(tmp_path / "mask.png", np.eye(720, 1280, dtype=np.uint8))
+    job = [*RANDOM, "--video", tmp_path / "clip.mp4", "--mask", tmp_path / "mask.png", "--size", 64]
+    for flags, times in (((), [0, 0.1, 0.4, 0.9, 1.6, 2.5]), (("--every", 2, "--reverse"), [0, 1.2, 1.6])):
+        assert cli(propagate, *job, *flags, "--overwrite", "--out", tmp_path / "o")[0] == 0
+        film = Video(tmp_path / "o/overlay.mp4")
+        assert np.allclose(film.times, times, atol=1e-4)
+    assert np.abs(next(film.frames([0]))[1][700, 100].astype(int) - frame[0, 0]).max() < 5
+    with av.open(str(tmp_path / "o/overlay.mp4")) as film:
+        assert film.streams.video[0].codec_context.colorspace == 5  # as the colours were converted
+
+
 def test_the_contact_sheet_and_the_record(done):
     sheet = cv2.imread(str(done / "contact_sheet.jpg"))
     assert sheet.shape == (3 * 96, 4 * 160, 3)
@@ -123,6 +141,29 @@ def test_other_settings_are_not_mixed_in(done, small_clip, cli):
     code, _, err = cli(propagate, *argv, "--topk", 3)
     assert code == 2 and "topk 10 -> 3" in err and "--overwrite" in err and err.count("\n") == 1
     assert len(masks_in(done)) == 12
+
+
+def test_another_film_or_other_weights_under_the_same_name_are_another_run(small_clip, tmp_path, cli, monkeypatch):
+    import torchvision
+
+    clip.write_clip(tmp_path / "other", frames=12, height=96, width=160, seed=2)
+    shutil.copy(small_clip / "clip.mp4", tmp_path / "clip.mp4")
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), "weights/imagenet.pth")
+    job = ["--model", "imagenet", *RANDOM[2:], "--mask", small_clip / "f0.png", "--end", 2, "--out", tmp_path / "o"]
+    assert cli(propagate, *job, "--video", "clip.mp4")[0] == 0
+    assert "all was there" in cli(propagate, *job, "--video", "./clip.mp4")[1]
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), "weights/imagenet.pth")
+    assert "weights " in refused(cli, *job, "--video", "clip.mp4")
+    assert cli(propagate, *job, "--video", "clip.mp4", "--overwrite")[0] == 0
+    shutil.copy(tmp_path / "other/clip.mp4", tmp_path / "clip.mp4")
+    assert "content 12 frames, " in refused(cli, *job, "--video", "clip.mp4")
+    for i in range(2):
+        write_mask(Path(f"frames/{i}.png"), np.full((96, 160), i, np.uint8))
+    assert cli(propagate, *job, "--video", "frames", "--overwrite")[0] == 0
+    write_mask(Path("frames/0.png"), np.full((96, 160), 7, np.uint8))
+    assert "content 2 frames, " in refused(cli, *job, "--video", "frames")
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
@@ -156,6 +197,34 @@ def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, 
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in times.items())  # what was whole was kept
     assert same(tmp_path / "o", done)
     assert (tmp_path / "o" / "overlay.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--mask-frame", "6"),  # the stop is in the second stretch
+        ("--memory", "spaced"),
+        ("--localization", "predicted"),
+        ("--localization", "track", "--aggregation", "per-frame"),
+        ("--context", "0"),
+    ],
+)
+def test_what_was_computed_is_not_computed_again(small_clip, tmp_path, cli, monkeypatch, flags):
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", *flags]
+    assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
+    real, calls = common.propagate_labels, []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(common, "propagate_labels", stopped)
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0
+    assert len(calls) == 12 and same(tmp_path / "o", tmp_path / "whole")  # the 10th again, and the 11th
 
 
 def test_choosing_frames(small_clip, tmp_path, cli):
@@ -219,12 +288,14 @@ def test_a_folder_of_pictures_keeps_its_names(small_clip, tmp_path, cli):
     assert Video(tmp_path / "frames").names == [name[:-4] for name in names]  # natural order: 2 before 10
 
 
-@pytest.mark.parametrize("video", ["clip.mp4", "frames/", "frames/*.png"])
+@pytest.mark.parametrize("video", ["clip.mp4", "clip [1].mp4", "frames/", "frames/*.png"])
 def test_results_go_to_a_folder_named_after_the_video(small_clip, tmp_path, cli, monkeypatch, video):
     (tmp_path / "frames").mkdir()
     for index, frame in Video(small_clip / "clip.mp4").frames(range(2)):
-        Image.fromarray(frame).save(tmp_path / f"frames/{index}.png")
-    shutil.copy(small_clip / "clip.mp4", tmp_path)
+        Image.fromarray(frame).save(tmp_path / f"frames/shot {index}.png")
+        (tmp_path / f"frames/._shot {index}.png").touch()  # what macOS leaves on other disks
+    for name in ("clip.mp4", "clip [1].mp4"):
+        shutil.copy(small_clip / "clip.mp4", tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert cli(propagate, *RANDOM, "--video", video, "--mask", small_clip / "f0.png", "--end", 2)[0] == 0
     assert len(masks_in(tmp_path / "results" / video.split("/")[0].removesuffix(".mp4"))) == 2
@@ -250,10 +321,72 @@ def test_points(small_clip, tmp_path, cli):
     start = {row["id"]: (float(row["x"]), float(row["y"])) for row in rows[:3]}
     assert all(np.allclose(start[name], centre, atol=0.1) for name, centre in centres.items())
     assert "all was there" in cli(propagate, *argv)[1]
+    assert "another run" in refused(cli, *argv[:-1], tmp_path)  # its own points.csv would be replaced
+    assert (tmp_path / "points.csv").read_text() == "\n".join(lines) + "\n"
+
+
+def test_points_go_on_after_a_line_that_is_torn(small_clip, tmp_path, cli, monkeypatch):
+    (tmp_path / "points.csv").write_text("id,x,y\nball,40,30\nstar,90.5,60\n")
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "points.csv"]
+    assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
+    real, calls = common.propagate_labels, []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(common, "propagate_labels", stopped)
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
+    written = (tmp_path / "o/points.csv").read_bytes()
+    for torn in (written[:-3], written[:-12], written):  # in the last number, in the id; whole
+        (tmp_path / "o/points.csv").write_bytes(torn)
+        calls[:] = [1] * 5
+        assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
+        assert (tmp_path / "o/points.csv").read_bytes() in (written, written[: written.rfind(b"5,ball")])
+    (tmp_path / "o/points.csv").write_bytes(written[:-3])
+    calls[:] = [1] * 6
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0 and len(calls) == 6 + 7
+    assert (tmp_path / "o/points.csv").read_bytes() == (tmp_path / "whole/points.csv").read_bytes()
+
+
+def test_points_of_several_frames(small_clip, tmp_path, cli):
+    """A correction, and a point that comes in later."""
+    (tmp_path / "a.csv").write_text("id,x,y\nball,40,30\n")
+    (tmp_path / "b.csv").write_text("id,x,y\nstar,90,60\nball,60,40\n")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "a.csv", "--points", tmp_path / "b.csv"]
+    assert "give one for each" in refused(cli, *argv, "--mask-frame", 0, "--out", tmp_path / "o")
+    assert cli(propagate, *argv, "--mask-frame", 0, "--mask-frame", 6, "--out", tmp_path / "o")[0] == 0
+    with (tmp_path / "o" / "points.csv").open() as file:
+        rows = [(int(row["frame"]), row["id"], row["x"], row["y"]) for row in csv.DictReader(file)]
+    assert rows[:2] == [(0, "ball", "40.00", "30.00"), (0, "star", "", "")]
+    assert rows[12:14] == [(6, "ball", "60.00", "40.00"), (6, "star", "90.00", "60.00")] and len(rows) == 24
+    assert all(x for frame, name, x, _ in rows if name == "ball" or frame >= 6)
+
+
+def test_without_the_film(done, small_clip, tmp_path, cli):
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    assert f"{tmp_path / 'o'}: 12 masks, contact_sheet.jpg; " in cli(propagate, *argv, "--no-film")[1]
+    assert not (tmp_path / "o/overlay.mp4").exists()
+    assert (tmp_path / "o/contact_sheet.jpg").read_bytes() == (done / "contact_sheet.jpg").read_bytes()
+    assert "12 masks, overlay.mp4, contact_sheet.jpg; all was there" in cli(propagate, *argv)[1]
+    assert (tmp_path / "o/overlay.mp4").exists()
 
 
 @pytest.mark.parametrize(
-    "kind", ["grey", "black and white", "colour", "voc colours", "transparent", "own palette", "16 bit"]
+    "kind",
+    [
+        "grey",
+        "grey with alpha",
+        "grey as RGB",
+        "black and white",
+        "colour",
+        "voc colours",
+        "transparent",
+        "own palette",
+        "16 bit",
+    ],
 )
 def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
     """Whatever the picture, the first mask written says which pixels are which object."""
@@ -263,6 +396,10 @@ def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
     by_size = 1 + np.argsort(np.argsort([-(truth == n).sum() for n in (1, 2, 3)]))
     if kind == "grey":
         picture, expected = Image.fromarray(truth * 40), truth * 40
+    elif kind == "grey with alpha":
+        picture = Image.fromarray(np.dstack([truth, np.full_like(truth, 255)]), "LA")
+    elif kind == "grey as RGB":
+        picture = Image.fromarray(np.dstack([truth] * 3))
     elif kind == "black and white":
         picture, expected = Image.fromarray(np.where(truth > 0, 255, 0).astype(np.uint8)), (truth > 0).astype(np.uint8)
     elif kind == "colour":
@@ -272,10 +409,12 @@ def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
     elif kind == "voc colours":
         picture = Image.fromarray(PALETTE[truth])
     elif kind == "transparent":
-        rgba = np.dstack([np.full((*truth.shape, 3), 90, np.uint8), np.where(truth == 2, 255, 0).astype(np.uint8)])
+        rgba = np.dstack(
+            [np.full((*truth.shape, 3), (90, 80, 70), np.uint8), np.where(truth == 2, 255, 0).astype(np.uint8)]
+        )
         picture, expected = Image.fromarray(rgba), (truth == 2).astype(np.uint8)
         palette = PALETTE.copy()
-        palette[1] = 90
+        palette[1] = 90, 80, 70
     elif kind == "own palette":
         picture, palette = Image.fromarray(truth), PALETTE.copy()
         palette[:4] = colours
@@ -288,6 +427,35 @@ def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
     assert (masks_in(tmp_path / "o")["00000.png"] == expected).all()
     with Image.open(tmp_path / "o/masks/00001.png") as written:
         assert (np.array(written.getpalette()).reshape(-1, 3)[: palette.shape[0]] == palette).all()
+
+
+def test_255_beside_other_values_is_void_and_said_so(small_clip, tmp_path, cli):
+    truth = read_ids(small_clip / "f0.png")
+    Image.fromarray(np.array([0, 128, 255, 0], np.uint8)[truth]).save(tmp_path / "mask.png")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--end", 2, "--mask", tmp_path / "mask.png"]
+    code, _, err = cli(propagate, *argv, "--out", tmp_path / "o")
+    assert code == 0 and "mask.png: 255 beside other values is void" in err
+    assert (masks_in(tmp_path / "o")["00000.png"] == 128 * (truth == 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["colours", "16 bit"])
+def test_an_object_has_the_same_id_in_all_masks(small_clip, tmp_path, cli, kind):
+    """Whichever covers more in either, and the second mask may bring in a new one."""
+    a, b = np.zeros((2, 96, 160), np.uint8)
+    a[:40, :40], a[:10, 80:] = 1, 2
+    b[:10, :10], b[:40, 80:], b[60:, 60:] = 1, 2, 3
+    colours = np.array([(0, 0, 0), (250, 10, 20), (9, 240, 30), (40, 50, 230)], np.uint8)
+    values = np.array([0, 3000, 4000, 1000], np.uint16)
+    for name, mask in ("a", a), ("b", b):
+        Image.fromarray(colours[mask] if kind == "colours" else values[mask]).save(tmp_path / f"{name}.png")
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--out", tmp_path / "o", "--end", 3]
+    job += ["--mask", tmp_path / "a.png", "--mask-frame", 0, "--mask", tmp_path / "b.png", "--mask-frame", 2]
+    assert cli(propagate, *job)[0] == 0
+    masks = masks_in(tmp_path / "o")
+    assert (masks["00000.png"] == a).all() and (masks["00002.png"] == b).all()
+    if kind == "colours":
+        with Image.open(tmp_path / "o/masks/00000.png") as written:
+            assert (np.array(written.getpalette()).reshape(-1, 3)[:4] == colours).all()
 
 
 def test_a_mask_of_another_size_is_resized_and_said_so(small_clip, tmp_path, cli):
@@ -325,13 +493,16 @@ def test_every_factor_runs_and_tracks(small_clip, tmp_path, cli, flags):
     assert overlap > (0.1 if "--no-l2" in flags else 0.5)  # random features need their lengths taken out
 
 
-def remux(film: Path, container: Path) -> None:
-    """The same coded frames in another container."""
-    with av.open(str(film)) as source, av.open(str(container), "w") as target:
+def remux(film: Path, container: Path, earlier: int = 0) -> None:
+    """The same coded frames in another container; `earlier` of them before time 0, where an edit list cuts them off."""
+    options = {"avoid_negative_ts": "disabled"} if earlier else {}
+    with av.open(str(film)) as source, av.open(str(container), "w", options=options) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
                 packet.stream = stream
+                packet.pts -= earlier * packet.duration
+                packet.dts -= earlier * packet.duration
                 target.mux(packet)
 
 
@@ -350,22 +521,83 @@ def test_portrait_film_with_rotation_in_its_metadata(small_clip, tmp_path, cli):
     assert (next(video.frames([0]))[1] == np.rot90(upright, -1)).all()
 
 
-def test_frames_by_index_in_either_direction(small_clip, tmp_path):
-    with av.open(str(tmp_path / "gop.mp4"), "w") as film:  # B-frames and several key frames
-        stream = film.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.options = {"g": "10", "bf": "2", "crf": "5"}
-        for i in range(90):
+def write_film(path: Path, codec: str, frames: int, **options: str) -> Path:
+    """Frames of one grey each, lighter by 2 from frame to frame; several key frames, B-frames if asked for."""
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        stream.options = {"g": "12", **options}
+        for i in range(frames):
             frame = np.full((48, 64, 3), 2 * i + 20, np.uint8)
             film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         film.mux(stream.encode())
-    video = Video(tmp_path / "gop.mp4")
+    return path
+
+
+def greys(video: Video, indices) -> list[int]:
+    """The frames that the video gives for `indices`, by how light they are."""
+    got = list(video.frames(list(indices)))
+    assert [i for i, _ in got] == list(indices) and video.broken is None
+    return [round((frame.mean() - 20) / 2) for _, frame in got]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "bf"),
+    [
+        ("gop.mp4", "libx264", "2"),
+        ("gop.ts", "libx264", "2"),  # seeking never finds the first key frame
+        ("mpeg2.ts", "mpeg2video", "2"),
+        ("gop.avi", "mpeg4", "2"),
+        ("h264.avi", "libx264", "2"),  # packets have the time of decoding only
+        ("gop.vob", "mpeg2video", "2"),  # after seeking, the stamps are other ones
+        ("gop.mpg", "mpeg1video", "0"),
+    ],
+)
+def test_frames_by_index_in_either_direction(tmp_path, name, codec, bf):
+    video = Video(write_film(tmp_path / name, codec, 90, bf=bf))
     assert len(video) == 90
-    for wanted in (range(90), range(89, -1, -1), range(35, 80, 7), [77, 40, 3], [50]):
-        got = [(i, round((frame.mean() - 20) / 2)) for i, frame in video.frames(list(wanted))]
-        assert [i for i, _ in got] == list(wanted)
-        assert all(abs(i - value) <= 1 for i, value in got)
-    assert video.broken is None
+    for wanted in (
+        range(90),
+        range(1, 90),
+        range(89, -1, -1),
+        range(35, 80, 7),
+        [77, 40, 3],
+        *([i] for i in range(90)),
+    ):
+        assert np.abs(np.subtract(greys(video, wanted), wanted)).max() <= 1
+
+
+def test_reading_backwards_holds_256_mib_at_most(small_clip, monkeypatch):
+    video, blocks = Video(small_clip / "clip.mp4"), []
+    video.size = (4000, 6000)
+    monkeypatch.setattr(video, "_decode", lambda block: blocks.append(list(block)) or [])
+    assert list(video._read(range(7, -1, -1))) == [] and blocks == [[5, 6, 7], [2, 3, 4], [0, 1]]
+
+
+def test_a_film_in_mpeg_ts_gets_all_its_masks(tmp_path, cli):
+    film = write_film(tmp_path / "gop.ts", "libx264", 30)
+    write_mask(tmp_path / "mask.png", np.eye(48, 64, dtype=np.uint8))
+    job = [*RANDOM, "--video", film, "--mask", tmp_path / "mask.png", "--mask-frame", 3, "--start", 3]
+    assert "27 masks" in cli(propagate, *job, "--out", tmp_path / "o")[1]
+
+
+def test_packed_b_frames_come_in_the_order_in_which_they_are_shown(shared):
+    """XviD's: the stamps of the packets are those of other frames."""
+    with av.open(str(shared / "data/videos/test.avi")) as film:
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    video = Video(shared / "data/videos/test.avi")
+    assert all((frame == frames[i]).all() for i, frame in video.frames(range(40)))
+    assert (next(video.frames([29]))[1] == frames[29]).all()
+
+
+def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path):
+    write_film(tmp_path / "whole.mp4", "libx264", 30, bf="0")
+    for earlier in (5, 10):  # in a group of pictures, and between two
+        remux(tmp_path / "whole.mp4", tmp_path / "cut.mp4", earlier=earlier)
+        video = Video(tmp_path / "cut.mp4")
+        assert len(video) == 30 - earlier
+        for wanted in (range(len(video)), [19], [7]):
+            assert np.abs(np.subtract(greys(video, wanted), wanted) - earlier).max() <= 1
 
 
 def test_a_picture_that_breaks_off_stops_a_run_that_can_go_on(small_clip, tmp_path, cli):
@@ -397,6 +629,9 @@ def test_a_truncated_film_gives_the_frames_before_the_break(small_clip, tmp_path
     assert f"after frame {len(masks_in(tmp_path / 'a')) - 1}" in err
     assert cli(propagate, *argv, "--video", tmp_path / "cut.mkv", "--out", tmp_path / "b")[0] == 0
     assert 1 <= len(masks_in(tmp_path / "b")) < 12
+    last = ("--mask-frame", len(Video(tmp_path / "cut.mp4")) - 1)
+    code, _, err = cli(propagate, *argv, "--video", tmp_path / "cut.mp4", *last, "--out", tmp_path / "c")
+    assert code == 2 and "cannot be decoded from" in err.splitlines()[-1]
 
 
 def test_a_frame_size_that_changes_stops_there_and_keeps_what_was_made(small_clip, tmp_path, cli):
@@ -459,6 +694,8 @@ def test_bad_masks(small_clip, tmp_path, cli):
     assert "anti-aliased" in say(Image.fromarray(smooth))
     many = np.arange(96 * 160).reshape(96, 160) // 9
     assert re.search("has 1706 .*", say(Image.fromarray(many.astype(np.uint16))))
+    Image.fromarray(truth.astype(np.float32) / 2).save(tmp_path / "half.tif")
+    assert "no integers" in refused(cli, *argv, "--mask", tmp_path / "half.tif")
     (tmp_path / "mask.png").write_bytes(b"no picture")
     assert "cannot be read" in refused(cli, *argv, "--mask", tmp_path / "mask.png")
     f0 = ("--mask", small_clip / "f0.png")
@@ -639,28 +876,59 @@ def test_show(small_clip, tmp_path, cli, monkeypatch):
     assert len(window.shown) == 4 and window.shown[0].shape == (96, 160, 3)
 
 
-def test_a_camera(small_clip, tmp_path, cli, monkeypatch):
-    """A camera is a video whose end is not known: its frames are kept, q or --end stops it."""
-    frames = iter([cv2.cvtColor(f, cv2.COLOR_RGB2BGR) for _, f in Video(small_clip / "clip.mp4").frames(range(8))])
+def test_q_stops_the_run_which_can_go_on(small_clip, tmp_path, cli, monkeypatch):
+    """In the first of two stretches; what was made is not made again."""
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--mask-frame", 6]
+    assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
+    window = FakeWindow(monkeypatch, [-1, -1, -1, "q"])
+    assert cli(propagate, *job, "--show", "--out", tmp_path / "o")[0] == 0
+    assert len(window.shown) == 4 and len(masks_in(tmp_path / "o")) == 5
+    window = FakeWindow(monkeypatch, [])
+    assert cli(propagate, *job, "--show", "--out", tmp_path / "o")[0] == 0
+    assert len(window.shown) == 7 and same(tmp_path / "o", tmp_path / "whole")
+    assert not (tmp_path / "o" / ".state").exists()
+
+
+@pytest.fixture
+def camera(small_clip, tmp_path, monkeypatch):
+    """Camera 0 shows the frames of the small clip, a quarter of a second apart."""
+    clock = [0.0]
 
     class Capture:
         def __init__(self, number):
-            self.number = number
+            film = Video(small_clip / "clip.mp4").frames(range(12 if number == 0 else 0))
+            self.frames = (frame for _, frame in film) if number == 0 else iter(())
 
         def read(self):
-            frame = next(frames, None) if self.number == 0 else None
-            return frame is not None, frame
+            clock[0] += 0.25
+            frame = next(self.frames, None)
+            return frame is not None, frame if frame is None else cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
 
     monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    monkeypatch.setattr(propagate.time, "perf_counter", lambda: clock[0])
     monkeypatch.chdir(tmp_path)
+    return [*RANDOM, "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+
+
+def test_a_camera(small_clip, tmp_path, cli, monkeypatch, camera):
+    """A camera is a video whose end is not known: its frames are kept, q or --end stops it."""
     FakeWindow(monkeypatch, [-1, -1, -1, "q"])
-    argv = [*RANDOM, "--mask", small_clip / "f0.png", "--show", "--out", tmp_path / "o"]
-    assert cli(propagate, *argv, "--video", 0)[0] == 0
+    assert cli(propagate, *camera, "--show", "--video", 0)[0] == 0
     masks = masks_in(tmp_path / "o")
-    assert 4 <= len(masks) <= 5
+    assert len(masks) == 5
     assert jaccard(masks["00003.png"] > 0, read_ids(small_clip / "truth/00003.png") > 0) > 0.6
     assert (tmp_path / "o/overlay.mp4").exists() and (tmp_path / "o/frames/00003.jpg").exists()
-    assert "no camera" in refused(cli, *argv, "--video", 7)
+    assert "no camera" in refused(cli, *camera, "--video", 7)
+    for flag in (("--start", 2), ("--every", 3), ("--reverse",), ("--mask-frame", 4)):
+        assert "a camera runs from its first frame on" in refused(cli, *camera, "--video", 0, *flag)
+    assert "--end 0" in refused(cli, *camera, "--video", 0, "--end", 0)
+
+
+def test_a_second_recording_replaces_the_first(tmp_path, cli, camera):
+    assert cli(propagate, *camera, "--video", 0, "--end", 9)[0] == 0
+    assert cli(propagate, *camera, "--video", 0, "--end", 4)[0] == 0
+    assert len(masks_in(tmp_path / "o")) == len(list((tmp_path / "o/frames").iterdir())) == 4
+    assert np.allclose(np.diff(Video(tmp_path / "o/overlay.mp4").times), 0.25)  # as fast as the camera was
 
 
 def test_no_window(small_clip, cli, monkeypatch):
