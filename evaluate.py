@@ -447,6 +447,13 @@ MAIN = {"davis": "J&F_M", "davis2016": "J&F_M", "vip": "mIoU", "jhmdb": "PCK@0.1
 DAVIS_COLUMNS = ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"]
 PCK_COLUMNS = [f"PCK@{a / 10}" for a in range(1, 6)]
 COLUMNS = {"davis": DAVIS_COLUMNS, "davis2016": DAVIS_COLUMNS, "vip": ["mIoU", "AP^r_vol"], "jhmdb": PCK_COLUMNS}
+LEGEND = dict.fromkeys(
+    ("davis", "davis2016"),
+    "J overlap, F accuracy of the boundary; M mean, O share of frames above 50 %, D loss over time (less is better)",
+) | {
+    "vip": "mIoU overlap, mean over part classes; AP^r_vol average precision of the parts of each person",
+    "jhmdb": "PCK@a share of joints within a x the person's size (0.6 of its box's diagonal) of the truth",
+}
 
 
 def summarize(dataset: str, results: dict[str, dict]) -> dict:
@@ -856,6 +863,7 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
     for line in [body[0], ["-" * width for width in widths], *body[1:]]:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+    print(LEGEND[args.dataset])
     for row in rows:
         if failed[row.name]:
             print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
@@ -1082,7 +1090,8 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
     count += f" in {esc(args.data.resolve().name)}" if args.data else ""
     note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
-    text.append(f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {count}{note}</div>")
+    about = [f"per cent, mean over {over} of {count}{note}", LEGEND[args.dataset]]
+    text.append(f"<h1>{title}</h1><div class=sub>{'<br>'.join(about)}</div>")
     boxes = {c: percent(overall.get(c)) for c in columns} | {f"{c}, paper": v for c, v in best.paper.items()}
     boxes = (f"<div class=kpi><b>{number}</b><span>{esc(c)}</span></div>" for c, number in boxes.items())
     text.append(f"<div class=kpis>{''.join(boxes)}</div>")

@@ -151,6 +151,7 @@ def test_the_official_tools_scores_of_osvos(shared, cli, tmp_path):
     )
     assert code == 0
     assert "76.4  72.4  77.2  20.4  80.3  88.8  18.6" in out
+    assert "less is better" in out and "less is better" in (tmp_path / "report.html").read_text()  # the columns' legend
     expected, ours = json.loads((shared / "data/osvos_expected.json").read_text()), read(tmp_path)
     assert ours["overall"] == pytest.approx(expected["global"], abs=1e-9)
     assert ours["per_object"].keys() == expected["per_object"].keys()
@@ -421,7 +422,7 @@ def test_vip_by_hand(cli, tmp_path):
     assert scores["per_object"]["hat"]["IoU"] == pytest.approx(iou_hat)
     # hat: IoU 1 (score 0.9) and 1/3 (0.8) -> AP 1 up to threshold 0.3, then 1/2; hair: one of two found -> 1/2 always
     assert scores["overall"]["AP^r_vol"] == pytest.approx(np.mean([(1 + 0.5) / 2] * 3 + [(0.5 + 0.5) / 2] * 6))
-    assert "hat" in out
+    assert "hat" in out and "AP^r_vol average precision" in out
 
 
 def test_average_precision_by_hand():
@@ -523,7 +524,7 @@ def test_pck_by_hand(cli, tmp_path):
     folder = tmp_path / "mine/wave/clip"
     folder.mkdir(parents=True)
     savemat(folder / "joint_positions.mat", {"pos_img": pred.transpose(2, 1, 0) + 1})
-    code, _, err = cli(
+    code, out, err = cli(
         evaluate, "--dataset", "jhmdb", "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out"
     )
     assert code == 0, err
@@ -531,6 +532,7 @@ def test_pck_by_hand(cli, tmp_path):
     assert scores["overall"]["PCK@0.1"] == pytest.approx((0.5 + 0 + 13) / 15)
     assert scores["overall"]["PCK@0.2"] == pytest.approx((1 + 0 + 13) / 15)
     assert scores["overall"]["PCK@0.5"] == pytest.approx(14 / 15)
+    assert "PCK@a " in out and "PCK@a " in (tmp_path / "out/report.html").read_text()
     assert scores["per_object"]["belly"]["PCK@0.5"] == 0 and scores["per_object"]["neck"]["PCK@0.1"] == 0.5
 
 
