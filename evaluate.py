@@ -518,6 +518,7 @@ class Row:
     model: str | None = None
     weights: Path | None = None
     settings: Propagation | None = None
+    changed: tuple[str, ...] = ()  # factor=value where it is not that of the preset, or of the paper's row
     paper: dict[str, float] = field(default_factory=dict)  # the paper's figures, per cent
     lacks: str = ""  # why it cannot run
 
@@ -528,12 +529,12 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     weights, model = weights_of(args, model), model.partition("@")[0]
     fits(model, weights, settings.layer, settings.stride)
     own = asdict(preset(model, args.dataset))
-    changed = [f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value]
+    changed = tuple(f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value)
     record = {"model": model, "weights": weights and file_digest(weights), "dtype": args.dtype}
     record |= {"dataset": [args.dataset, str(root.resolve())], "settings": asdict(settings)}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     folder = out / "predictions" / f"{model}-{digest}"
-    return Row(name or " ".join([model, *changed]), folder, model, weights, settings, **more)
+    return Row(name or " ".join([model, *changed]), folder, model, weights, settings, **{"changed": changed, **more})
 
 
 def weights_of(args: Args, model: str, fetch: bool = True) -> Path | None:
@@ -779,6 +780,7 @@ FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the capt
     },
     "figure5": {"context": [1, 2, 4, 7, 10, 20], "topk": [1, 3, 5, 10, 20, 50]},
 }
+WHOLE = {"davis": 30, "vip": 50, "jhmdb": 268}  # sequences that the paper's figures are over: val; test of split 1
 NOTE = (
     "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change. Its UVC of Table 4 "
     "is trained anew (59.4 without localization, the released one 57.8), here weights/uvc-ours.pth."
@@ -804,7 +806,8 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
         name, figures = line["row"] + suffix, line["figures"]
         try:
             model, settings = paper_settings(args, line["models"], line["settings"] + word)
-            row = make_row(args, root, out, replace(settings, **given), name, model, paper=figures)
+            changed = tuple(f"{factor}={v}" for factor, v in given.items() if getattr(settings, factor) != v)
+            row = make_row(args, root, out, replace(settings, **given), name, model, changed=changed, paper=figures)
         except UserError as error:
             row = Row(name, paper=figures, lacks=str(error))
         rows.setdefault(row.folder if axes and not row.lacks else name, row)  # curves share points
@@ -821,7 +824,7 @@ def paper_best(args: Args, row: Row) -> Row:
         scale, model = 2 if "upsample=2" in line["settings"] else 1, line["models"][0].removesuffix("-finetuned")
         if row.model.removesuffix("-finetuned") == model and scale == row.settings.upsample:
             best = max(best, line["figures"], key=lambda f: (f.get(MAIN[args.dataset], 0), len(f)))
-    return replace(row, paper=best)
+    return replace(row, paper=best, changed=tuple(c for c in row.changed if not c.startswith("upsample=")))
 
 
 def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str, Propagation]:
@@ -863,7 +866,7 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
     for line in [body[0], ["-" * width for width in widths], *body[1:]]:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-    print(LEGEND[args.dataset])
+    print(LEGEND[args.dataset], *unlike(args, rows, scores), sep="\n")
     for row in rows:
         if failed[row.name]:
             print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
@@ -879,6 +882,15 @@ def beside(row: Row, scores: dict, column: str) -> list[str]:
     ours = 100 * scores.get(row.name, {"overall": {}})["overall"].get(column, math.nan)
     paper = row.paper.get(column, math.nan)
     return [percent(paper, 1), percent(ours, 1), percent(ours - paper, 1, "+")]
+
+
+def unlike(args: Args, rows: list[Row], scores: dict) -> list[str]:
+    """One line, why our figures are not to be compared with the paper's; none where they are."""
+    rows = [row for row in rows if row.paper and row.name in scores]
+    counts = {len(scores[row.name]["per_sequence"]) for row in rows} - {WHOLE.get(args.dataset)}
+    why = [f"{count}, not {WHOLE[args.dataset]} sequences" for count in counts]
+    why += dict.fromkeys(change for row in rows for change in row.changed)
+    return [f"not comparable with the paper: {', '.join(why)}"] if why else []
 
 
 def lacking(rows: list[Row]) -> dict[str, list[str]]:
@@ -1090,7 +1102,7 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
     count += f" in {esc(args.data.resolve().name)}" if args.data else ""
     note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
-    about = [f"per cent, mean over {over} of {count}{note}", LEGEND[args.dataset]]
+    about = [f"per cent, mean over {over} of {count}{note}", LEGEND[args.dataset], *unlike(args, rows, scores)]
     text.append(f"<h1>{title}</h1><div class=sub>{'<br>'.join(about)}</div>")
     boxes = {c: percent(overall.get(c)) for c in columns} | {f"{c}, paper": v for c, v in best.paper.items()}
     boxes = (f"<div class=kpi><b>{number}</b><span>{esc(c)}</span></div>" for c, number in boxes.items())

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -27,6 +28,7 @@ import evaluate
 from common import read_ids, write_mask
 
 ROOT = Path(evaluate.__file__).parent
+SMALL = common.Propagation(size="64", context=3, radius=4)
 RANDOM = ("--model", "random", "--size", "64", "--context", "3", "--radius", "4", "--device", "cpu")
 
 
@@ -759,6 +761,8 @@ def test_a_table_of_the_paper(data, imagenet, cli, tmp_path):
     assert float(line[2]) == pytest.approx(float(line[1]) - 65.1, abs=0.06)
     assert re.search(r"^\(d\) UVC, none, per-frame +59.4 +- +-$", out, re.M)
     assert re.search(r"^\(c\) ImageNet, track, per-frame +59.3 +[\d.]+ ", out, re.M)
+    for text in (out, (tmp_path / "report.html").read_text()):
+        assert "not comparable with the paper: 1, not 30 sequences, size=64" in text
     rows = {row["name"]: row for row in read(tmp_path)["rows"]}
     assert len(rows) == 25 and rows["(c) ImageNet, none, per-frame"]["paper"] == {"J&F_M": 56.4}
     settings = rows["(c) ImageNet, none, per-frame"]["settings"]
@@ -795,12 +799,19 @@ def test_the_uvc_of_table_4_is_not_the_released_one(tmp_path, monkeypatch):
     assert "57.8" in evaluate.NOTE
 
 
-def test_a_plain_run_stands_beside_the_paper(data, imagenet, cli, tmp_path):
+def test_a_plain_run_stands_beside_the_paper(data, imagenet, cli, tmp_path, monkeypatch):
     code, out, err = cli(evaluate, "--data", data, "--weights", imagenet, *RANDOM[2:], "--out", tmp_path)
     assert code == 0, err
     assert re.search(r"^the paper, whole data set +65.8 +63.5 +75.5 +- +68.1 +80.6 +-$", out, re.M)
     difference = float(re.search(r"^difference +(\S+)", out, re.M)[1])
     assert difference == pytest.approx(100 * read(tmp_path)["overall"]["J&F_M"] - 65.8, abs=0.06)
+    assert "not comparable with the paper: 2, not 30 sequences, size=64, context=3, radius=4\n" in out
+    monkeypatch.setitem(evaluate.WHOLE, "davis", 2)  # as if this were all of DAVIS val, and these the settings
+    monkeypatch.setitem(common.MODELS, "imagenet", replace(common.MODELS["imagenet"], settings=SMALL))
+    for more, says in ((), False), (("--upsample", 2), False), (("--topk", 1), True):  # Table 6c has the finer grid
+        _, out, _ = cli(evaluate, "--data", data, "--weights", imagenet, *more, "--out", tmp_path)
+        assert "the paper, whole" in out and ("not comparable with the paper: topk=1\n" in out) == says
+        assert ("not comparable" in out) == says
 
 
 def test_the_papers_figures_are_its_own():
