@@ -83,7 +83,8 @@ FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2", "sampling")  # a
 @dataclass(frozen=True)
 class Args:
     dataset: Literal["davis", "davis2016", "vip", "jhmdb"] = "davis"
-    """DAVIS 2017, DAVIS 2016 (one object), VIP (semantic and instance parts) or JHMDB (body joints)."""
+    """DAVIS 2017, DAVIS 2016 (one object), VIP (semantic and instance parts) or JHMDB (body joints). vip and jhmdb have
+    other defaults of the factors: see --dataset vip --help."""
     data: Path | None = None
     """Root of the data set in its official layout (default: data/<dataset>)."""
     subset: Literal["val", "train", "test-dev"] = "val"
@@ -93,7 +94,7 @@ class Args:
     sequences: str = ""
     """Only these, separated by commas (default: all of the subset)."""
     model: str = "default"
-    """Feature extractor, a name in common.MODELS."""
+    """Feature extractor, a name from propagate.py --list-models."""
     weights: Path | None = None
     """Its weights (default: weights/, the torch hub cache, or a download)."""
     propagation: Propagation = field(default_factory=Propagation)
@@ -109,7 +110,8 @@ class Args:
     paper: Literal[
         "", "table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "figure4", "figure5"
     ] = ""
-    """Run the rows of this table or figure of the paper, at the paper's settings, side by side with its figures."""
+    """Run the rows of this table or figure of the paper, at the paper's settings, side by side with its figures. Table
+    7 and Figure 5 want VIP in --data, Table 8 JHMDB, the others DAVIS 2017."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -149,8 +151,13 @@ class Sequence:
 def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]]:
     """The sequences asked for, and why others of the subset are missing. UserError if one that is named is not there,
     or if there are none."""
-    wanted = [name for name in args.sequences.split(",") if name]
-    page = f"see {PAGES[args.dataset]}, and say where it is with --data"
+    wanted = [name.strip() for name in args.sequences.split(",") if name.strip()]
+    mark = {"vip": "lists/*_videos.txt", "jhmdb": "splits/*_test_split*.txt"}.get(args.dataset, "ImageSets/*/*.txt")
+    holds = next((folder for folder in (root, *root.absolute().parents) if any(folder.glob(mark))), root)
+    of = f"{args.paper} is of {args.dataset.upper()}, " if args.paper else ""
+    page = (
+        f"take --data {holds}" if holds != root else f"{of}see {PAGES[args.dataset]}, and say where it is with --data"
+    )
     instances, file = None, ""
     if args.dataset == "jhmdb":
         pictures = root / "Frames" if (root / "Frames").is_dir() else root / "Rename_Images"

@@ -326,6 +326,43 @@ def test_a_missing_data_set_says_where_and_which_page(cli, tmp_path, dataset):
     assert str(tmp_path / "nowhere") in err and evaluate.PAGES[dataset] in err
 
 
+@pytest.mark.parametrize("paper, name", [("table7", "VIP"), ("figure5", "VIP"), ("table8", "JHMDB")])
+def test_a_table_of_another_data_set_says_which_it_wants(cli, tmp_path, paper, name):
+    data = davis(tmp_path / "data", {"a": [square((5, 5))] * 3})
+    code, _, err = cli(evaluate, "--data", data, "--paper", paper, "--out", tmp_path / "out")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert f"{paper} is of {name}, see {evaluate.PAGES[name.lower()]}" in err
+
+
+def test_a_folder_inside_a_data_set_is_told_where_it_begins(cli, tmp_path):
+    masks = [square((5, 5))] * 3
+    davis(tmp_path / "davis", {"a": masks})
+    vip(tmp_path / "vip", "fine", masks, masks, {1: 1})
+    jhmdb(tmp_path / "jhmdb", {"a": grid_of_joints(3)})
+    for dataset, root, inside in (
+        ("davis", "davis", "JPEGImages"),
+        ("davis", "davis", "Annotations/480p"),
+        ("vip", "vip/VIP_Fine", "Images"),
+        ("jhmdb", "jhmdb", "joint_positions"),
+    ):
+        for more in (), ("--sequences", "a"):
+            argv = ("--dataset", dataset, "--data", tmp_path / root / inside, *more, "--out", tmp_path / "out")
+            code, _, err = cli(evaluate, *argv)
+            assert code == 2 and err.endswith(f"take --data {tmp_path / root}\n") and len(err.splitlines()) == 1, err
+
+
+def test_help_says_what_a_reader_of_the_paper_needs(capsys):
+    with pytest.raises(SystemExit):
+        common.parse_args(evaluate.Args, ["--help"])
+    text = " ".join(re.sub("[│╭╮╰╯]", "", capsys.readouterr().out).split())
+    for words in (
+        "a name from propagate.py --list-models",
+        "other defaults of the factors: see --dataset vip --help",
+        "Figure 5 want VIP in --data, Table 8 JHMDB, the others DAVIS 2017",
+    ):
+        assert words in text
+
+
 def test_an_incomplete_data_set_is_scored_as_far_as_it_goes(cli, tmp_path):
     masks = [square((5, 5 + i)) for i in range(4)]
     data = davis(tmp_path / "data", {"a": masks, "b": masks, "c": masks})
@@ -354,7 +391,7 @@ def test_a_sequence_that_is_not_there_is_named_before_any_work(cli, tmp_path):
         argv = ("--dataset", dataset, "--data", tmp_path / dataset.upper(), "--sequences", names)
         code, _, err = cli(evaluate, *argv, *RANDOM, "--out", tmp_path / "out")
         assert code == 2 and len(err.splitlines()) == 1 and near in err and not (tmp_path / "out").exists(), err
-    for name in ("another", "wave/another"):
+    for name in ("another", "wave/another", " another , "):
         args = evaluate.Args(dataset="jhmdb", sequences=name)
         assert [seq.name for seq in evaluate.read_dataset(args, clips)[0]] == ["wave/another"]
 
