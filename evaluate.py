@@ -819,8 +819,8 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
             row = Row(name, paper=figures, lacks=str(error))
         rows.setdefault(row.folder if axes and not row.lacks else name, row)  # curves share points
     if all(row.lacks for row in rows.values()):
-        why = "; ".join(lacking(list(rows.values())))
-        raise UserError(f"--paper {args.paper}: no row can run: {why}; or give --model and --weights")
+        print_lacking(list(rows.values()))
+        raise UserError(f"--paper {args.paper}: no row can run; put weights in weights/, or give --model and --weights")
     return list(rows.values())
 
 
@@ -841,7 +841,8 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     if not (chosen := next((model for model in models if weights_of(args, model, fetch=False)), None)):
         sources = {model: MODELS[model].source if model in MODELS else "train_uvc_plus.py makes it" for model in models}
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
-        raise UserError(f"needs weights of {either} in weights/")
+        files = " or ".join(f"{model.rpartition('@')[2].removesuffix('.pth')}.pth" for model in models)
+        raise UserError(f"needs weights of {either} in weights/, named {files}")
     factors = {}
     for word in words:  # factor=value, or one of the two factors that the tables name by their values
         factor, _, text = word.rpartition("=")
@@ -877,11 +878,16 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
     for row in rows:
         if failed[row.name]:
             print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
+    print_lacking(rows)
+    if args.paper:
+        print(NOTE)
+
+
+def print_lacking(rows: list[Row]) -> None:
+    """A line for each thing that rows lack."""
     for why, names in lacking(rows).items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         print(f"not run: {'; '.join(names[:3])}{more}: {why}")
-    if args.paper:
-        print(NOTE)
 
 
 def beside(row: Row, scores: dict, column: str) -> list[str]:

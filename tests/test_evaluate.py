@@ -824,6 +824,17 @@ def test_table_5_takes_a_file_of_weights_for_each_training(data, imagenet, cli, 
     assert rows["UVC+ MoCo, Kinetics"]["weights"] == "weights/uvc+moco.pth"
 
 
+def test_a_table_without_weights_lists_the_files_it_looks_for(data, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_weights", lambda *_: None)
+    code, out, err = cli(evaluate, "--data", data, "--paper", "table6", "--out", tmp_path / "out")
+    assert code == 2 and len(err.splitlines()) == 1 and len(err) < 120 and "--paper table6: no row can run" in err
+    assert len(out.splitlines()) == 9 and not (tmp_path / "out").exists()  # a line a model
+    assert re.search(
+        r"^not run: \(a\) CRW; \(b\) CRW; .*: needs weights of crw .* in weights/, named crw.pth$", out, re.M
+    )
+    assert "in weights/, named imagenet-finetuned.pth or imagenet.pth\n" in out
+
+
 def test_the_uvc_of_table_4_is_not_the_released_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("weights").mkdir()
