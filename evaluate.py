@@ -589,9 +589,11 @@ def parse_value(factor: str, text: str):
     """A value of a field of Propagation from text."""
     kind = next(f.type for f in fields(Propagation) if f.name == factor)
     choices = {"true": True, "false": False} if kind is bool else {choice: choice for choice in get_args(kind)}
-    if choices and text.lower() not in choices:
-        raise ValueError(f"{text!r} is none of {', '.join(choices)}")
-    return choices[text.lower()] if choices else kind(text)
+    try:
+        return choices[text.lower()] if choices else kind(text)
+    except (KeyError, ValueError) as error:
+        wants = f"none of {', '.join(choices)}" if choices else f"no {'whole ' * (kind is int)}number"
+        raise ValueError(f"{text!r} is {wants}") from error
 
 
 def first_mask(seq: Sequence) -> np.ndarray:
@@ -1202,12 +1204,17 @@ def main(args: Args) -> None:
     given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in typed}
     if args.paper:
         args = replace(args, dataset={"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis"))
+    if sum(map(bool, (args.predictions, args.sweep, args.paper))) > 1:
+        raise UserError("--predictions, --sweep and --paper: each is a run of its own; give one of them")
     root, out = args.data or Path("data") / args.dataset, args.out or Path("results") / args.dataset
     sequences, absent = read_dataset(args, root)
     if args.predictions:
         for folder in args.predictions:
-            if not folder.is_dir():
-                raise UserError(f"{folder}: no such folder; --predictions takes <folder>/<sequence>/<frame>.png")
+            if not any(prediction(folder, seq).exists() for seq in sequences):
+                what = "holds none of the sequences" if folder.is_dir() else "no such folder"
+                wants = prediction(Path("<folder>"), sequences[0], "<frame>")
+                wants = next((row for row in sorted(folder.glob("predictions/*")) if row.is_dir()), wants)
+                raise UserError(f"{folder}: {what}; --predictions takes {wants}")
         short = len({folder.resolve().name for folder in args.predictions}) == len(args.predictions)
         rows = [Row(folder.resolve().name if short else str(folder), folder) for folder in args.predictions]
     elif args.paper:

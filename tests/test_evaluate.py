@@ -401,7 +401,11 @@ def test_a_sequence_that_is_not_there_is_named_before_any_work(cli, tmp_path):
     [
         (("--predictions", "nowhere"), "nowhere: no such folder"),
         (("--sweep", "tempo=1,2"), "with a factor of size, upsample"),
-        (("--sweep", "topk=1,x"), "--sweep topk=1,x"),
+        (("--sweep", "topk=1,x"), "--sweep topk=1,x: 'x' is no whole number"),
+        (("--sweep", "temperature=1,x"), "--sweep temperature=1,x: 'x' is no number"),
+        (("--predictions", ".", "--sweep", "topk=1"), "give one of them"),
+        (("--paper", "table4", "--sweep", "topk=1"), "give one of them"),
+        (("--predictions", "."), ".: holds none of the sequences; --predictions takes <folder>/s/<frame>.png"),
         (("--sweep", "aggregation=some"), "'some' is none of overall, per-frame"),
         (("--sweep", "topk=0,1"), "--topk 0"),
         (("--weights", "nowhere.pth", "--model", "imagenet"), "nowhere.pth"),
@@ -733,6 +737,13 @@ def test_several_folders_are_rows_of_one_table(cli, data, whole, tmp_path):
     code, _, err = cli(evaluate, *argv)
     assert code == 0, err
     assert read(tmp_path)["overall"] == read(whole)["overall"]
+
+
+def test_the_folder_of_a_run_is_told_which_of_its_folders_are_predictions(cli, data, whole, tmp_path):
+    (folder,) = whole.glob("predictions/*")
+    code, out, err = cli(evaluate, "--data", data, "--predictions", folder, whole, "--out", tmp_path / "out")
+    assert code == 2 and not out and not (tmp_path / "out").exists()
+    assert err == f"error: {whole}: holds none of the sequences; --predictions takes {folder}\n"
 
 
 def test_test_dev_is_predicted_and_not_scored(cli, data, tmp_path):
