@@ -534,7 +534,7 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     """The row of a model at some settings; its folder's name ends in a digest of all that the predictions depend on."""
     model = model or args.model
     weights, model = weights_of(args, model), model.partition("@")[0]
-    fits(model, weights, settings.layer, settings.stride)
+    fits(model, weights, settings.layer, settings.stride, weights != args.weights or rank_world()[0] > 0)
     own = asdict(preset(model, args.dataset))
     changed = tuple(f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value)
     record = {"model": model, "weights": weights and file_digest(weights), "dtype": args.dtype}
@@ -554,9 +554,10 @@ def weights_of(args: Args, model: str, fetch: bool = True) -> Path | None:
 
 
 @lru_cache
-def fits(model: str, weights: Path | None, layer: str, stride: int) -> None:
-    """UserError, before any long work, if the weights do not hold what these settings need."""
-    with contextlib.redirect_stderr(io.StringIO()):  # what the file is taken for is said when it is used
+def fits(model: str, weights: Path | None, layer: str, stride: int, quiet: bool) -> None:
+    """UserError, before any long work, if the weights do not hold what these settings need. What a file is taken for is
+    said here, unless quiet."""
+    with contextlib.redirect_stderr(io.StringIO() if quiet else sys.stderr):
         load_encoder(model, weights, replace(preset(model), layer=layer, stride=stride), "cpu")
 
 
@@ -740,7 +741,8 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 bar.set_description(seq.name)
                 todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
                 if todo and encoder is None:
-                    encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
+                    with contextlib.redirect_stderr(io.StringIO()):  # fits has said what the file is taken for
+                        encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
                 try:
                     check_names(seq.frames, seq.names, seq.names[0] if seq.names else "")
                     if todo:

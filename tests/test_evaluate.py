@@ -846,6 +846,18 @@ def test_a_table_without_weights_lists_the_files_it_looks_for(data, cli, tmp_pat
     assert "in weights/, named imagenet-finetuned.pth or imagenet.pth\n" in out
 
 
+def test_a_file_of_weights_is_explained_once_and_only_if_it_was_given(data, imagenet, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    for path in (Path("weights/imagenet.pth"), Path("given.pth")):
+        shutil.copy(imagenet, path)
+    argv = ("--data", data, *RANDOM[2:], "--sequences", "first", "--model", "imagenet", "--out", tmp_path)
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and "note: " not in err, err
+    code, _, err = cli(evaluate, *argv, "--weights", "given.pth", "--topk", "1")
+    assert code == 0 and err.count("note: ") == 1 and err.startswith("note: given.pth: "), err  # before the bar
+
+
 def test_the_uvc_of_table_4_is_not_the_released_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("weights").mkdir()
