@@ -14,6 +14,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -956,6 +957,22 @@ def test_each_process_takes_its_own_gpu(data, cli, tmp_path, monkeypatch, device
     monkeypatch.setenv("LOCAL_RANK", "3")
     code, _, err = cli(evaluate, "--data", data, *RANDOM, "--device", device, "--out", tmp_path)
     assert code == 2 and "asked for cuda:3" in err
+
+
+def test_a_score_within_training_has_all_cores(tmp_path, monkeypatch):
+    """torchrun's variables of the training process would make it a process of several."""
+    seen = {}
+
+    def run(command, env, **_):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    monkeypatch.setattr(common.subprocess, "run", run)
+    args = SimpleNamespace(validate=tmp_path, validate_sequences="first", out=tmp_path, device="cpu")
+    assert common.validate(args, []) == {}
+    assert "PATH" in seen and not [name for name in seen if name.endswith(("RANK", "WORLD_SIZE"))]
 
 
 def test_processes_that_fetch_the_same_weights_do_not_meet(tmp_path, monkeypatch):
