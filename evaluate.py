@@ -155,9 +155,8 @@ def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]
     mark = {"vip": "lists/*_videos.txt", "jhmdb": "splits/*_test_split*.txt"}.get(args.dataset, "ImageSets/*/*.txt")
     holds = next((folder for folder in (root, *root.absolute().parents) if any(folder.glob(mark))), root)
     of = f"{args.paper} is of {args.dataset.upper()}, " if args.paper else ""
-    page = (
-        f"take --data {holds}" if holds != root else f"{of}see {PAGES[args.dataset]}, and say where it is with --data"
-    )
+    page = f"{of}see {PAGES[args.dataset]}, and say where it is with --data"
+    page = page if holds == root else f"take --data {holds}"
     instances, file = None, ""
     if args.dataset == "jhmdb":
         pictures = root / "Frames" if (root / "Frames").is_dir() else root / "Rename_Images"
@@ -454,12 +453,10 @@ MAIN = {"davis": "J&F_M", "davis2016": "J&F_M", "vip": "mIoU", "jhmdb": "PCK@0.1
 DAVIS_COLUMNS = ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"]
 PCK_COLUMNS = [f"PCK@{a / 10}" for a in range(1, 6)]
 COLUMNS = {"davis": DAVIS_COLUMNS, "davis2016": DAVIS_COLUMNS, "vip": ["mIoU", "AP^r_vol"], "jhmdb": PCK_COLUMNS}
-LEGEND = dict.fromkeys(
-    ("davis", "davis2016"),
-    "J overlap, F accuracy of the boundary; M mean, O share of frames above 50 %, D loss over time (less is better)",
-) | {
-    "vip": "mIoU overlap, mean over part classes; AP^r_vol average precision of the parts of each person",
-    "jhmdb": "PCK@a share of joints within a x the person's size (0.6 of its box's diagonal) of the truth",
+LEGEND = {
+    "J&F_M": "J overlap, F boundary accuracy; M mean, O share of frames above 50 %, D loss over time (less is better)",
+    "mIoU": "mIoU overlap, mean over part classes; AP^r_vol average precision of the parts of each person",
+    "PCK@0.1": "PCK@a share of joints within a x the person's size (0.6 of its box's diagonal) of the truth",
 }
 
 
@@ -555,8 +552,7 @@ def weights_of(args: Args, model: str, fetch: bool = True) -> Path | None:
 
 @lru_cache
 def fits(model: str, weights: Path | None, layer: str, stride: int, quiet: bool) -> None:
-    """UserError, before any long work, if the weights do not hold what these settings need. What a file is taken for is
-    said here, unless quiet."""
+    """UserError, before any long work, if the weights do not fit the settings. Unless quiet, says what they are."""
     with contextlib.redirect_stderr(io.StringIO() if quiet else sys.stderr):
         load_encoder(model, weights, replace(preset(model), layer=layer, stride=stride), "cpu")
 
@@ -823,7 +819,7 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
             row = Row(name, paper=figures, lacks=str(error))
         rows.setdefault(row.folder if axes and not row.lacks else name, row)  # curves share points
     if all(row.lacks for row in rows.values()):
-        print_lacking(list(rows.values()))
+        print(*lacking(list(rows.values())), sep="\n")
         raise UserError(f"--paper {args.paper}: no row can run; put weights in weights/, or give --model and --weights")
     return list(rows.values())
 
@@ -878,20 +874,12 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
     for line in [body[0], ["-" * width for width in widths], *body[1:]]:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-    print(LEGEND[args.dataset], *unlike(args, rows, scores), sep="\n")
+    print(LEGEND[MAIN[args.dataset]], *unlike(args, rows, scores), sep="\n")
     for row in rows:
         if failed[row.name]:
             print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
-    print_lacking(rows)
-    if args.paper:
-        print(NOTE)
-
-
-def print_lacking(rows: list[Row]) -> None:
-    """A line for each thing that rows lack."""
-    for why, names in lacking(rows).items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        print(f"not run: {'; '.join(names[:3])}{more}: {why}")
+    for line in lacking(rows) + [NOTE] * bool(args.paper):
+        print(line)
 
 
 def beside(row: Row, scores: dict, column: str) -> list[str]:
@@ -910,9 +898,14 @@ def unlike(args: Args, rows: list[Row], scores: dict) -> list[str]:
     return [f"not comparable with the paper: {', '.join(why)}"] if why else []
 
 
-def lacking(rows: list[Row]) -> dict[str, list[str]]:
-    """What rows lack to be run: the names of those that lack it."""
-    return {row.lacks: [other.name for other in rows if other.lacks == row.lacks] for row in rows if row.lacks}
+def lacking(rows: list[Row]) -> list[str]:
+    """A line for each thing that rows lack to be run, with the names of the first that lack it."""
+    lines = []
+    for why in dict.fromkeys(row.lacks for row in rows if row.lacks):
+        names = [row.name for row in rows if row.lacks == why]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"not run: {'; '.join(names[:3])}{more}: {why}")
+    return lines
 
 
 def percent(value: float | None, scale: float = 100, sign: str = "") -> str:
@@ -1119,7 +1112,7 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
     count += f" in {esc(args.data.resolve().name)}" if args.data else ""
     note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
-    about = [f"per cent, mean over {over} of {count}{note}", LEGEND[args.dataset], *unlike(args, rows, scores)]
+    about = [f"per cent, mean over {over} of {count}{note}", LEGEND[MAIN[args.dataset]], *unlike(args, rows, scores)]
     text.append(f"<h1>{title}</h1><div class=sub>{'<br>'.join(about)}</div>")
     boxes = {c: percent(overall.get(c)) for c in columns} | {f"{c}, paper": v for c, v in best.paper.items()}
     boxes = (f"<div class=kpi><b>{number}</b><span>{esc(c)}</span></div>" for c, number in boxes.items())
@@ -1161,18 +1154,15 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
         card(over.capitalize(), bars({n: [score[k] for k in (keys[0], *keys)] for n, score in of_parts}, keys))
 
     if models := [row for row in ran if row.settings]:
-        used = [
-            {"model": r.model, "weights": r.weights.name if r.weights else "-", **asdict(r.settings)} for r in models
-        ]
+        used = [{"model": r.model, "weights": getattr(r.weights, "name", "-"), **asdict(r.settings)} for r in models]
         same = {f: v for f, v in used[0].items() if all(entry[f] == v for entry in used)}
         lines = ["<dl>", *(f"<dt>{f}</dt><dd>{esc(show(v))}</dd>" for f, v in same.items()), "</dl>"]
         if differ := [f for f in used[0] if f not in same]:
             cells = [[esc(show(entry[f])) for f in differ] for entry in used]
             lines += ["<br>", table(differ, list(zip(models, cells, strict=True)))]
         card("Settings", *lines)
-    if not_run := lacking(rows).items():
-        items = (f"<li>{esc(why)}<br><span class=sub>{esc('; '.join(names))}</span></li>" for why, names in not_run)
-        card("Not run", "<ul>", *items, "</ul>")
+    if not_run := lacking(rows):
+        card("Not run", "<ul>", *(f"<li>{esc(line.removeprefix('not run: '))}</li>" for line in not_run), "</ul>")
     if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
         more = f"<li>and {len(wrong) - 10} more, in scores.json</li>" if len(wrong) > 10 else ""
         items = "".join(f"<li>{esc(why)}</li>" for why in list(wrong)[:10])
@@ -1214,8 +1204,7 @@ def main(args: Args) -> None:
         for folder in args.predictions:
             if not any(prediction(folder, seq).exists() for seq in sequences):
                 what = "holds none of the sequences" if folder.is_dir() else "no such folder"
-                wants = prediction(Path("<folder>"), sequences[0], "<frame>")
-                wants = next((row for row in sorted(folder.glob("predictions/*")) if row.is_dir()), wants)
+                wants = next(folder.glob("predictions/*"), prediction(Path("<folder>"), sequences[0], "<frame>"))
                 raise UserError(f"{folder}: {what}; --predictions takes {wants}")
         short = len({folder.resolve().name for folder in args.predictions}) == len(args.predictions)
         rows = [Row(folder.resolve().name if short else str(folder), folder) for folder in args.predictions]
