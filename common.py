@@ -1652,7 +1652,7 @@ def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
             args.device,
             *flags,
         ]
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        alone = {name: value for name, value in os.environ.items() if not name.endswith(("RANK", "WORLD_SIZE"))}
         done = subprocess.run(command, capture_output=True, text=True, env=alone)
         if done.returncode:
             tqdm.write(

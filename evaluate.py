@@ -83,7 +83,8 @@ FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2", "sampling")  # a
 @dataclass(frozen=True)
 class Args:
     dataset: Literal["davis", "davis2016", "vip", "jhmdb"] = "davis"
-    """DAVIS 2017, DAVIS 2016 (one object), VIP (semantic and instance parts) or JHMDB (body joints)."""
+    """DAVIS 2017, DAVIS 2016 (one object), VIP (semantic and instance parts) or JHMDB (body joints). vip and jhmdb have
+    other defaults of the factors: see --dataset vip --help."""
     data: Path | None = None
     """Root of the data set in its official layout (default: data/<dataset>)."""
     subset: Literal["val", "train", "test-dev"] = "val"
@@ -93,7 +94,7 @@ class Args:
     sequences: str = ""
     """Only these, separated by commas (default: all of the subset)."""
     model: str = "default"
-    """Feature extractor, a name in common.MODELS."""
+    """Feature extractor, a name from propagate.py --list-models."""
     weights: Path | None = None
     """Its weights (default: weights/, the torch hub cache, or a download)."""
     propagation: Propagation = field(default_factory=Propagation)
@@ -109,7 +110,8 @@ class Args:
     paper: Literal[
         "", "table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "figure4", "figure5"
     ] = ""
-    """Run the rows of this table or figure of the paper, at the paper's settings, side by side with its figures."""
+    """Run the rows of this table or figure of the paper, at the paper's settings, side by side with its figures. Table
+    7 and Figure 5 want VIP in --data, Table 8 JHMDB, the others DAVIS 2017."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -149,8 +151,12 @@ class Sequence:
 def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]]:
     """The sequences asked for, and why others of the subset are missing. UserError if one that is named is not there,
     or if there are none."""
-    wanted = [name for name in args.sequences.split(",") if name]
-    page = f"see {PAGES[args.dataset]}, and say where it is with --data"
+    wanted = [name.strip() for name in args.sequences.split(",") if name.strip()]
+    mark = {"vip": "lists/*_videos.txt", "jhmdb": "splits/*_test_split*.txt"}.get(args.dataset, "ImageSets/*/*.txt")
+    holds = next((folder for folder in (root, *root.absolute().parents) if any(folder.glob(mark))), root)
+    of = f"{args.paper} is of {args.dataset.upper()}, " if args.paper else ""
+    page = f"{of}see {PAGES[args.dataset]}, and say where it is with --data"
+    page = page if holds == root else f"take --data {holds}"
     instances, file = None, ""
     if args.dataset == "jhmdb":
         pictures = root / "Frames" if (root / "Frames").is_dir() else root / "Rename_Images"
@@ -447,6 +453,11 @@ MAIN = {"davis": "J&F_M", "davis2016": "J&F_M", "vip": "mIoU", "jhmdb": "PCK@0.1
 DAVIS_COLUMNS = ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"]
 PCK_COLUMNS = [f"PCK@{a / 10}" for a in range(1, 6)]
 COLUMNS = {"davis": DAVIS_COLUMNS, "davis2016": DAVIS_COLUMNS, "vip": ["mIoU", "AP^r_vol"], "jhmdb": PCK_COLUMNS}
+LEGEND = {
+    "J&F_M": "J overlap, F boundary accuracy; M mean, O share of frames above 50 %, D loss over time (less is better)",
+    "mIoU": "mIoU overlap, mean over part classes; AP^r_vol average precision of the parts of each person",
+    "PCK@0.1": "PCK@a share of joints within a x the person's size (0.6 of its box's diagonal) of the truth",
+}
 
 
 def summarize(dataset: str, results: dict[str, dict]) -> dict:
@@ -511,6 +522,7 @@ class Row:
     model: str | None = None
     weights: Path | None = None
     settings: Propagation | None = None
+    changed: tuple[str, ...] = ()  # factor=value where it is not that of the preset, or of the paper's row
     paper: dict[str, float] = field(default_factory=dict)  # the paper's figures, per cent
     lacks: str = ""  # why it cannot run
 
@@ -519,14 +531,14 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     """The row of a model at some settings; its folder's name ends in a digest of all that the predictions depend on."""
     model = model or args.model
     weights, model = weights_of(args, model), model.partition("@")[0]
-    fits(model, weights, settings.layer, settings.stride)
+    fits(model, weights, settings.layer, settings.stride, weights != args.weights or rank_world()[0] > 0)
     own = asdict(preset(model, args.dataset))
-    changed = [f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value]
+    changed = tuple(f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value)
     record = {"model": model, "weights": weights and file_digest(weights), "dtype": args.dtype}
     record |= {"dataset": [args.dataset, str(root.resolve())], "settings": asdict(settings)}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     folder = out / "predictions" / f"{model}-{digest}"
-    return Row(name or " ".join([model, *changed]), folder, model, weights, settings, **more)
+    return Row(name or " ".join([model, *changed]), folder, model, weights, settings, **{"changed": changed, **more})
 
 
 def weights_of(args: Args, model: str, fetch: bool = True) -> Path | None:
@@ -539,9 +551,9 @@ def weights_of(args: Args, model: str, fetch: bool = True) -> Path | None:
 
 
 @lru_cache
-def fits(model: str, weights: Path | None, layer: str, stride: int) -> None:
-    """UserError, before any long work, if the weights do not hold what these settings need."""
-    with contextlib.redirect_stderr(io.StringIO()):  # what the file is taken for is said when it is used
+def fits(model: str, weights: Path | None, layer: str, stride: int, quiet: bool) -> None:
+    """UserError, before any long work, if the weights do not fit the settings. Unless quiet, says what they are."""
+    with contextlib.redirect_stderr(io.StringIO() if quiet else sys.stderr):
         load_encoder(model, weights, replace(preset(model), layer=layer, stride=stride), "cpu")
 
 
@@ -574,9 +586,11 @@ def parse_value(factor: str, text: str):
     """A value of a field of Propagation from text."""
     kind = next(f.type for f in fields(Propagation) if f.name == factor)
     choices = {"true": True, "false": False} if kind is bool else {choice: choice for choice in get_args(kind)}
-    if choices and text.lower() not in choices:
-        raise ValueError(f"{text!r} is none of {', '.join(choices)}")
-    return choices[text.lower()] if choices else kind(text)
+    try:
+        return choices[text.lower()] if choices else kind(text)
+    except (KeyError, ValueError) as error:
+        wants = f"none of {', '.join(choices)}" if choices else f"no {'whole ' * (kind is int)}number"
+        raise ValueError(f"{text!r} is {wants}") from error
 
 
 def first_mask(seq: Sequence) -> np.ndarray:
@@ -723,7 +737,8 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 bar.set_description(seq.name)
                 todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
                 if todo and encoder is None:
-                    encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
+                    with contextlib.redirect_stderr(io.StringIO()):  # fits has said what the file is taken for
+                        encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
                 try:
                     check_names(seq.frames, seq.names, seq.names[0] if seq.names else "")
                     if todo:
@@ -772,6 +787,7 @@ FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the capt
     },
     "figure5": {"context": [1, 2, 4, 7, 10, 20], "topk": [1, 3, 5, 10, 20, 50]},
 }
+WHOLE = {"davis": 30, "vip": 50, "jhmdb": 268}  # sequences that the paper's figures are over: val; test of split 1
 NOTE = (
     "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change. Its UVC of Table 4 "
     "is trained anew (59.4 without localization, the released one 57.8), here weights/uvc-ours.pth."
@@ -797,13 +813,14 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
         name, figures = line["row"] + suffix, line["figures"]
         try:
             model, settings = paper_settings(args, line["models"], line["settings"] + word)
-            row = make_row(args, root, out, replace(settings, **given), name, model, paper=figures)
+            changed = tuple(f"{factor}={v}" for factor, v in given.items() if getattr(settings, factor) != v)
+            row = make_row(args, root, out, replace(settings, **given), name, model, changed=changed, paper=figures)
         except UserError as error:
             row = Row(name, paper=figures, lacks=str(error))
         rows.setdefault(row.folder if axes and not row.lacks else name, row)  # curves share points
     if all(row.lacks for row in rows.values()):
-        why = "; ".join(lacking(list(rows.values())))
-        raise UserError(f"--paper {args.paper}: no row can run: {why}; or give --model and --weights")
+        print(*lacking(list(rows.values())), sep="\n")
+        raise UserError(f"--paper {args.paper}: no row can run; put weights in weights/, or give --model and --weights")
     return list(rows.values())
 
 
@@ -814,7 +831,7 @@ def paper_best(args: Args, row: Row) -> Row:
         scale, model = 2 if "upsample=2" in line["settings"] else 1, line["models"][0].removesuffix("-finetuned")
         if row.model.removesuffix("-finetuned") == model and scale == row.settings.upsample:
             best = max(best, line["figures"], key=lambda f: (f.get(MAIN[args.dataset], 0), len(f)))
-    return replace(row, paper=best)
+    return replace(row, paper=best, changed=tuple(c for c in row.changed if not c.startswith("upsample=")))
 
 
 def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str, Propagation]:
@@ -824,7 +841,8 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     if not (chosen := next((model for model in models if weights_of(args, model, fetch=False)), None)):
         sources = {model: MODELS[model].source if model in MODELS else "train_uvc_plus.py makes it" for model in models}
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
-        raise UserError(f"needs weights of {either} in weights/")
+        files = " or ".join(f"{model.rpartition('@')[2].removesuffix('.pth')}.pth" for model in models)
+        raise UserError(f"needs weights of {either} in weights/, named {files}")
     factors = {}
     for word in words:  # factor=value, or one of the two factors that the tables name by their values
         factor, _, text = word.rpartition("=")
@@ -856,14 +874,12 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
     for line in [body[0], ["-" * width for width in widths], *body[1:]]:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+    print(LEGEND[MAIN[args.dataset]], *unlike(args, rows, scores), sep="\n")
     for row in rows:
         if failed[row.name]:
             print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
-    for why, names in lacking(rows).items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        print(f"not run: {'; '.join(names[:3])}{more}: {why}")
-    if args.paper:
-        print(NOTE)
+    for line in lacking(rows) + [NOTE] * bool(args.paper):
+        print(line)
 
 
 def beside(row: Row, scores: dict, column: str) -> list[str]:
@@ -873,9 +889,23 @@ def beside(row: Row, scores: dict, column: str) -> list[str]:
     return [percent(paper, 1), percent(ours, 1), percent(ours - paper, 1, "+")]
 
 
-def lacking(rows: list[Row]) -> dict[str, list[str]]:
-    """What rows lack to be run: the names of those that lack it."""
-    return {row.lacks: [other.name for other in rows if other.lacks == row.lacks] for row in rows if row.lacks}
+def unlike(args: Args, rows: list[Row], scores: dict) -> list[str]:
+    """One line, why our figures are not to be compared with the paper's; none where they are."""
+    rows = [row for row in rows if row.paper and row.name in scores]
+    counts = {len(scores[row.name]["per_sequence"]) for row in rows} - {WHOLE.get(args.dataset)}
+    why = [f"{count}, not {WHOLE[args.dataset]} sequences" for count in counts]
+    why += dict.fromkeys(change for row in rows for change in row.changed)
+    return [f"not comparable with the paper: {', '.join(why)}"] if why else []
+
+
+def lacking(rows: list[Row]) -> list[str]:
+    """A line for each thing that rows lack to be run, with the names of the first that lack it."""
+    lines = []
+    for why in dict.fromkeys(row.lacks for row in rows if row.lacks):
+        names = [row.name for row in rows if row.lacks == why]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"not run: {'; '.join(names[:3])}{more}: {why}")
+    return lines
 
 
 def percent(value: float | None, scale: float = 100, sign: str = "") -> str:
@@ -1082,7 +1112,8 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
     count += f" in {esc(args.data.resolve().name)}" if args.data else ""
     note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
-    text.append(f"<h1>{title}</h1><div class=sub>per cent, mean over {over} of {count}{note}</div>")
+    about = [f"per cent, mean over {over} of {count}{note}", LEGEND[MAIN[args.dataset]], *unlike(args, rows, scores)]
+    text.append(f"<h1>{title}</h1><div class=sub>{'<br>'.join(about)}</div>")
     boxes = {c: percent(overall.get(c)) for c in columns} | {f"{c}, paper": v for c, v in best.paper.items()}
     boxes = (f"<div class=kpi><b>{number}</b><span>{esc(c)}</span></div>" for c, number in boxes.items())
     text.append(f"<div class=kpis>{''.join(boxes)}</div>")
@@ -1123,18 +1154,15 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
         card(over.capitalize(), bars({n: [score[k] for k in (keys[0], *keys)] for n, score in of_parts}, keys))
 
     if models := [row for row in ran if row.settings]:
-        used = [
-            {"model": r.model, "weights": r.weights.name if r.weights else "-", **asdict(r.settings)} for r in models
-        ]
+        used = [{"model": r.model, "weights": getattr(r.weights, "name", "-"), **asdict(r.settings)} for r in models]
         same = {f: v for f, v in used[0].items() if all(entry[f] == v for entry in used)}
         lines = ["<dl>", *(f"<dt>{f}</dt><dd>{esc(show(v))}</dd>" for f, v in same.items()), "</dl>"]
         if differ := [f for f in used[0] if f not in same]:
             cells = [[esc(show(entry[f])) for f in differ] for entry in used]
             lines += ["<br>", table(differ, list(zip(models, cells, strict=True)))]
         card("Settings", *lines)
-    if not_run := lacking(rows).items():
-        items = (f"<li>{esc(why)}<br><span class=sub>{esc('; '.join(names))}</span></li>" for why, names in not_run)
-        card("Not run", "<ul>", *items, "</ul>")
+    if not_run := lacking(rows):
+        card("Not run", "<ul>", *(f"<li>{esc(line.removeprefix('not run: '))}</li>" for line in not_run), "</ul>")
     if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
         more = f"<li>and {len(wrong) - 10} more, in scores.json</li>" if len(wrong) > 10 else ""
         items = "".join(f"<li>{esc(why)}</li>" for why in list(wrong)[:10])
@@ -1168,12 +1196,16 @@ def main(args: Args) -> None:
     given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in typed}
     if args.paper:
         args = replace(args, dataset={"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis"))
+    if sum(map(bool, (args.predictions, args.sweep, args.paper))) > 1:
+        raise UserError("--predictions, --sweep and --paper: each is a run of its own; give one of them")
     root, out = args.data or Path("data") / args.dataset, args.out or Path("results") / args.dataset
     sequences, absent = read_dataset(args, root)
     if args.predictions:
         for folder in args.predictions:
-            if not folder.is_dir():
-                raise UserError(f"{folder}: no such folder; --predictions takes <folder>/<sequence>/<frame>.png")
+            if not any(prediction(folder, seq).exists() for seq in sequences):
+                what = "holds none of the sequences" if folder.is_dir() else "no such folder"
+                wants = next(folder.glob("predictions/*"), prediction(Path("<folder>"), sequences[0], "<frame>"))
+                raise UserError(f"{folder}: {what}; --predictions takes {wants}")
         short = len({folder.resolve().name for folder in args.predictions}) == len(args.predictions)
         rows = [Row(folder.resolve().name if short else str(folder), folder) for folder in args.predictions]
     elif args.paper:

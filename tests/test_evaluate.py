@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -27,6 +29,7 @@ import evaluate
 from common import read_ids, write_mask
 
 ROOT = Path(evaluate.__file__).parent
+SMALL = common.Propagation(size="64", context=3, radius=4)
 RANDOM = ("--model", "random", "--size", "64", "--context", "3", "--radius", "4", "--device", "cpu")
 
 
@@ -151,6 +154,7 @@ def test_the_official_tools_scores_of_osvos(shared, cli, tmp_path):
     )
     assert code == 0
     assert "76.4  72.4  77.2  20.4  80.3  88.8  18.6" in out
+    assert "less is better" in out and "less is better" in (tmp_path / "report.html").read_text()  # the columns' legend
     expected, ours = json.loads((shared / "data/osvos_expected.json").read_text()), read(tmp_path)
     assert ours["overall"] == pytest.approx(expected["global"], abs=1e-9)
     assert ours["per_object"].keys() == expected["per_object"].keys()
@@ -323,6 +327,43 @@ def test_a_missing_data_set_says_where_and_which_page(cli, tmp_path, dataset):
     assert str(tmp_path / "nowhere") in err and evaluate.PAGES[dataset] in err
 
 
+@pytest.mark.parametrize("paper, name", [("table7", "VIP"), ("figure5", "VIP"), ("table8", "JHMDB")])
+def test_a_table_of_another_data_set_says_which_it_wants(cli, tmp_path, paper, name):
+    data = davis(tmp_path / "data", {"a": [square((5, 5))] * 3})
+    code, _, err = cli(evaluate, "--data", data, "--paper", paper, "--out", tmp_path / "out")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert f"{paper} is of {name}, see {evaluate.PAGES[name.lower()]}" in err
+
+
+def test_a_folder_inside_a_data_set_is_told_where_it_begins(cli, tmp_path):
+    masks = [square((5, 5))] * 3
+    davis(tmp_path / "davis", {"a": masks})
+    vip(tmp_path / "vip", "fine", masks, masks, {1: 1})
+    jhmdb(tmp_path / "jhmdb", {"a": grid_of_joints(3)})
+    for dataset, root, inside in (
+        ("davis", "davis", "JPEGImages"),
+        ("davis", "davis", "Annotations/480p"),
+        ("vip", "vip/VIP_Fine", "Images"),
+        ("jhmdb", "jhmdb", "joint_positions"),
+    ):
+        for more in (), ("--sequences", "a"):
+            argv = ("--dataset", dataset, "--data", tmp_path / root / inside, *more, "--out", tmp_path / "out")
+            code, _, err = cli(evaluate, *argv)
+            assert code == 2 and err.endswith(f"take --data {tmp_path / root}\n") and len(err.splitlines()) == 1, err
+
+
+def test_help_says_what_a_reader_of_the_paper_needs(capsys):
+    with pytest.raises(SystemExit):
+        common.parse_args(evaluate.Args, ["--help"])
+    text = " ".join(re.sub("[│╭╮╰╯]", "", capsys.readouterr().out).split())
+    for words in (
+        "a name from propagate.py --list-models",
+        "other defaults of the factors: see --dataset vip --help",
+        "Figure 5 want VIP in --data, Table 8 JHMDB, the others DAVIS 2017",
+    ):
+        assert words in text
+
+
 def test_an_incomplete_data_set_is_scored_as_far_as_it_goes(cli, tmp_path):
     masks = [square((5, 5 + i)) for i in range(4)]
     data = davis(tmp_path / "data", {"a": masks, "b": masks, "c": masks})
@@ -351,7 +392,7 @@ def test_a_sequence_that_is_not_there_is_named_before_any_work(cli, tmp_path):
         argv = ("--dataset", dataset, "--data", tmp_path / dataset.upper(), "--sequences", names)
         code, _, err = cli(evaluate, *argv, *RANDOM, "--out", tmp_path / "out")
         assert code == 2 and len(err.splitlines()) == 1 and near in err and not (tmp_path / "out").exists(), err
-    for name in ("another", "wave/another"):
+    for name in ("another", "wave/another", " another , "):
         args = evaluate.Args(dataset="jhmdb", sequences=name)
         assert [seq.name for seq in evaluate.read_dataset(args, clips)[0]] == ["wave/another"]
 
@@ -361,7 +402,11 @@ def test_a_sequence_that_is_not_there_is_named_before_any_work(cli, tmp_path):
     [
         (("--predictions", "nowhere"), "nowhere: no such folder"),
         (("--sweep", "tempo=1,2"), "with a factor of size, upsample"),
-        (("--sweep", "topk=1,x"), "--sweep topk=1,x"),
+        (("--sweep", "topk=1,x"), "--sweep topk=1,x: 'x' is no whole number"),
+        (("--sweep", "temperature=1,x"), "--sweep temperature=1,x: 'x' is no number"),
+        (("--predictions", ".", "--sweep", "topk=1"), "give one of them"),
+        (("--paper", "table4", "--sweep", "topk=1"), "give one of them"),
+        (("--predictions", "."), ".: holds none of the sequences; --predictions takes <folder>/s/<frame>.png"),
         (("--sweep", "aggregation=some"), "'some' is none of overall, per-frame"),
         (("--sweep", "topk=0,1"), "--topk 0"),
         (("--weights", "nowhere.pth", "--model", "imagenet"), "nowhere.pth"),
@@ -421,7 +466,7 @@ def test_vip_by_hand(cli, tmp_path):
     assert scores["per_object"]["hat"]["IoU"] == pytest.approx(iou_hat)
     # hat: IoU 1 (score 0.9) and 1/3 (0.8) -> AP 1 up to threshold 0.3, then 1/2; hair: one of two found -> 1/2 always
     assert scores["overall"]["AP^r_vol"] == pytest.approx(np.mean([(1 + 0.5) / 2] * 3 + [(0.5 + 0.5) / 2] * 6))
-    assert "hat" in out
+    assert "hat" in out and "AP^r_vol average precision" in out
 
 
 def test_average_precision_by_hand():
@@ -523,7 +568,7 @@ def test_pck_by_hand(cli, tmp_path):
     folder = tmp_path / "mine/wave/clip"
     folder.mkdir(parents=True)
     savemat(folder / "joint_positions.mat", {"pos_img": pred.transpose(2, 1, 0) + 1})
-    code, _, err = cli(
+    code, out, err = cli(
         evaluate, "--dataset", "jhmdb", "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out"
     )
     assert code == 0, err
@@ -531,6 +576,7 @@ def test_pck_by_hand(cli, tmp_path):
     assert scores["overall"]["PCK@0.1"] == pytest.approx((0.5 + 0 + 13) / 15)
     assert scores["overall"]["PCK@0.2"] == pytest.approx((1 + 0 + 13) / 15)
     assert scores["overall"]["PCK@0.5"] == pytest.approx(14 / 15)
+    assert "PCK@a " in out and "PCK@a " in (tmp_path / "out/report.html").read_text()
     assert scores["per_object"]["belly"]["PCK@0.5"] == 0 and scores["per_object"]["neck"]["PCK@0.1"] == 0.5
 
 
@@ -694,6 +740,13 @@ def test_several_folders_are_rows_of_one_table(cli, data, whole, tmp_path):
     assert read(tmp_path)["overall"] == read(whole)["overall"]
 
 
+def test_the_folder_of_a_run_is_told_which_of_its_folders_are_predictions(cli, data, whole, tmp_path):
+    (folder,) = whole.glob("predictions/*")
+    code, out, err = cli(evaluate, "--data", data, "--predictions", folder, whole, "--out", tmp_path / "out")
+    assert code == 2 and not out and not (tmp_path / "out").exists()
+    assert err == f"error: {whole}: holds none of the sequences; --predictions takes {folder}\n"
+
+
 def test_test_dev_is_predicted_and_not_scored(cli, data, tmp_path):
     code, out, err = cli(evaluate, "--data", data, "--subset", "test-dev", *RANDOM, "--out", tmp_path)
     assert code == 0 and "not scored" in out, err
@@ -757,6 +810,8 @@ def test_a_table_of_the_paper(data, imagenet, cli, tmp_path):
     assert float(line[2]) == pytest.approx(float(line[1]) - 65.1, abs=0.06)
     assert re.search(r"^\(d\) UVC, none, per-frame +59.4 +- +-$", out, re.M)
     assert re.search(r"^\(c\) ImageNet, track, per-frame +59.3 +[\d.]+ ", out, re.M)
+    for text in (out, (tmp_path / "report.html").read_text()):
+        assert "not comparable with the paper: 1, not 30 sequences, size=64" in text
     rows = {row["name"]: row for row in read(tmp_path)["rows"]}
     assert len(rows) == 25 and rows["(c) ImageNet, none, per-frame"]["paper"] == {"J&F_M": 56.4}
     settings = rows["(c) ImageNet, none, per-frame"]["settings"]
@@ -781,6 +836,29 @@ def test_table_5_takes_a_file_of_weights_for_each_training(data, imagenet, cli, 
     assert rows["UVC+ MoCo, Kinetics"]["weights"] == "weights/uvc+moco.pth"
 
 
+def test_a_table_without_weights_lists_the_files_it_looks_for(data, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_weights", lambda *_: None)
+    code, out, err = cli(evaluate, "--data", data, "--paper", "table6", "--out", tmp_path / "out")
+    assert code == 2 and len(err.splitlines()) == 1 and len(err) < 120 and "--paper table6: no row can run" in err
+    assert len(out.splitlines()) == 9 and not (tmp_path / "out").exists()  # a line a model
+    assert re.search(
+        r"^not run: \(a\) CRW; \(b\) CRW; .*: needs weights of crw .* in weights/, named crw.pth$", out, re.M
+    )
+    assert "in weights/, named imagenet-finetuned.pth or imagenet.pth\n" in out
+
+
+def test_a_file_of_weights_is_explained_once_and_only_if_it_was_given(data, imagenet, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    for path in (Path("weights/imagenet.pth"), Path("given.pth")):
+        shutil.copy(imagenet, path)
+    argv = ("--data", data, *RANDOM[2:], "--sequences", "first", "--model", "imagenet", "--out", tmp_path)
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and "note: " not in err, err
+    code, _, err = cli(evaluate, *argv, "--weights", "given.pth", "--topk", "1")
+    assert code == 0 and err.count("note: ") == 1 and err.startswith("note: given.pth: "), err  # before the bar
+
+
 def test_the_uvc_of_table_4_is_not_the_released_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("weights").mkdir()
@@ -793,12 +871,19 @@ def test_the_uvc_of_table_4_is_not_the_released_one(tmp_path, monkeypatch):
     assert "57.8" in evaluate.NOTE
 
 
-def test_a_plain_run_stands_beside_the_paper(data, imagenet, cli, tmp_path):
+def test_a_plain_run_stands_beside_the_paper(data, imagenet, cli, tmp_path, monkeypatch):
     code, out, err = cli(evaluate, "--data", data, "--weights", imagenet, *RANDOM[2:], "--out", tmp_path)
     assert code == 0, err
     assert re.search(r"^the paper, whole data set +65.8 +63.5 +75.5 +- +68.1 +80.6 +-$", out, re.M)
     difference = float(re.search(r"^difference +(\S+)", out, re.M)[1])
     assert difference == pytest.approx(100 * read(tmp_path)["overall"]["J&F_M"] - 65.8, abs=0.06)
+    assert "not comparable with the paper: 2, not 30 sequences, size=64, context=3, radius=4\n" in out
+    monkeypatch.setitem(evaluate.WHOLE, "davis", 2)  # as if this were all of DAVIS val, and these the settings
+    monkeypatch.setitem(common.MODELS, "imagenet", replace(common.MODELS["imagenet"], settings=SMALL))
+    for more, says in ((), False), (("--upsample", 2), False), (("--topk", 1), True):  # Table 6c has the finer grid
+        _, out, _ = cli(evaluate, "--data", data, "--weights", imagenet, *more, "--out", tmp_path)
+        assert "the paper, whole" in out and ("not comparable with the paper: topk=1\n" in out) == says
+        assert ("not comparable" in out) == says
 
 
 def test_the_papers_figures_are_its_own():
@@ -872,6 +957,22 @@ def test_each_process_takes_its_own_gpu(data, cli, tmp_path, monkeypatch, device
     monkeypatch.setenv("LOCAL_RANK", "3")
     code, _, err = cli(evaluate, "--data", data, *RANDOM, "--device", device, "--out", tmp_path)
     assert code == 2 and "asked for cuda:3" in err
+
+
+def test_a_score_within_training_has_all_cores(tmp_path, monkeypatch):
+    """torchrun's variables of the training process would make it a process of several."""
+    seen = {}
+
+    def run(command, env, **_):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    monkeypatch.setattr(common.subprocess, "run", run)
+    args = SimpleNamespace(validate=tmp_path, validate_sequences="first", out=tmp_path, device="cpu")
+    assert common.validate(args, []) == {}
+    assert "PATH" in seen and not [name for name in seen if name.endswith(("RANK", "WORLD_SIZE"))]
 
 
 def test_processes_that_fetch_the_same_weights_do_not_meet(tmp_path, monkeypatch):
