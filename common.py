@@ -1884,9 +1884,9 @@ class Video:
         if path.is_dir():
             self.pictures = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]  # macOS keeps ._00000.jpg
         elif glob.has_magic(self.source) and not path.exists():
-            self.pictures = [Path(p) for p in glob.glob(self.source)]
+            self.pictures = [Path(p) for p in glob.glob(self.source) if Path(p).suffix.lower() in PICTURES]
         elif not path.is_file():
-            raise UserError(f"{source}: no such video; give a film, a folder or a glob of pictures")
+            raise UserError(f"{source}: no such video on disk; give a film, a folder or a glob of pictures")
         elif path.suffix.lower() in PICTURES:
             self.pictures = [path]
         if self.pictures:  # natural order: 2.jpg before 10.jpg

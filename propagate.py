@@ -15,6 +15,7 @@ import csv
 import glob
 import hashlib
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -226,7 +227,8 @@ def need_window(flag: str) -> None:
     """Refuse where no window can be opened; tried in a process of its own, since a missing display aborts."""
     probe = "import cv2; cv2.namedWindow('softcopy'); cv2.waitKey(1)"
     if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
-        raise UserError(f"{flag}: no window can be opened here; run it on a desktop, or give --mask")
+        instead = "give --mask" if flag == "--pick" else "leave it away"
+        raise UserError(f"{flag}: no window can be opened here; run it on a desktop, or {instead}")
 
 
 def pick_mask(frame: np.ndarray) -> np.ndarray:
@@ -442,7 +444,8 @@ def track(
                 current.append(item)
                 yield encode(item[1])
 
-        labelled = common.propagate_video(features(), list(annotated.values()), s, recent)
+        first = [annotated[stretch[0]], *(each for index, each in annotated.items() if index != stretch[0])]
+        labelled = common.propagate_video(features(), first, s, recent)
         while True:
             start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
             if (z := next(labelled, None)) is None:
@@ -582,7 +585,9 @@ def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list
     if bool(args.mask) + bool(args.points) + args.pick != 1:
         raise UserError("--mask, --points or --pick: give one of them, to say what to track")
     frames, files = args.mask_frame or [first], len(args.mask or args.points) or 1
-    if len(frames) != files or len(set(frames)) < len(frames):
+    if len(set(frames)) < len(frames):
+        raise UserError(f"--mask-frame {max(frames, key=frames.count)}: is given twice; a frame has one mask")
+    if len(frames) != files:
         raise UserError(f"--mask-frame: {len(frames)} frame(s) for {files} mask(s) or table(s); give one for each")
     if args.points:  # a point that a table does not name is lost in its frame
         tables = [read_points(path, video.size) for path in args.points]
@@ -599,6 +604,19 @@ def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list
         masks, palette = dict(zip(frames, (mask for mask, _ in read), strict=True)), read[-1][1]
     ids = [int(number) for number in np.unique(np.concatenate([np.unique(mask) for mask in masks.values()])) if number]
     return masks, ids, palette
+
+
+def introduce(mask: np.ndarray, index: int, s: Propagation) -> None:
+    """Say what a mask holds, and what of it looks like a mistake."""
+    ids, pixels = np.unique(mask[mask > 0], return_counts=True)
+    found = ", ".join(f"{number} ({count} pixels)" for number, count in zip(ids, pixels, strict=True))
+    print(f"objects in frame {index}: {found or 'none'}", file=sys.stderr)
+    cell = mask.size / math.prod(s.grid(*mask.shape))
+    for number, count in zip(ids, pixels, strict=True):
+        if all((edge == number).any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])):
+            print(f"note: object {number} touches all four borders: is it the background, or all?", file=sys.stderr)
+        elif count < cell:
+            print(f"note: object {number} is less than a cell of the grid; a larger --size keeps it", file=sys.stderr)
 
 
 def main(args: Args) -> None:
@@ -626,7 +644,8 @@ def main(args: Args) -> None:
     annotations, ids, palette = annotate(args, video, order[0])
     for index in annotations:
         if index not in order:
-            raise UserError(f"--mask-frame {index}: is not among the frames used ({min(order)} to {max(order)})")
+            used = f"{min(order)} to {max(order)}" + (f", every {args.every}" if args.every > 1 else "")
+            raise UserError(f"--mask-frame {index}: is not among the frames used ({used})")
     if args.points and args.propagation.localization == "track":
         raise UserError("--localization track: follows masks, these are key points; take --localization none or fixed")
     engine = None
@@ -640,7 +659,7 @@ def main(args: Args) -> None:
     job = {
         "video": video.source if live else str(path),
         "content": None if live else describe(video),
-        "frames": [args.start, args.end, args.every, args.reverse],
+        "frames": [args.start, args.every, *(["from", args.end] if args.reverse else [])],  # a later --end adds to it
         "annotations": {str(k): hashlib.sha256(v.tobytes()).hexdigest()[:16] for k, v in annotations.items()},
         "ids": ids,
         "model": engine.info["model"] if engine else args.model,
@@ -651,6 +670,8 @@ def main(args: Args) -> None:
     if engine:
         job["engine"] = digest(args.engine)
     open_job(out, job, args.overwrite, live)
+    for index, mask in annotations.items() if not args.points else ():
+        introduce(mask, index, args.propagation)
 
     keep = 0 if live else len(order) if args.propagation.history else args.propagation.context
     results = Results(out, [] if live else video.names, keep, ids, palette, points=bool(args.points))

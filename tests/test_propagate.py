@@ -975,3 +975,42 @@ def test_the_scripts_form_a_star():
     for path in root.glob("*.py"):
         imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
         assert not imported & (scripts - {path.stem}), path.name
+
+
+def test_what_a_mask_holds_is_said(small_clip, tmp_path, cli):
+    mask = np.ones((96, 160), np.uint8)
+    mask[40:60, 50:90], mask[10:13, 10:14] = 2, 3
+    write_mask(tmp_path / "mask.png", mask)
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", tmp_path / "mask.png", "--end", 2]
+    code, _, err = cli(propagate, *job, "--out", tmp_path / "out")
+    assert code == 0 and "objects in frame 0: 1 (14548 pixels), 2 (800 pixels), 3 (12 pixels)\n" in err
+    assert "note: object 1 touches all four borders" in err and "note: object 3 is less than a cell" in err
+    assert "note: object 2" not in err
+
+
+def test_a_try_with_a_few_frames_goes_on_to_the_whole_film(small_clip, tmp_path, cli):
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
+    for out, ends in ((tmp_path / "once", (12,)), (tmp_path / "longer", (5, 12)), (tmp_path / "shorter", (12, 5))):
+        for end in ends:
+            code, text, err = cli(propagate, *job, "--end", end, "--out", out)
+            assert code == 0 and f"{end} masks" in text, err
+    masks = sorted(path.name for path in (tmp_path / "once" / "masks").iterdir())
+    assert len(masks) == 12
+    for name in masks:
+        content = (tmp_path / "once" / "masks" / name).read_bytes()
+        assert content == (tmp_path / "longer" / "masks" / name).read_bytes()
+        assert content == (tmp_path / "shorter" / "masks" / name).read_bytes()
+    code, _, err = cli(propagate, *job, "--reverse", "--mask-frame", 0, "--end", 5, "--out", tmp_path / "once")
+    assert code == 2 and "has results of another run" in err
+
+
+def test_a_correction_is_what_its_stretch_starts_from(small_clip, tmp_path, cli):
+    """Also where annotated frames do not stay in the context: then the earlier mask plays no part any more."""
+    job = [*RANDOM, "--context", 1, "--no-keep-first", "--video", small_clip / "clip.mp4"]
+    later = ["--mask", small_clip / "truth" / "00006.png", "--mask-frame", 6]
+    first = ["--mask", small_clip / "f0.png", "--mask-frame", 0]
+    for name, masks in (("both", [*first, *later]), ("later", later)):
+        assert cli(propagate, *job, *masks, "--out", tmp_path / name)[0] == 0
+    for index in range(6, 12):
+        path = Path("masks") / f"{index:05d}.png"
+        assert (tmp_path / "both" / path).read_bytes() == (tmp_path / "later" / path).read_bytes()
