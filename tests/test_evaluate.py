@@ -970,6 +970,8 @@ def test_a_score_within_training_has_all_cores(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "8")
     monkeypatch.setattr(common.subprocess, "run", run)
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / folder / "480p" / "first").mkdir(parents=True)
     args = SimpleNamespace(validate=tmp_path, validate_sequences="first", out=tmp_path, device="cpu")
     assert common.validate(args, []) == {}
     assert "PATH" in seen and not [name for name in seen if name.endswith(("RANK", "WORLD_SIZE"))]
