@@ -721,7 +721,8 @@ def propagate_labels(
 
     most = max(part.shape[2] for _, part, _ in parts)
     cpu = target.device.type == "cpu"
-    ty, tx = (30, 8) if cpu else (24, 32)  # caches like it small, a GPU few launches
+    near_only = cpu and overall and fixed and norm != "frame"  # of one frame at a time the products would be too small
+    ty, tx = (30, 8) if near_only else (12, 16) if cpu else (24, 32)  # caches like it small, a GPU few launches
     while (norm == "frame" or not all(local for *_, local in parts)) and h * w * most * ty * tx > 2**26:
         ty, tx = math.ceil(ty / 2), math.ceil(tx / 2)  # a window of the whole frame: keep the tile under 256 MiB
     query = query if norm == "topk" else query / s.temperature
@@ -739,7 +740,7 @@ def propagate_labels(
                 if scratch.numel() < rows * cols * m * len(q):
                     scratch = query.new_empty(rows * cols * m * len(q))
                 A = scratch[: rows * cols * m * len(q)].view(rows, cols * m, len(q))
-                if cpu and local and norm != "frame":
+                if near_only and local:
                     near_products(part, q, s, (y0, y1, x0, x1), (ya, yb, xa, xb), A)  # Eq. 1
                 else:
                     torch.bmm(part[top:bottom, left:right].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)  # Eq. 1
