@@ -778,8 +778,8 @@ def cuts(length: int, step: int) -> list[tuple[int, int]]:
 
 def near_products(part: Tensor, q: Tensor, s: Propagation, tile: tuple, window: tuple, out: Tensor) -> None:
     """The products of a tile's queries (q x C) and the context cells of its window (part: h x w x m x C), row by row of
-    the window and without most of those that the fixed region forbids, whose place in `out` is left as it was: a third
-    of the work less. out: rows x (columns m) x q."""
+    the window and without most of those that the fixed region forbids, whose place in `out` is left as it was.
+    out: rows x (columns m) x q."""
     (y0, y1, x0, x1), (ya, yb, xa, xb), R, m = tile, window, s.radius, part.shape[2]
     for y, row in zip(range(ya, yb), out, strict=True):
         away = max(y0 - y, y - y1 + 1, 0)  # rows to the nearest query

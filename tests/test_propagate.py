@@ -199,6 +199,20 @@ def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, 
     assert (tmp_path / "o" / "overlay.mp4").exists()
 
 
+def interrupt_at(monkeypatch, number: int) -> list:
+    """Ctrl-C in the place of the number-th call of propagate_labels; the calls so far."""
+    real, calls = common.propagate_labels, []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(common, "propagate_labels", stopped)
+    return calls
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -213,15 +227,7 @@ def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, 
 def test_what_was_computed_is_not_computed_again(small_clip, tmp_path, cli, monkeypatch, flags):
     job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", *flags]
     assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
-    real, calls = common.propagate_labels, []
-
-    def stopped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(common, "propagate_labels", stopped)
+    calls = interrupt_at(monkeypatch, 10)
     assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
     assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0
     assert len(calls) == 12 and same(tmp_path / "o", tmp_path / "whole")  # the 10th again, and the 11th
@@ -329,15 +335,7 @@ def test_points_go_on_after_a_line_that_is_torn(small_clip, tmp_path, cli, monke
     (tmp_path / "points.csv").write_text("id,x,y\nball,40,30\nstar,90.5,60\n")
     job = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "points.csv"]
     assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
-    real, calls = common.propagate_labels, []
-
-    def stopped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(common, "propagate_labels", stopped)
+    calls = interrupt_at(monkeypatch, 6)
     assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
     written = (tmp_path / "o/points.csv").read_bytes()
     for torn in (written[:-3], written[:-12], written):  # in the last number, in the id; whole
