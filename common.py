@@ -716,8 +716,7 @@ def propagate_labels(
     fixed = s.localization == "fixed"
     exempt = min(annotated, n) if s.exempt_first and fixed else 0
     edges = [0, exempt, n] if overall else range(n + 1)
-    parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in itertools.pairwise(edges) if a < b]
-    parts = [(a, part.contiguous() if part.shape[2] > 1 else part, local) for a, part, local in parts]
+    parts = [(a, keys[:, :, a:b].contiguous(), fixed and a >= exempt) for a, b in itertools.pairwise(edges) if a < b]
 
     most = max(part.shape[2] for _, part, _ in parts)
     cpu = target.device.type == "cpu"
@@ -740,10 +739,12 @@ def propagate_labels(
                 if scratch.numel() < rows * cols * m * len(q):
                     scratch = query.new_empty(rows * cols * m * len(q))
                 A = scratch[: rows * cols * m * len(q)].view(rows, cols * m, len(q))
-                if near_only and local:
-                    near_products(part, q, s, (y0, y1, x0, x1), (ya, yb, xa, xb), A)  # Eq. 1
+                if near_only and local:  # Eq. 1
+                    near_products(part, q, s, (y0, y1, x0, x1), (ya, yb, xa, xb), A)
+                elif cpu and cols == w:
+                    products(part[top:bottom].flatten(0, 2), q, out=A.flatten(0, 1))
                 else:
-                    torch.bmm(part[top:bottom, left:right].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)  # Eq. 1
+                    torch.bmm(part[top:bottom, left:right].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)
                 A = A.view(rows, cols, m, len(q)) if norm == "topk" else A.view(rows, cols, m, len(q)).float()
                 near = A[ya - top : yb - top, xa - left : xb - left].flatten(0, 1)  # cells m q
                 outside = beyond(s, (y0, y1, x0, x1), (ya, yb, xa, xb), A.device) if local else None
@@ -776,6 +777,25 @@ def cuts(length: int, step: int) -> list[tuple[int, int]]:
     return [(i * length // pieces, (i + 1) * length // pieces) for i in range(pieces)]
 
 
+# MKL leaves out AVX-512 on AMD's processors: there oneDNN multiplies twice as fast, as a 1x1 convolution.
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+)
+
+
+def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
+    """Dot products of keys (cells x C) and queries (q x C), into out (cells x q)."""
+    if not (ONEDNN and keys.is_cpu and keys.dtype == torch.float32):
+        torch.mm(keys, queries.T, out=out)
+        return
+    some = max(1, 2**20 // len(queries))  # more at a time would be memory that is new each time
+    for part, place in zip(keys.split(some), out.split(some), strict=True):
+        picture = part.view(1, 1, *part.shape).permute(0, 3, 1, 2)  # 1 C 1 cells, channels last
+        place.copy_(F.conv2d(picture, queries[..., None, None])[0, :, 0].T)
+
+
 def near_products(part: Tensor, q: Tensor, s: Propagation, tile: tuple, window: tuple, out: Tensor) -> None:
     """The products of a tile's queries (q x C) and the context cells of its window (part: h x w x m x C), row by row of
     the window and without most of those that the fixed region forbids, whose place in `out` is left as it was.
@@ -786,7 +806,7 @@ def near_products(part: Tensor, q: Tensor, s: Propagation, tile: tuple, window: 
         near = R if s.shape == "square" else math.isqrt(R**2 - away**2 - 1)
         rows = slice((max(y - R, y0) - y0) * (x1 - x0), (min(y + R + 1, y1) - y0) * (x1 - x0))
         left, right = max(x0 - near, xa), min(x1 + near, xb)
-        torch.mm(part[y, left:right].flatten(0, 1), q[rows].T, out=row[(left - xa) * m : (right - xa) * m, rows])
+        products(part[y, left:right].flatten(0, 1), q[rows], out=row[(left - xa) * m : (right - xa) * m, rows])
 
 
 def beyond(s: Propagation, tile: tuple, window: tuple, device) -> Tensor:
@@ -839,6 +859,7 @@ def propagate_windows(target: Tensor, features: Tensor, labels: Tensor, s: Propa
             for y, x in itertools.product(range(min(D, h)), range(min(D, w))):
                 P = correlate(query[y::D, x::D], keys[i, y::D, x::D], R).flatten(2).softmax(-1).unflatten(2, (S, S))
                 far[i][y::D, x::D] += D * torch.stack([P.sum(3) @ d.float(), P.sum(2) @ d.float()], -1)
+    flat = {i: keys[i].flatten(0, 1).contiguous() for i in far}
     z = torch.zeros(h, w, values.shape[3], device=d.device)
     for y0, y1 in cuts(h, max(1, 2**24 // (w * n * S * S))):
         A, places = [], {}  # affinities of rows y0..y1, each S x S
@@ -848,8 +869,10 @@ def propagate_windows(target: Tensor, features: Tensor, labels: Tensor, s: Propa
                 continue
             places[i] = corners(far[i][y0:y1].flatten(0, 1), R, (h, w))
             cell, inside, part_y, part_x = places[i]
-            q, flat = query[y0:y1].flatten(0, 1)[:, :, None], keys[i].flatten(0, 1)
-            a = [flat[c.flatten(1)] @ each for c, each in zip(cell.split(256), q.split(256), strict=True)]
+            a = []
+            for q, c in zip(query[y0:y1].flatten(0, 1).split(256), cell.flatten(1).split(256), strict=True):
+                first = c.min()  # one product with the cells from the first to the last of the windows
+                a.append((q @ flat[i][first : c.max() + 1].T).gather(1, c - first))
             a = torch.cat(a).float().view(cell.shape) * inside  # targets S+1 S+1
             a = a[:, :-1] * (1 - part_y) + a[:, 1:] * part_y
             A.append((a[:, :, :-1] * (1 - part_x) + a[:, :, 1:] * part_x).view(y1 - y0, w, S, S))
@@ -858,7 +881,7 @@ def propagate_windows(target: Tensor, features: Tensor, labels: Tensor, s: Propa
             A.masked_fill_(beyond_y[y0:y1, None, None, :, None] | beyond_x[None, :, None, None, :], -math.inf)
         shape, A = A.shape, A.flatten(2) if s.aggregation == "overall" else A.flatten(3)
         if s.topk < A.shape[-1]:
-            best, entry = A.topk(s.topk, dim=-1)
+            best, entry = A.topk(s.topk, dim=-1, sorted=False)
             total = (A if s.norm == "region" else best).logsumexp(-1, keepdim=True)
             A = torch.zeros_like(A).scatter_(-1, entry, (best - total).exp())
         else:
@@ -872,11 +895,9 @@ def propagate_windows(target: Tensor, features: Tensor, labels: Tensor, s: Propa
             a = A[:, :, i].flatten(0, 1)  # targets S S
             a = F.pad(a * (1 - part_x), (0, 1)) + F.pad(a * part_x, (1, 0))
             a = F.pad(a * (1 - part_y), (0, 0, 0, 1)) + F.pad(a * part_y, (0, 0, 1, 0))
-            a = (a * inside).flatten(1)[:, None]
-            flat = values[i].flatten(0, 1)
-            z[y0:y1] += torch.cat(
-                [b @ flat[c.flatten(1)] for b, c in zip(a.split(256), cell.split(256), strict=True)]
-            ).view(y1 - y0, w, -1)
+            a = (a * inside).flatten(1)
+            copied = F.embedding_bag(cell.flatten(1), values[i].flatten(0, 1), per_sample_weights=a, mode="sum")
+            z[y0:y1] += copied.view(y1 - y0, w, -1)
     return z.permute(2, 0, 1)
 
 
@@ -891,46 +912,44 @@ def corners(centre: Tensor, R: int, grid: tuple[int, int]) -> tuple[Tensor, Tens
     return cell, inside, part[:, 0], part[:, 1]
 
 
-def bands(x: Tensor, R: int, y0: int, rows: int, width: int) -> Iterator[Tensor]:
-    """For each dy in -R..R what `width` neighbouring cells of rows y0.. have within R in row y + dy of x (h x w x C), 0
-    beyond the frame: rows x tiles x (width + 2R) x C."""
-    h, w, _ = x.shape
+def bands(x: Tensor, R: int, y0: int, rows: int) -> Iterator[Tensor]:
+    """For each dy in -R..R what each 2R neighbouring cells of rows y0.. have within R in row y + dy of x (h x w x C), 0
+    beyond the frame: views, rows * tiles x 4R x C, where the last tile of a row is none."""
+    h, w, C = x.shape
+    width, tiles = 2 * R, math.ceil(w / (2 * R)) + 1
     x = x[max(y0 - R, 0) : y0 + rows + R]
-    x = F.pad(x, (0, 0, R, R + -w % width, max(R - y0, 0), max(y0 + rows + R - h, 0)))
+    x = F.pad(x, (0, 0, R, tiles * width - R - w, max(R - y0, 0), max(y0 + rows + R - h, 0) + 1))
     for dy in range(2 * R + 1):
-        yield x[dy : dy + rows].unfold(1, width + 2 * R, width).transpose(2, 3)
+        yield x[dy:].as_strided((rows * tiles, 2 * width, C), (width * C, C, 1))
 
 
 def diagonals(A: Tensor, R: int) -> Tensor:
-    """A view of A, ... x B x (B + 2R), that has for each of the B rows the 2R + 1 entries from the diagonal on."""
-    return A.as_strided((*A.shape[:-1], 2 * R + 1), (*A.stride()[:-2], A.stride(-2) + 1, 1))
+    """A view of A, tiles x 2R x 4R, that has for each of the 2R rows the 2R + 1 entries from the diagonal on."""
+    return A.as_strided((*A.shape[:2], 2 * R + 1), (A.stride(0), A.stride(1) + 1, 1))
 
 
 def correlate(query: Tensor, keys: Tensor, R: int, y0: int = 0) -> Tensor:
     """Dot products of each cell of `query` (rows y0.. of a frame, rows x w x C) with the cells within R of it in `keys`
     (h x w x C), 0 beyond the frame: rows x w x (2R + 1) x (2R + 1) float."""
-    rows, w, _ = query.shape
-    width = 2 * R
-    query = F.pad(query, (0, 0, 0, -w % width)).unflatten(1, (-1, width))  # rows tiles width C
-    out = torch.empty(*query.shape[:3], 2 * R + 1, 2 * R + 1, device=query.device)
-    for dy, band in enumerate(bands(keys, R, y0, rows, width)):
-        A = torch.bmm(query.flatten(0, 1), band.flatten(0, 1).transpose(1, 2))  # copies cells whole
-        out[..., dy, :] = diagonals(A, R).view(out[..., dy, :].shape)
-    return out.flatten(1, 2)[:, :w]
+    rows, w, C = query.shape
+    query = F.pad(query, (0, 0, 0, 2 * R + -w % (2 * R))).reshape(-1, 2 * R, C)  # rows*tiles 2R C
+    out = torch.empty(*query.shape[:2], 2 * R + 1, 2 * R + 1, device=query.device)
+    for dy, band in enumerate(bands(keys, R, y0, rows)):
+        out[:, :, dy] = diagonals(torch.bmm(query, band.transpose(1, 2)), R)
+    return out.view(rows, -1, 2 * R + 1, 2 * R + 1)[:, :w]
 
 
 def gather(weights: Tensor, values: Tensor, R: int, y0: int) -> Tensor:
     """Sums of the values (h x w x L) within R of each cell of rows y0.., by `weights` (rows x w x (2R + 1) x (2R + 1)):
     rows x w x L."""
-    rows, w = weights.shape[:2]
-    width = 2 * R
-    weights = F.pad(weights, (0, 0, 0, 0, 0, -w % width)).unflatten(1, (-1, width))
-    A = torch.zeros(*weights.shape[:3], width + 2 * R, device=weights.device)
-    out = torch.zeros(*weights.shape[:3], values.shape[2], device=weights.device)
-    for dy, band in enumerate(bands(values, R, y0, rows, width)):
-        diagonals(A, R).copy_(weights[..., dy, :])
-        out += A @ band
-    return out.flatten(1, 2)[:, :w]
+    rows, w, S, _ = weights.shape
+    weights = F.pad(weights, (0, 0, 0, 0, 0, 2 * R + -w % (2 * R))).view(-1, 2 * R, S, S)  # rows*tiles 2R S S
+    A = torch.zeros(*weights.shape[:2], 4 * R, device=weights.device)
+    out = torch.zeros(*weights.shape[:2], values.shape[2], device=weights.device)
+    for dy, band in enumerate(bands(values, R, y0, rows)):
+        diagonals(A, R).copy_(weights[:, :, dy])
+        out.baddbmm_(A, band)
+    return out.view(rows, -1, values.shape[2])[:, :w]
 
 
 def propagate_boxes(
@@ -945,8 +964,9 @@ def propagate_boxes(
     """propagate_labels where an object's label comes from its box in the context frame and goes to its box in the
     target frame (UVC's track, as released: github.com/Liusifei/UVC at c448a26). A context frame in which, or from
     which, any object is lost is used without boxes."""
-    n, _, h, w = features.shape
-    L, query = labels.shape[1], target.flatten(1) / s.temperature  # C hw
+    n, C, h, w = features.shape
+    L, query = labels.shape[1], target.flatten(1).T / s.temperature  # hw C
+    keys = features.permute(0, 2, 3, 1).reshape(n, h * w, C).contiguous()
     values = labels.flatten(2).float()
     # Where the objects go: the cells of each in the newest frame, each to the mean of its affinities.
     newest = int(np.argmin(ages))
@@ -959,7 +979,7 @@ def propagate_boxes(
         cells = (hard == l).nonzero()[:, 0]
         if len(cells) > 1 and not np.isnan(boxes[newest, l, 0]):
             moved = [
-                (features[newest].flatten(1)[:, part].T @ query).float().softmax(1) @ places
+                (keys[newest, part] @ query.T).float().softmax(1) @ places
                 for part in cells.split(max(1, 2**26 // (h * w)))
             ]
             goal[l] = smooth_box(box_around(torch.cat(moved).cpu().numpy(), 5, 1.0, w, h), boxes[newest, l], w, h)
@@ -973,8 +993,10 @@ def propagate_boxes(
         for i in range(n)
     ]
     for a, b in cuts(h * w, 192):
+        scratch = query.new_empty(h * w, b - a)
         for i in range(n):
-            A = (features[i].flatten(1).T @ query[:, a:b]).float()  # hw q
+            products(keys[i], query[a:b], out=scratch)
+            A = scratch.float()
             total = A.logsumexp(0)
             if lost[i]:
                 best, cell = A.topk(min(s.topk, h * w), dim=0)
@@ -985,7 +1007,8 @@ def propagate_boxes(
                     continue
                 (left, right, top, bottom), box = boxes[i, l].astype(int), goal[l]
                 into = ((x[a:b] >= box[0]) & (x[a:b] < box[1]) & (y[a:b] >= box[2]) & (y[a:b] < box[3])).nonzero()[:, 0]
-                near = A.view(h, w, -1)[top:bottom, left:right][..., into].flatten(0, 1)
+                near = A.view(h, w, -1)[top:bottom, left:right]
+                near = (near if len(into) == b - a else near[..., into]).flatten(0, 1)
                 best, cell = near.topk(min(s.topk, len(near)), dim=0)
                 copied = values[i, l].view(h, w)[top:bottom, left:right].flatten()[cell]
                 z[l, a + into] += (copied * (best - total[into]).exp()).sum(0)

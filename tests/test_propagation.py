@@ -64,12 +64,28 @@ def test_equals_the_papers_pseudocode(aggregation, softmax, region):
         assert (propagate_labels(g, features, labels, s) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
-def test_any_number_of_context_frames(n):
+def test_any_number_of_context_frames(n, onednn, monkeypatch):
+    monkeypatch.setattr(common, "ONEDNN", onednn)
     g, features, labels = random_context(n, 3, 9, 14, relu=True)
     for s in (Propagation(radius=3), Propagation(radius=3, aggregation="per-frame", topk=5)):
         expected = algorithm_1(g, features, labels, s)
         assert (propagate_labels(g, features, labels, s) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_the_same_either_way(onednn, dtype, monkeypatch):
+    """In chunks of 2**20 // q cells, the last one smaller, into places that lie apart."""
+    monkeypatch.setattr(common, "ONEDNN", onednn)
+    torch.manual_seed(0)
+    keys, queries = torch.randn(9000, 24).to(dtype), torch.randn(300, 24).to(dtype)
+    out = torch.full((9000, 400), 7.0, dtype=dtype)
+    common.products(keys, queries, out[:, 50:350])
+    expected = keys.double() @ queries.double().T
+    assert (out[:, 50:350] - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.2)
+    assert (out[:, :50] == 7).all() and (out[:, 350:] == 7).all()
 
 
 def test_many_labels_and_two_annotated_frames():
