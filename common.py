@@ -787,7 +787,8 @@ ONEDNN = (
 
 def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
     """Dot products of keys (cells x C) and queries (q x C), into out (cells x q)."""
-    if not (ONEDNN and keys.is_cpu and keys.dtype == torch.float32):
+    small = out.numel() < 2**15  # the call would cost what it saves
+    if small or not (ONEDNN and keys.is_cpu and keys.dtype == torch.float32):
         torch.mm(keys, queries.T, out=out)
         return
     some = max(1, 2**20 // len(queries))  # more at a time would be memory that is new each time

@@ -92,10 +92,14 @@ def main() -> None:
     extract = seconds(lambda: encoder(frame), 5)
     ours = seconds(lambda: propagate_labels(*at480, s), 5)
     dense = seconds(lambda: dense_step(*at480, s), 1)
-    difference = (propagate_labels(*at480, s) - dense_step(*at480, s)).abs().max()
+    difference = (propagate_labels(*at480, s) - dense_step(*at480, s)).abs().amax(0)  # h w
+    swapped = difference > 1e-4
     row("one step, 480x854, n 20, radius 12, k 10: dense reference", f"{dense:.2f} s")
     row("the same step, propagate_labels", f"{ours:.3f} s: **{dense / ours:.1f} times** faster")
-    row("largest difference of the two", f"{difference:.1e}")
+    row(
+        "largest difference of the two",
+        f"{difference[~swapped].max():.1e}; {swapped.sum()} of {swapped.numel()} cells keep another k-th neighbour",
+    )
     row("extractor (ResNet-18 up to layer3, stride 8)", f"{extract:.3f} s")
 
     # Linear in the number of cells, at the same n and radius.
