@@ -30,7 +30,7 @@ import clip  # noqa: E402
 import common  # noqa: E402
 import export  # noqa: E402
 
-SETTINGS, SIZE, FRAMES = common.Propagation(), (480, 854), 25
+SETTINGS, SIZE, FRAMES = common.Propagation(), (480, 854), 40
 
 
 def work(path: str, folder: Path) -> None:
