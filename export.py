@@ -598,17 +598,18 @@ def main(args: Args) -> None:
     encoder = common.load_encoder(args.model, args.weights, args.propagation)
     info = describe(args)
 
-    print(f"{args.out}: running PyTorch on {len(clip)} frames", file=sys.stderr)
-    reference, rate = run_reference(encoder, clip, mask, args.objects)
-    print(f"{args.out}: tracing one step", file=sys.stderr)
-    judge = reference, rate, 0.999 if info["dtype"] == "float32" else 0.99, args.propagation.context
-    scale = None
-    if args.int8:
-        with torch.inference_mode():
-            largest = float(encoder(torch.from_numpy(clip[0]).to(encoder.mean.device)[None]).abs().max())
-        scale = max([largest, *(float(np.abs(features).max()) for *_, features in reference)]) / 127 or 1.0
     engine = args.out.with_suffix(".engine")
     with common.atomic(args.out) as graph:
+        graph.touch()  # a place where nothing can be written is found before the work
+        print(f"{args.out}: running PyTorch on {len(clip)} frames", file=sys.stderr)
+        reference, rate = run_reference(encoder, clip, mask, args.objects)
+        print(f"{args.out}: tracing one step", file=sys.stderr)
+        judge = reference, rate, 0.999 if info["dtype"] == "float32" else 0.99, args.propagation.context
+        scale = None
+        if args.int8:
+            with torch.inference_mode():
+                largest = float(encoder(torch.from_numpy(clip[0]).to(encoder.mean.device)[None]).abs().max())
+            scale = max([largest, *(float(np.abs(features).max()) for *_, features in reference)]) / 127 or 1.0
         write_onnx(graph, args, encoder.cpu(), info, scale)
         if args.int8:
             quantise_convolutions(

@@ -368,8 +368,11 @@ class Results:
                 self.states.popleft().unlink(missing_ok=True)
         if self.points:
             self.table[index] = np.round(answer.astype(float), 2)  # as it is written: a run that goes on has no more
-            with self.csv.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(self.rows([index]))
+            try:
+                with self.csv.open("a", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows(self.rows([index]))
+            except OSError as error:
+                raise UserError(f"{self.csv}: cannot be written ({error.strerror}); free space, it goes on") from error
         else:
             common.write_mask(self.mask_path(index), answer, self.palette)
 

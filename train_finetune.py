@@ -156,6 +156,9 @@ def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, in
     folder, val = (args.data / name for name in ("train", "val"))
     if not folder.is_dir():
         folder = val = args.data
+    apart = val.is_dir() and val != folder
+    if apart and args.holdout != Args.holdout:
+        raise UserError(f"--holdout {args.holdout}: accuracy is measured on {val}; leave it out")
 
     def folders(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -178,7 +181,7 @@ def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, in
         return found
 
     pictures = listed(folder)
-    if val.is_dir() and val != folder:
+    if apart:
         return pictures, listed(val) if args.objective != "moco" else [], classes
     train, held, owed = [], [], 0.0
     for _, inside in groupby(pictures, lambda picture: Path(picture[0]).parent):  # a class, the frames of a video, ...

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import clip  # noqa: E402
+import common  # noqa: E402
 from common import Propagation, film_writer, load_encoder, propagate_labels, write_mask  # noqa: E402
 
 
@@ -91,11 +92,19 @@ def main() -> None:
     encoder, frame = load_encoder("random", device="cpu"), torch.randint(0, 255, (1, 480, 854, 3), dtype=torch.uint8)
     extract = seconds(lambda: encoder(frame), 5)
     ours = seconds(lambda: propagate_labels(*at480, s), 5)
-    dense = seconds(lambda: dense_step(*at480, s), 1)
+    dense = seconds(lambda: dense_step(*at480, s))
     difference = (propagate_labels(*at480, s) - dense_step(*at480, s)).abs().amax(0)  # h w
     swapped = difference > 1e-4
     row("one step, 480x854, n 20, radius 12, k 10: dense reference", f"{dense:.2f} s")
     row("the same step, propagate_labels", f"{ours:.3f} s: **{dense / ours:.1f} times** faster")
+    if common.ONEDNN:
+        common.ONEDNN = False
+        plain = seconds(lambda: propagate_labels(*at480, s), 5)
+        common.ONEDNN = True
+        row(
+            "its products by torch.mm, as the reference's, and not by oneDNN",
+            f"{plain:.3f} s: {dense / plain:.1f} times",
+        )
     row(
         "largest difference of the two",
         f"{difference[~swapped].max():.1e}; {swapped.sum()} of {swapped.numel()} cells keep another k-th neighbour",

@@ -419,6 +419,14 @@ def test_wrong_flags_are_told_before_any_work(cli, tmp_path, argv, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", [("--no-l2",), ("--topk", "3"), ("--model", "crw"), ("--dtype", "bfloat16")])
+def test_what_has_no_say_in_predictions_is_told(cli, tmp_path, flag):
+    data = davis(tmp_path / "data", {"s": [square((5, 5))] * 3})
+    code, _, err = cli(evaluate, "--data", data, "--predictions", data / "Annotations/480p", *flag)
+    says = "has no say in --predictions, which are only scored; leave it out"
+    assert code == 2 and err == f"error: {flag[0].replace('no-', '')}: {says}\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # VIP
 

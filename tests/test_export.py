@@ -727,6 +727,12 @@ def test_what_is_there_is_kept(tmp_path, cli):
     assert (tmp_path / "tracker.onnx").read_bytes() == b"mine"
 
 
+def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path, cli):
+    (tmp_path / "file").touch()
+    code, _, err = cli(export, "--model", "random", "--out", tmp_path / "file/tracker.onnx")
+    assert code == 2 and "tracker.onnx: cannot be written" in err and "running PyTorch" not in err
+
+
 def test_a_clip_that_does_not_fit_the_graph(small_clip, cli, tmp_path):
     job = ["--model", "random", "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
     job += ["--out", tmp_path / "tracker.onnx"]

@@ -349,6 +349,24 @@ def test_points_go_on_after_a_line_that_is_torn(small_clip, tmp_path, cli, monke
     assert (tmp_path / "o/points.csv").read_bytes() == (tmp_path / "whole/points.csv").read_bytes()
 
 
+def test_points_on_a_disk_that_fills_up(small_clip, tmp_path, cli, monkeypatch):
+    (tmp_path / "points.csv").write_text("id,x,y\nball,40,30\n")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "points.csv", "--out", tmp_path / "o"]
+    real = propagate.Results.rows
+
+    def rows(self, order):
+        if order == [4]:
+            raise OSError(28, "No space left on device")
+        return real(self, order)
+
+    monkeypatch.setattr(propagate.Results, "rows", rows)
+    code, _, err = cli(propagate, *argv)
+    assert code == 2 and "points.csv: cannot be written (No space left on device)" in err.splitlines()[-1]
+    monkeypatch.undo()
+    assert cli(propagate, *argv)[0] == 0
+    assert len((tmp_path / "o/points.csv").read_text().splitlines()) == 13
+
+
 def test_points_of_several_frames(small_clip, tmp_path, cli):
     """A correction, and a point that comes in later."""
     (tmp_path / "a.csv").write_text("id,x,y\nball,40,30\n")
