@@ -1942,21 +1942,24 @@ class Video:
                 tick = stream.time_base
                 # A truncated film promises more frames than it has packets; in mp4 an edit list leaves only these.
                 promised = len(stream.index_entries) if "mp4" in film.format.name else stream.frames
-                packets = [(p.pts if p.pts is not None else p.dts, p.is_discard) for p in film.demux(stream) if p.size]
+                packets = (p for p in film.demux(stream) if p.size)
+                packets = [(p.pts if p.pts is not None else p.dts, p.is_discard, p.is_keyframe) for p in packets]
                 kinds = {film.format.name, stream.codec_context.name} if stream.codec_context.has_b_frames else set()
         except av.error.FFmpegError as error:
             raise UserError(
                 f"{path}: cannot be read as a film ({error.strerror}); is it whole? Try to play it"
             ) from error
-        stamps = [stamp for stamp, discarded in packets if not discarded]  # an edit list cuts frames away
+        start = next((i for i, (*_, key) in enumerate(packets) if key), 0)  # a recording may begin between key frames
+        stamps = [stamp for stamp, discarded, _ in packets[start:] if not discarded]  # an edit list cuts frames away
         # Without usable stamps frames are counted from the start, and seeking means decoding from there. AVI and XviD
         # do not say when B-frames are shown, and MPEG program streams have other stamps after seeking.
         vague = kinds & {"avi", "mpeg4", "mpeg"}
         self._seekable = not vague and None not in stamps and len(set(stamps)) == len(stamps)
-        self._pts = sorted(stamps) if self._seekable else list(range(len(stamps)))
+        self._pts = list(range(len(stamps)))
         if self._seekable:
+            self._pts = sorted(stamp for stamp in stamps if stamp >= packets[start][0])  # others lean on frames before
             self.times = [float((stamp - self._pts[0]) * tick) for stamp in self._pts]
-        self.names = [f"{i:05d}" for i in range(len(stamps))]
+        self.names = [f"{i:05d}" for i in range(len(self._pts))]
         if promised > len(packets):
             self.broken = f"{path}: breaks off after {len(packets)} of {promised} frames; the frames before are kept"
 

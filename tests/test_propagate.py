@@ -1,6 +1,7 @@
 """propagate.py through its command line: what it writes, how it goes on, and what it says to bad input."""
 
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -509,12 +510,13 @@ def test_every_factor_runs_and_tracks(small_clip, tmp_path, cli, flags):
     assert overlap > (0.1 if "--no-l2" in flags else 0.5)  # random features need their lengths taken out
 
 
-def remux(film: Path, container: Path, earlier: int = 0) -> None:
-    """The same coded frames in another container; `earlier` of them before time 0, where an edit list cuts them off."""
+def remux(film: Path, container: Path, earlier: int = 0, without: int = 0) -> None:
+    """The same coded frames in another container; `earlier` of them before time 0, where an edit list cuts them off;
+    `without` the first ones, as a recording that begins anywhere."""
     options = {"avoid_negative_ts": "disabled"} if earlier else {}
     with av.open(str(film)) as source, av.open(str(container), "w", options=options) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
+        for packet in itertools.islice(source.demux(source.streams.video[0]), without, None):
             if packet.dts is not None:
                 packet.stream = stream
                 packet.pts -= earlier * packet.duration
@@ -614,6 +616,24 @@ def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path):
         assert len(video) == 30 - earlier
         for wanted in (range(len(video)), [19], [7]):
             assert np.abs(np.subtract(greys(video, wanted), wanted) - earlier).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "bf"),
+    [
+        ("gop.ts", "libx264", "2"),
+        ("gop.mkv", "libx264", "0"),
+        ("mpeg2.ts", "mpeg2video", "2"),
+    ],
+)
+def test_a_recording_that_begins_between_key_frames(tmp_path, name, codec, bf):
+    """What leans on frames before the recording is not shown by a player, nor counted here."""
+    remux(write_film(tmp_path / f"whole{name[-4:]}", codec, 60, bf=bf), tmp_path / name, without=5)
+    video = Video(tmp_path / name)
+    with av.open(str(tmp_path / name)) as film:
+        assert len(video) == sum(1 for _ in film.decode(video=0)) <= 54
+    for wanted in (range(len(video)), range(len(video) - 1, -1, -1), [0], [30]):
+        assert np.abs(np.subtract(greys(video, wanted), wanted) - (60 - len(video))).max() <= 1
 
 
 def test_a_picture_that_breaks_off_stops_a_run_that_can_go_on(small_clip, tmp_path, cli):
