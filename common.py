@@ -43,7 +43,7 @@ import torch.nn.functional as F
 import torchvision
 import tyro
 from isal import isal_zlib
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -1909,13 +1909,15 @@ class Video:
         if path.is_dir():
             self.pictures = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]  # macOS keeps ._00000.jpg
         elif glob.has_magic(self.source) and not path.exists():
-            self.pictures = [Path(p) for p in glob.glob(self.source) if Path(p).suffix.lower() in PICTURES]
+            folder = glob.escape(str(path.parent)) if path.parent.is_dir() else path.parent  # brackets in its name
+            found = glob.glob(str(Path(folder) / path.name))
+            self.pictures = [Path(p) for p in found if Path(p).suffix.lower() in PICTURES]
         elif not path.is_file():
             raise UserError(f"{source}: no such video on disk; give a film, a folder or a glob of pictures")
         elif path.suffix.lower() in PICTURES:
             self.pictures = [path]
         if self.pictures:  # natural order: 2.jpg before 10.jpg
-            self.pictures.sort(key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])
+            self.pictures.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)])
             self.names = [p.stem for p in self.pictures]
             if len(set(self.names)) < len(self.names):
                 raise UserError(f"{source}: two pictures share a name before the dot; masks could not be told apart")
@@ -2150,6 +2152,8 @@ def read_mask(path: str | Path, known: dict[int, int] | None = None) -> tuple[np
     try:
         with Image.open(path) as picture:
             picture.load()
+            lossy = picture.format in ("JPEG", "MPO")
+            ImageOps.exif_transpose(picture, in_place=True)  # as frames are
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such mask; give the picture of the first frame's objects") from error
     except Exception as error:
@@ -2157,8 +2161,11 @@ def read_mask(path: str | Path, known: dict[int, int] | None = None) -> tuple[np
     palette, known = PALETTE.copy(), {} if known is None else known
     indexed, coloured = picture.mode == "P", False
     if indexed:
-        ids = np.asarray(picture)
         own = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        # A palette in another order, as after quantising: the black that is used is not number 0.
+        indexed = not own[0].any() or all(own[n].any() for n in np.unique(picture) if n < len(own))
+    if indexed:
+        ids = np.asarray(picture)
         palette[: len(own)] = own
     elif picture.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
         ids = np.asarray(picture)
@@ -2173,10 +2180,12 @@ def read_mask(path: str | Path, known: dict[int, int] | None = None) -> tuple[np
     numbers, counts = numbers[numbers != 0], counts[numbers != 0]
     if not indexed:
         solid = sum(cv2.erode((ids == n).astype(np.uint8), np.ones((3, 3))).any() for n in numbers[:300])
-        if len(numbers) > 255 or (len(numbers) >= 8 and solid < len(numbers) / 2):
+        white = 0 if coloured else counts[numbers == 255].sum()  # void is a thin border
+        smooth = len(numbers) > 255 or (len(numbers) >= 8 and solid < len(numbers) / 2)
+        if smooth or (lossy and len(numbers) > 1) or counts.sum() > white > counts.sum() / 2:
             raise UserError(
-                f"{path}: has {len(numbers)} colours beside black, most of them thin: its edges are smoothed "
-                "(anti-aliased or JPEG); save it as PNG without smoothing, one flat colour an object"
+                f"{path}: has {len(numbers)} colours beside black, as smoothed edges have (anti-aliased or JPEG); "
+                "save it as PNG without smoothing, one flat colour an object"
             )
     if len(numbers) == 0:
         raise UserError(f"{path}: is empty, all of it is background; paint each object in a value of its own")

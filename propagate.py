@@ -25,7 +25,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -144,7 +144,7 @@ def read_points(path: Path, size: tuple[int, int]) -> dict[str, tuple[float, flo
     """A CSV file with the columns id,x,y -> the position of each id, in pixels."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, skipinitialspace=True))
         points = {row["id"]: (float(row["x"]), float(row["y"])) for row in rows}
     except OSError as error:
         raise UserError(
@@ -186,13 +186,13 @@ def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> None:
         before = json.loads(record.read_text())["job"]
     except (OSError, ValueError, KeyError):
         before = None
-    mixed = before is None and any((out / name).exists() for name in ("masks", "points.csv"))
-    if live or mixed or (before is not None and before != job):
+    for name in ("masks", "points.csv") if before is None else ():
+        if (out / name).exists():  # drawn by hand, maybe: never deleted
+            raise UserError(f"{out / name}: is there already and not of a run (no run.json); choose another --out")
+    if live or (before is not None and before != job):
         old, new = ({**each, **each.get("settings", {})} for each in (before or {}, job))
         keys = sorted(key for key in old.keys() | new.keys() if key != "settings" and old.get(key) != new.get(key))
-        changed = (
-            ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys) if before else "of another origin"
-        )
+        changed = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys)
         if not (overwrite or live):
             raise UserError(f"{out}: has results of another run ({changed}); add --overwrite or choose another --out")
         for name in ("masks", ".state") + ("frames",) * live:
@@ -389,10 +389,10 @@ class Results:
         with common.atomic(self.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["frame", "id", "x", "y"], *self.rows(order)])
 
-    def finish(self, order: list[int], whole: bool) -> None:
+    def finish(self, backwards: bool, whole: bool) -> None:
         """Bring the table of points into order; where there is nothing to go on with, drop the state."""
         if self.points:
-            self.write_points(order)
+            self.write_points(sorted(self.table, reverse=backwards))
         if whole:
             shutil.rmtree(self.out / ".state", ignore_errors=True)
 
@@ -557,8 +557,9 @@ def make_pictures(out: Path, video: Video, order: list[int], results: Results, f
             append(picture, abs(video.times[index] - video.times[order[0]]))
             if index in chosen:
                 thumb = cv2.resize(picture, (width, max(1, round(width * H / W))), interpolation=cv2.INTER_AREA)
-                cv2.rectangle(thumb, (0, 0), (11 * len(video.names[index]) + 10, 24), (0, 0, 0), -1)
-                cv2.putText(thumb, video.names[index], (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255))
+                name = video.names[index][-((width - 10) // 11) :]  # the end tells the frames apart
+                cv2.rectangle(thumb, (0, 0), (11 * len(name) + 10, 24), (0, 0, 0), -1)
+                cv2.putText(thumb, name, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255))
                 thumbs.append(thumb)
     columns = 4 if W >= H else 6
     thumbs += [np.full_like(thumbs[0], 255)] * (-len(thumbs) % columns if len(thumbs) > columns else 0)
@@ -630,7 +631,7 @@ def main(args: Args) -> None:
     live = args.video.isdigit() and not Path(args.video).exists()
     path = Path(args.video).resolve()
     pattern = glob.has_magic(path.name) and not path.exists()
-    name = f"camera{args.video}" if live else path.parent.name if pattern else path.stem
+    name = f"camera{args.video}" if live else path.parent.name if pattern else path.name if path.is_dir() else path.stem
     out = args.out or Path("results") / name
     if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
         raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
@@ -643,6 +644,9 @@ def main(args: Args) -> None:
     if live and args.end is not None and args.end < 2:
         raise UserError(f"--end {args.end}: give 2 or more, or stop the camera with q")
     video = Camera(int(args.video), out / "frames") if live else Video(args.video)
+    for mask in () if live else args.mask:
+        if mask.resolve() in map(Path.resolve, video.pictures):
+            raise UserError(f"{mask}: lies among the frames of --video and would be one; move it elsewhere")
     order = range(args.end or 10**9) if live else choose_frames(args, len(video))
     annotations, ids, palette = annotate(args, video, order[0])
     for index in annotations:
@@ -690,6 +694,9 @@ def main(args: Args) -> None:
     results.flush()
     before = len(annotations) if live else sum(map(results.has, order))
     stretches = segments(order, annotations)
+    pictures = ["overlay.mp4"] * args.film + ["contact_sheet.jpg"]
+    for name in pictures if before < len(order) else ():  # made anew at the end, of all frames
+        (out / name).unlink(missing_ok=True)
     bar = tqdm(total=None if live else len(order), initial=before, unit="frame", desc=video.source)
     try:
         with torch.inference_mode():
@@ -709,9 +716,9 @@ def main(args: Args) -> None:
     if video.broken:
         print(f"note: {video.broken}", file=sys.stderr)
     done = [index for index in order if results.has(index)]
-    results.finish(done, whole=live or len(done) == len(order))
+    to_come = order if live or args.reverse else choose_frames(replace(args, end=None), len(video))
+    results.finish(args.reverse, whole=live or all(map(results.has, to_come)))
     made, seconds = len(done) - before, time.perf_counter() - start
-    pictures = ["overlay.mp4"] * args.film + ["contact_sheet.jpg"]
     if made or not all((out / name).is_file() for name in pictures):
         with clock.time("film"):
             make_pictures(out, video, done, results, args.film)

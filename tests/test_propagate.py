@@ -167,6 +167,15 @@ def test_another_film_or_other_weights_under_the_same_name_are_another_run(small
     assert "content 2 frames, " in refused(cli, *job, "--video", "frames")
 
 
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_masks_that_no_run_made_are_never_deleted(small_clip, tmp_path, cli, flags):
+    (tmp_path / "masks").mkdir()
+    shutil.copy(small_clip / "f0.png", tmp_path / "masks/00000.png")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", tmp_path / "masks/00000.png", "--out", tmp_path]
+    assert "masks: is there already and not of a run" in refused(cli, *argv, *flags)
+    assert (tmp_path / "masks/00000.png").read_bytes() == (small_clip / "f0.png").read_bytes()
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, cli, stop):
     argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
@@ -293,14 +302,24 @@ def test_a_folder_of_pictures_keeps_its_names(small_clip, tmp_path, cli):
     names = [f"shot {i}.png" for i in range(11)]
     assert sorted(masks_in(tmp_path / "b")) == sorted(names)
     assert Video(tmp_path / "frames").names == [name[:-4] for name in names]  # natural order: 2 before 10
+    shutil.copytree(tmp_path / "frames", tmp_path / "set [1]/frames")
+    assert Video(tmp_path / "set [1]/frames/*.png").names == Video(tmp_path / "frames").names
+    (tmp_path / "frames/shot 4².png").write_bytes((tmp_path / "frames/shot 4.png").read_bytes())
+    assert len(Video(tmp_path / "frames")) == 12
+    shutil.copy(small_clip / "f0.png", tmp_path / "frames/mask.png")
+    argv = [*RANDOM, "--video", tmp_path / "frames", "--mask", tmp_path / "frames/mask.png", "--out", tmp_path / "c"]
+    assert "mask.png: lies among the frames" in refused(cli, *argv)
 
 
-@pytest.mark.parametrize("video", ["clip.mp4", "clip [1].mp4", "frames/", "frames/*.png"])
+@pytest.mark.parametrize(
+    "video", ["clip.mp4", "clip [1].mp4", "frames/", "frames/*.png", "set [1].2/", "set [1].2/*.png"]
+)
 def test_results_go_to_a_folder_named_after_the_video(small_clip, tmp_path, cli, monkeypatch, video):
     (tmp_path / "frames").mkdir()
     for index, frame in Video(small_clip / "clip.mp4").frames(range(2)):
         Image.fromarray(frame).save(tmp_path / f"frames/shot {index}.png")
         (tmp_path / f"frames/._shot {index}.png").touch()  # what macOS leaves on other disks
+    shutil.copytree(tmp_path / "frames", tmp_path / "set [1].2")
     for name in ("clip.mp4", "clip [1].mp4"):
         shutil.copy(small_clip / "clip.mp4", tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -328,7 +347,7 @@ def test_points(small_clip, tmp_path, cli):
     start = {row["id"]: (float(row["x"]), float(row["y"])) for row in rows[:3]}
     assert all(np.allclose(start[name], centre, atol=0.1) for name, centre in centres.items())
     assert "all was there" in cli(propagate, *argv)[1]
-    assert "another run" in refused(cli, *argv[:-1], tmp_path)  # its own points.csv would be replaced
+    assert "choose another --out" in refused(cli, *argv[:-1], tmp_path, "--overwrite")  # the table that was given
     assert (tmp_path / "points.csv").read_text() == "\n".join(lines) + "\n"
 
 
@@ -402,6 +421,8 @@ def test_without_the_film(done, small_clip, tmp_path, cli):
         "voc colours",
         "transparent",
         "own palette",
+        "palette in another order",
+        "turned",
         "16 bit",
     ],
 )
@@ -436,9 +457,18 @@ def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
         picture, palette = Image.fromarray(truth), PALETTE.copy()
         palette[:4] = colours
         picture.putpalette(palette.tobytes())
+    elif kind == "palette in another order":  # as after quantising: black is number 3
+        picture, expected = Image.fromarray((truth + 3) % 4), np.array([0, *by_size], np.uint8)[truth]
+        picture.putpalette(colours[[1, 2, 3, 0]].tobytes())
+        palette = PALETTE.copy()
+        palette[by_size] = colours[1:]
+    elif kind == "turned":  # as a phone says how it was held
+        picture = Image.fromarray(np.rot90(truth, 1))
     else:
         picture = Image.fromarray(truth.astype(np.uint16) * 1000)
-    picture.save(tmp_path / "mask.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6 if kind == "turned" else 1
+    picture.save(tmp_path / "mask.png", exif=exif)
     argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--end", 2, "--mask", tmp_path / "mask.png"]
     assert cli(propagate, *argv, "--out", tmp_path / "o")[0] == 0
     assert (masks_in(tmp_path / "o")["00000.png"] == expected).all()
@@ -728,6 +758,12 @@ def test_bad_masks(small_clip, tmp_path, cli):
     assert "anti-aliased" in say(Image.fromarray(smooth))
     smooth = cv2.GaussianBlur(PALETTE[truth], (0, 0), 1)
     assert "anti-aliased" in say(Image.fromarray(smooth))
+    assert "anti-aliased" in say(
+        Image.fromarray(np.where(truth == 1, 255, np.where(truth == 2, 128, 0)).astype(np.uint8))
+    )
+    for quality in (90, 95, 98, 100):
+        Image.fromarray((truth == 1).astype(np.uint8) * 255).save(tmp_path / "mask.jpg", quality=quality)
+        assert "JPEG" in refused(cli, *argv, "--mask", tmp_path / "mask.jpg")
     many = np.arange(96 * 160).reshape(96, 160) // 9
     assert re.search("has 1706 .*", say(Image.fromarray(many.astype(np.uint16))))
     Image.fromarray(truth.astype(np.float32) / 2).save(tmp_path / "half.tif")
@@ -1030,6 +1066,7 @@ def test_a_try_with_a_few_frames_goes_on_to_the_whole_film(small_clip, tmp_path,
         for end in ends:
             code, text, err = cli(propagate, *job, "--end", end, "--out", out)
             assert code == 0 and f"{end} masks" in text, err
+        assert not (out / ".state").exists()
     masks = sorted(path.name for path in (tmp_path / "once" / "masks").iterdir())
     assert len(masks) == 12
     for name in masks:
@@ -1038,6 +1075,35 @@ def test_a_try_with_a_few_frames_goes_on_to_the_whole_film(small_clip, tmp_path,
         assert content == (tmp_path / "shorter" / "masks" / name).read_bytes()
     code, _, err = cli(propagate, *job, "--reverse", "--mask-frame", 0, "--end", 5, "--out", tmp_path / "once")
     assert code == 2 and "has results of another run" in err
+
+
+def test_what_a_shorter_try_leaves_is_gone_on_with(small_clip, tmp_path, cli, monkeypatch):
+    """No frame is computed twice, no point is lost, and the film has all frames."""
+    (tmp_path / "points.csv").write_text("id,x,y\nball,40,30\n")
+    job = [*RANDOM, "--video", small_clip / "clip.mp4"]
+    for name, given in (("m", ("--mask", small_clip / "f0.png")), ("p", ("--points", tmp_path / "points.csv"))):
+        with monkeypatch.context() as patch:
+            calls, out = interrupt_at(patch, 8), tmp_path / name
+            assert cli(propagate, *job, *given, "--out", out)[0] == 130  # frames 0 to 7 are there
+            assert cli(propagate, *job, *given, "--out", out, "--end", 4)[0] == 0
+            assert len(Video(out / "overlay.mp4")) == 4 and len(calls) == 8
+            assert cli(propagate, *job, *given, "--out", out, "--end", 9)[0] == 0
+            assert len(Video(out / "overlay.mp4")) == 9 and len(calls) == 9
+            assert cli(propagate, *job, *given, "--out", out)[0] == 0
+            assert len(Video(out / "overlay.mp4")) == 12 and len(calls) == 12
+    table = (tmp_path / "p/points.csv").read_text()
+    assert cli(propagate, *job, *given, "--out", tmp_path / "p", "--end", 4)[0] == 0
+    assert (tmp_path / "p/points.csv").read_text() == table and table.count("\n") == 13
+
+
+def test_a_stop_while_the_film_is_made(small_clip, tmp_path, cli, monkeypatch):
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    assert cli(propagate, *argv, "--end", 4)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(propagate, "make_pictures", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert cli(propagate, *argv)[0] == 130
+    assert cli(propagate, *argv)[0] == 0
+    assert len(Video(tmp_path / "o/overlay.mp4")) == 12
 
 
 def test_a_correction_is_what_its_stretch_starts_from(small_clip, tmp_path, cli):
