@@ -716,10 +716,13 @@ def propagate_labels(
     fixed = s.localization == "fixed"
     exempt = min(annotated, n) if s.exempt_first and fixed else 0
     edges = [0, exempt, n] if overall else range(n + 1)
-    parts = [(a, keys[:, :, a:b].contiguous(), fixed and a >= exempt) for a, b in itertools.pairwise(edges) if a < b]
-
+    parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in itertools.pairwise(edges) if a < b]
     most = max(part.shape[2] for _, part, _ in parts)
     cpu = target.device.type == "cpu"
+    whole = [most > 1 or (cpu and (norm == "frame" or not local)) for *_, local in parts]  # read by every tile
+    parts = [
+        (a, part.contiguous() if copy else part, local) for (a, part, local), copy in zip(parts, whole, strict=True)
+    ]
     near_only = cpu and overall and fixed and norm != "frame"  # of one frame at a time the products would be too small
     ty, tx = (30, 8) if near_only else (12, 16) if cpu else (24, 32)  # caches like it small, a GPU few launches
     while (norm == "frame" or not all(local for *_, local in parts)) and h * w * most * ty * tx > 2**26:
@@ -794,7 +797,9 @@ def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
     some = max(1, 2**20 // len(queries))  # more at a time would be memory that is new each time
     for part, place in zip(keys.split(some), out.split(some), strict=True):
         picture = part.view(1, 1, *part.shape).permute(0, 3, 1, 2)  # 1 C 1 cells, channels last
-        place.copy_(F.conv2d(picture, queries[..., None, None])[0, :, 0].T)
+        # F.conv2d would take another path with one thread, and round to bfloat16 under autocast.
+        one, none = (1, 1), (0, 0)
+        place.copy_(torch.mkldnn_convolution(picture, queries[..., None, None], None, none, one, one, 1)[0, :, 0].T)
 
 
 def near_products(part: Tensor, q: Tensor, s: Propagation, tile: tuple, window: tuple, out: Tensor) -> None:
@@ -872,8 +877,11 @@ def propagate_windows(target: Tensor, features: Tensor, labels: Tensor, s: Propa
             cell, inside, part_y, part_x = places[i]
             a = []
             for q, c in zip(query[y0:y1].flatten(0, 1).split(256), cell.flatten(1).split(256), strict=True):
-                first = c.min()  # one product with the cells from the first to the last of the windows
-                a.append((q @ flat[i][first : c.max() + 1].T).gather(1, c - first))
+                if q.is_cpu:  # one product with the cells from the first to the last of the windows
+                    first = c.min()
+                    a.append((q @ flat[i][first : c.max() + 1].T).gather(1, c - first))
+                else:  # which are not known there without waiting
+                    a.append((flat[i][c] @ q[:, :, None])[..., 0])
             a = torch.cat(a).float().view(cell.shape) * inside  # targets S+1 S+1
             a = a[:, :-1] * (1 - part_y) + a[:, 1:] * part_y
             A.append((a[:, :, :-1] * (1 - part_x) + a[:, :, 1:] * part_x).view(y1 - y0, w, S, S))

@@ -157,8 +157,9 @@ def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, in
     if not folder.is_dir():
         folder = val = args.data
     apart = val.is_dir() and val != folder
-    if apart and args.holdout != Args.holdout:
-        raise UserError(f"--holdout {args.holdout}: accuracy is measured on {val}; leave it out")
+    if args.holdout != Args.holdout and (apart or args.objective == "moco"):
+        why = f"accuracy is measured on {val}" if args.objective != "moco" else "moco measures no accuracy"
+        raise UserError(f"--holdout {args.holdout}: {why}; leave it out")
 
     def folders(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

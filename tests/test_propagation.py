@@ -89,9 +89,12 @@ def test_products_are_the_same_either_way(onednn, dtype, monkeypatch):
 @pytest.mark.parametrize("onednn", [False, True])
 def test_equals_the_pseudocode_either_way(onednn, monkeypatch):
     monkeypatch.setattr(common, "ONEDNN", onednn)
-    g, features, labels = random_context(9, 2, 40, 30)
+    real, sizes = common.products, []
+    monkeypatch.setattr(common, "products", lambda *args, out: sizes.append(out.numel()) or real(*args, out=out))
+    g, features, labels = random_context(20, 2, 40, 30)
     s = Propagation(radius=9)
     assert (propagate_labels(g, features, labels, s) - algorithm_1(g, features, labels, s)).abs().max() < 1e-5
+    assert max(sizes) > 2**15  # smaller ones never go to oneDNN
 
 
 def test_many_labels_and_two_annotated_frames():
@@ -195,6 +198,14 @@ def test_minmax_lets_a_faint_label_win_and_an_absent_one_not():
     assert mask_from_labels(labels, [1, 2], (4, 4)).sum() == 0
     stretched = mask_from_labels(labels, [1, 2], (4, 4), minmax=True)
     assert stretched[0, 0] == 1 and (stretched == 2).sum() == 0
+
+
+def test_on_a_gpu_far_frames_wait_for_nothing():
+    """A value that is read back from the GPU is an error for fake tensors."""
+    s = replace(common.MODELS["mast"].settings, radius=3)
+    with torch.no_grad(), FakeTensorMode(), torch.device("cuda"):
+        context = torch.zeros(16, 12, 20), torch.zeros(2, 16, 12, 20), torch.zeros(2, 3, 12, 20)
+        assert propagate_labels(*context, s, 1, [40, 1]).shape == (3, 12, 20)
 
 
 @pytest.mark.parametrize("model", ["imagenet", "default", "crw", "mast", "corrflow", "uvc", "vfs"])

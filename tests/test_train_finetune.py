@@ -674,6 +674,7 @@ def test_rows_of_the_paper_take_the_fine_tuned_weights(tmp_path, monkeypatch):
         (("--data", "one", "--epochs", "0"), "--epochs 0: must be above 0"),
         (("--data", "one", "--holdout", "2"), "--holdout 2.0: give 0 to 1"),
         (("--data", "stray", "--holdout", "0.2"), "--holdout 0.2: accuracy is measured on stray/val; leave it out"),
+        (("--data", "one", "--objective", "moco", "--holdout", "0.2"), "moco measures no accuracy"),
         (("--data", "one", "--objective", "rotation", "--validate", "empty"), "val.txt"),
         (("--data", "one", "--objective", "rotation", "--batch-size", "4", "--device", "cuda:77"), "--device cuda:77"),
     ],
