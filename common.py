@@ -719,10 +719,8 @@ def propagate_labels(
     parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in itertools.pairwise(edges) if a < b]
     most = max(part.shape[2] for _, part, _ in parts)
     cpu = target.device.type == "cpu"
-    whole = [most > 1 or (cpu and (norm == "frame" or not local)) for *_, local in parts]  # read by every tile
-    parts = [
-        (a, part.contiguous() if copy else part, local) for (a, part, local), copy in zip(parts, whole, strict=True)
-    ]
+    again = most > 1 or (cpu and norm == "frame")  # many tiles read the same cells: a copy is worth it
+    parts = [(a, part.contiguous() if again or (cpu and not local) else part, local) for a, part, local in parts]
     near_only = cpu and overall and fixed and norm != "frame"  # of one frame at a time the products would be too small
     ty, tx = (30, 8) if near_only else (12, 16) if cpu else (24, 32)  # caches like it small, a GPU few launches
     while (norm == "frame" or not all(local for *_, local in parts)) and h * w * most * ty * tx > 2**26:

@@ -729,7 +729,7 @@ def test_what_is_there_is_kept(tmp_path, cli):
 
 def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path, cli):
     (tmp_path / "file").touch()
-    for out in (tmp_path / "file/tracker.onnx", tmp_path / f"{'long' * 61}.onnx"):
+    for out in (tmp_path / "file/tracker.onnx", tmp_path / f"{'long' * 62}.onnx"):
         code, _, err = cli(export, "--model", "random", "--out", out)
         assert code == 2 and f"{out}: cannot be written" in err and "running PyTorch" not in err
 
