@@ -178,12 +178,12 @@ def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> 
         )
 
 
-def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> None:
-    """Write run.json; refuse to mix with results of another job, so that nothing computed is lost or mislabelled. A
-    camera's recording always replaces what is there."""
-    record = out / "run.json"
+def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> dict:
+    """Write run.json and give what it holds; refuse to mix with results of another job, so that nothing computed is
+    lost or mislabelled. A camera's recording always replaces what is there."""
     try:
-        before = json.loads(record.read_text())["job"]
+        record = json.loads((out / "run.json").read_text())
+        before = record["job"]
     except (OSError, ValueError, KeyError):
         before = None
     for name in ("masks", "points.csv") if before is None else ():
@@ -200,7 +200,9 @@ def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> None:
         for name in ("points.csv", "overlay.mp4", "contact_sheet.jpg"):
             (out / name).unlink(missing_ok=True)
     if before != job:
-        write_json(record, {"job": job})
+        record = {"job": job}
+        write_json(out / "run.json", record)
+    return record
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -676,7 +678,7 @@ def main(args: Args) -> None:
     }
     if engine:
         job["engine"] = digest(args.engine)
-    open_job(out, job, args.overwrite, live)
+    record = open_job(out, job, args.overwrite, live)
     for index, mask in annotations.items() if not args.points else ():
         introduce(mask, index, args.propagation)
 
@@ -694,9 +696,6 @@ def main(args: Args) -> None:
     results.flush()
     before = len(annotations) if live else sum(map(results.has, order))
     stretches = segments(order, annotations)
-    pictures = ["overlay.mp4"] * args.film + ["contact_sheet.jpg"]
-    for name in pictures if before < len(order) else ():  # made anew at the end, of all frames
-        (out / name).unlink(missing_ok=True)
     bar = tqdm(total=None if live else len(order), initial=before, unit="frame", desc=video.source)
     try:
         with torch.inference_mode():
@@ -719,7 +718,9 @@ def main(args: Args) -> None:
     to_come = order if live or args.reverse else choose_frames(replace(args, end=None), len(video))
     results.finish(args.reverse, whole=live or all(map(results.has, to_come)))
     made, seconds = len(done) - before, time.perf_counter() - start
-    if made or not all((out / name).is_file() for name in pictures):
+    pictures, shown = ["overlay.mp4"] * args.film + ["contact_sheet.jpg"], [len(done), done[0], done[-1]]
+    stale = made or record.get("shown") != shown or not all((out / name).is_file() for name in pictures)
+    if stale:
         with clock.time("film"):
             make_pictures(out, video, done, results, args.film)
     rates = {stage: round(made / spent, 2) for stage, spent in clock.items() if spent > 0}
@@ -728,7 +729,9 @@ def main(args: Args) -> None:
     if made:
         rates = {"whole run": round(made / seconds, 2), **rates}
         record = {"job": job, "versions": versions, "frames": made, "frames_per_second": rates}
-        write_json(out / "run.json", record | {"ran_on": engine.provider if engine else str(encoder.mean.device)})
+        record["ran_on"] = engine.provider if engine else str(encoder.mean.device)
+    if stale:
+        write_json(out / "run.json", record | {"shown": shown})  # in the pictures: how many frames, the first, the last
     what = f"{len(done)} frames of points.csv" if results.points else f"{len(done)} masks"
     speed = f"{made / seconds:.2f} frames/s" if made else "all was there"
     print(f"{out}: {', '.join([what, *pictures])}; {speed}")

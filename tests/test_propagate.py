@@ -1087,6 +1087,8 @@ def test_what_a_shorter_try_leaves_is_gone_on_with(small_clip, tmp_path, cli, mo
             assert cli(propagate, *job, *given, "--out", out)[0] == 130  # frames 0 to 7 are there
             assert cli(propagate, *job, *given, "--out", out, "--end", 4)[0] == 0
             assert len(Video(out / "overlay.mp4")) == 4 and len(calls) == 8
+            assert "all was there" in cli(propagate, *job, *given, "--out", out, "--end", 8)[1]
+            assert len(Video(out / "overlay.mp4")) == 8 and len(calls) == 8
             assert cli(propagate, *job, *given, "--out", out, "--end", 9)[0] == 0
             assert len(Video(out / "overlay.mp4")) == 9 and len(calls) == 9
             assert cli(propagate, *job, *given, "--out", out)[0] == 0
