@@ -792,12 +792,15 @@ def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
     if small or not (ONEDNN and keys.is_cpu and keys.dtype == torch.float32):
         torch.mm(keys, queries.T, out=out)
         return
+    kernels = queries[..., None, None]
     some = max(1, 2**20 // len(queries))  # more at a time would be memory that is new each time
     for part, place in zip(keys.split(some), out.split(some), strict=True):
         picture = part.view(1, 1, *part.shape).permute(0, 3, 1, 2)  # 1 C 1 cells, channels last
         # F.conv2d would take another path with one thread, and round to bfloat16 under autocast.
-        one, none = (1, 1), (0, 0)
-        place.copy_(torch.mkldnn_convolution(picture, queries[..., None, None], None, none, one, one, 1)[0, :, 0].T)
+        answer = torch.mkldnn_convolution(
+            picture, kernels, None, padding=(0, 0), stride=(1, 1), dilation=(1, 1), groups=1
+        )
+        place.copy_(answer[0, :, 0].T)
 
 
 def near_products(part: Tensor, q: Tensor, s: Propagation, tile: tuple, window: tuple, out: Tensor) -> None:
@@ -2066,17 +2069,25 @@ def ahead(items: Iterable, depth: int = 4) -> Iterator:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it at the end: a file that exists is whole."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+def writing(path: Path) -> Iterator[None]:
+    """An OSError inside becomes a UserError about `path`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
+        yield
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another --out"
         ) from error
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it at the end: a file that exists is whole."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -1207,8 +1207,8 @@ def main(args: Args) -> None:
                 wants = next(folder.glob("predictions/*"), prediction(Path("<folder>"), sequences[0], "<frame>"))
                 raise UserError(f"{folder}: {what}; --predictions takes {wants}")
         idle = [name for name in ("weights", "model", "dtype") if getattr(args, name) != getattr(Args, name)]
-        for name in (*idle, *given):
-            flag = name.replace("_", "-")
+        if idle := [*idle, *given]:
+            flag = idle[0].replace("_", "-")
             raise UserError(f"--{flag}: has no say in --predictions, which are only scored; leave it out")
         short = len({folder.resolve().name for folder in args.predictions}) == len(args.predictions)
         rows = [Row(folder.resolve().name if short else str(folder), folder) for folder in args.predictions]

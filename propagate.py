@@ -186,7 +186,7 @@ def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> dict:
         before = record["job"]
     except (OSError, ValueError, KeyError):
         before = None
-    for name in ("masks", "points.csv") if before is None else ():
+    for name in ("masks", "points.csv", *["frames"] * live) if before is None else ():
         if (out / name).exists():  # drawn by hand, maybe: never deleted
             raise UserError(f"{out / name}: is there already and not of a run (no run.json); choose another --out")
     if live or (before is not None and before != job):
@@ -370,11 +370,8 @@ class Results:
                 self.states.popleft().unlink(missing_ok=True)
         if self.points:
             self.table[index] = np.round(answer.astype(float), 2)  # as it is written: a run that goes on has no more
-            try:
-                with self.csv.open("a", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows(self.rows([index]))
-            except OSError as error:
-                raise UserError(f"{self.csv}: cannot be written ({error.strerror}); free space, it goes on") from error
+            with common.writing(self.csv), self.csv.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(self.rows([index]))
         else:
             common.write_mask(self.mask_path(index), answer, self.palette)
 
@@ -646,8 +643,9 @@ def main(args: Args) -> None:
     if live and args.end is not None and args.end < 2:
         raise UserError(f"--end {args.end}: give 2 or more, or stop the camera with q")
     video = Camera(int(args.video), out / "frames") if live else Video(args.video)
-    for mask in () if live else args.mask:
-        if mask.resolve() in map(Path.resolve, video.pictures):
+    frames = set() if live or not args.mask else {picture.resolve() for picture in video.pictures}
+    for mask in args.mask:
+        if mask.resolve() in frames:
             raise UserError(f"{mask}: lies among the frames of --video and would be one; move it elsewhere")
     order = range(args.end or 10**9) if live else choose_frames(args, len(video))
     annotations, ids, palette = annotate(args, video, order[0])

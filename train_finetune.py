@@ -125,6 +125,8 @@ def settle(args: Args) -> Args:
     batch = f"--batch-size {args.batch_size}"
     if args.moco_v2 and not moco:
         raise UserError(f"--moco-v2: is for --objective moco, not {args.objective}; leave it out")
+    if moco and args.holdout != Args.holdout:
+        raise UserError(f"--holdout {args.holdout}: moco measures no accuracy; leave it out")
     if moco and args.queue % args.batch_size:
         right = max(args.queue // args.batch_size, 1) * args.batch_size
         raise UserError(f"--queue {args.queue}: must be a multiple of {batch}; give {right}")
@@ -157,9 +159,8 @@ def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, in
     if not folder.is_dir():
         folder = val = args.data
     apart = val.is_dir() and val != folder
-    if args.holdout != Args.holdout and (apart or args.objective == "moco"):
-        why = f"accuracy is measured on {val}" if args.objective != "moco" else "moco measures no accuracy"
-        raise UserError(f"--holdout {args.holdout}: {why}; leave it out")
+    if apart and args.holdout != Args.holdout:
+        raise UserError(f"--holdout {args.holdout}: accuracy is measured on {val}; leave it out")
 
     def folders(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
