@@ -27,7 +27,7 @@ import tempfile
 import textwrap
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -1087,19 +1087,26 @@ def propagate_video(
     annotated: Sequence[tuple[Tensor, Tensor]],
     settings: Propagation,
     recent: Sequence[tuple[Tensor, Tensor]] = (),
+    given: Mapping[int, tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[Tensor]:
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
 
     annotated: (features, labels) of the annotated frames. The first is frame 0, and the targets come after it, from
     frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away.
     recent: the last targets and their labels, oldest first, to go on with an earlier run: the last settings.context, or
-    all where settings.history. The context lives in one ring buffer, so memory does not grow with the video. Each
+    all where settings.history.
+    given: annotations that name some of the objects: target t (1, 2, ...) -> (labels L x h x w, named, L bools). Once
+    t is predicted, the labels that are named replace their prediction and cover that of the others; from then on t is
+    an annotated frame.
+    The context lives in one ring buffer, so memory does not grow with the video. Each
     target is pulled only when it is due, so that several settings can share one pass over the frames (itertools.tee).
     """
-    s = settings
+    s, given = settings, given or {}
     (C, h, w), L, device = annotated[0][0].shape, len(annotated[0][1]), annotated[0][0].device
     fixed, spaced = len(annotated) if s.keep_first else 0, s.memory == "spaced"
-    ring = fixed + spaced  # slots: the annotated frames, frame 5 if spaced, the latest frames
+    later = dict(zip(sorted(given), range(fixed, fixed + len(given)), strict=True)) if s.keep_first else {}
+    pinned = fixed + len(later)
+    ring = pinned + spaced  # slots: the annotated frames, those of `given`, frame 5 if spaced, the latest frames
     keys = torch.zeros(
         h, w, ring + s.context, C, device=device, dtype=annotated[0][0].dtype
     )  # as propagate_labels reads
@@ -1115,11 +1122,15 @@ def propagate_video(
     def remember_target(t: int, f: Tensor, z: Tensor) -> None:
         box = None
         if s.localization == "track":
-            box = label_boxes(z, s, boxes[max(number, key=number.get)])
+            box = label_boxes(z, s, None if t in given else boxes[max(number, key=number.get)])
         if s.carry == "hard":
             z = F.one_hot(z.argmax(0), L).permute(2, 0, 1).float()
+        if t in later:  # for good, so not among the latest as well
+            remember(later[t], t, f, z, box)
+            number.pop(ring + (t - 1) % max(s.context, 1), None)
+            return
         if spaced and t == 5:
-            remember(fixed, t, f, z, box)
+            remember(pinned, t, f, z, box)
         if s.context:
             remember(ring + (t - 1) % s.context, t, f, z, box)
 
@@ -1135,13 +1146,16 @@ def propagate_video(
         slots = sorted(number)
         if spaced:  # frame 5 unless the ring gives it, and every second frame of the ring
             latest = [i for i in slots if i >= ring and (t - number[i]) % 2 == 1]
-            slots = [i for i in slots if i < fixed or (i < ring and 5 not in (number[j] for j in latest))] + latest
+            slots = [i for i in slots if i < pinned or (i < ring and 5 not in (number[j] for j in latest))] + latest
         whole = slots == list(range(len(slots)))  # then the buffer is read in place
         k, v = (x[:, :, : len(slots)] if whole else x[:, :, slots] for x in (keys, values))
-        ages = [t - number[i] for i in slots]
-        z = propagate_labels(f, k.permute(2, 3, 0, 1), v.permute(2, 3, 0, 1), s, fixed, ages, boxes[slots])
+        ages, first_ones = [t - number[i] for i in slots], sum(i < pinned for i in slots)
+        z = propagate_labels(f, k.permute(2, 3, 0, 1), v.permute(2, 3, 0, 1), s, first_ones, ages, boxes[slots])
         if s.carry == "minmax":
             z = stretch(z)
+        if t in given:
+            own, named = given[t]
+            z = torch.where(named[:, None, None], own, z * (1 - own[named].sum(0)))
         yield z
         remember_target(t, f, z)
 
