@@ -357,15 +357,20 @@ def one_object(paths: Iterable[Path], void: bool) -> np.ndarray:
     """DAVIS 2016: which of the values 0..255 in a sequence's masks are the one object, 256 of 0 or 1.
 
     Any id is. 255 is the object in copies that store {0, 255}; beside ids it is void in an annotation (void), in a
-    prediction the object. Levels up to 255 that a resized mask has at its edge are no ids: there half is the border.
+    prediction the object. The levels up to 255 at the edge of a mask that was resized are no ids, as none of them
+    covers an area: there half is the border.
     """
     paths, values = list(paths), np.arange(256)
-    counts = sum((np.bincount(read_ids(path).ravel(), minlength=256) for path in paths), np.zeros(256, int))
-    ids = counts[1:255]
-    if ids[63:].any() and (ids.sum() < counts[255] or np.count_nonzero(ids) > 32):
+    counts, areas = np.zeros((2, 256))
+    for path in paths:
+        ids, around = read_ids(path), np.ones((3, 3))
+        counts += np.bincount(ids.ravel(), minlength=256)
+        areas += np.bincount(ids[cv2.erode(ids, around) == cv2.dilate(ids, around)], minlength=256)
+    between = counts[1:255] > 0
+    if between[63:].any() and (areas[1:255].sum() < areas[255] or between.sum() > 32):
         note(f"{paths[0].parent}: has grey levels, as a smoothed edge has; the object is what is 128 or more")
         return (values > 127).astype(np.uint8)
-    return ((values > 0) & ~((values == 255) & (void and ids.any()))).astype(np.uint8)
+    return ((values > 0) & ~((values == 255) & (void and between.any()))).astype(np.uint8)
 
 
 @cache

@@ -219,6 +219,120 @@ def test_davis_2016_has_one_object(cli, tmp_path, number):
     assert read(tmp_path / "out")["per_object"]["s_1"]["J_M"] == 0.5
 
 
+def soft(mask: np.ndarray) -> np.ndarray:
+    """A mask of 0 and 255 that was resized bilinearly."""
+    return cv2.resize(cv2.resize(mask, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), mask.shape[::-1])
+
+
+@pytest.mark.parametrize("kind", ["truth", "prediction", "both"])
+def test_davis_2016_takes_smooth_edges_at_half(cli, tmp_path, kind):
+    """As if the masks had been thresholded before, also in what is propagated."""
+    white = [255 * square((5, 5 + 3 * i), (31, 41), ids=(1, 1)) for i in range(5)]
+    mine = [255 * square((9, 5 + 3 * i), (31, 41), ids=(1, 1)) for i in range(5)]
+    smooth = {name: [soft(mask) for mask in masks] for name, masks in (("truth", white), ("prediction", mine))}
+    hard = {name: [(mask > 127) * np.uint8(255) for mask in masks] for name, masks in smooth.items()}
+    smooth["prediction"][2] = hard["prediction"][2]
+    scores = []
+    for name in "smooth", "hard":
+        masks = {k: (smooth if name == "smooth" and kind in (k, "both") else hard)[k] for k in hard}
+        davis(tmp_path / name, {"s": masks["truth"]}, year="2016")
+        put(tmp_path / name / "mine/s", masks["prediction"])
+        argv = ("--dataset", "davis2016", "--data", tmp_path / name, "--out", tmp_path / name / "out")
+        code, _, err = cli(evaluate, *argv, "--predictions", tmp_path / name / "mine")
+        assert code == 0 and err.count("has grey levels, as a smoothed edge has") == (
+            {"both": 2}.get(kind, 1) if name == "smooth" else 0
+        )
+        scores.append(read(tmp_path / name / "out")["per_object"])
+    assert scores[0] == scores[1] and scores[0]["s_1"]["J_M"] > 0.6
+    code, _, err = cli(evaluate, *argv, *RANDOM)
+    first = next((tmp_path / "hard/out").glob("predictions/*/s/00000.png"))
+    assert code == 0 and (read_ids(first) == (hard["truth"][0] > 0)).all(), err
+
+
+def test_davis_2016_knows_void_by_the_whole_sequence(cli, tmp_path):
+    """255 beside ids is void in the annotation, even in a frame without ids; in a prediction it is the object."""
+    void = [square((5, 5), (30, 40), ids=(1, 255)), square((30, 40), ids=(255,)), square((5, 5), ids=(2,))]
+    data = davis(tmp_path / "data", {"s": [void[0], *void, void[0]]}, year="2016")
+    mine = square((5, 5), (30, 40), ids=(3, 255))
+    put(tmp_path / "mine/s", [square((5, 5)), mine, square(), square((5, 5)), void[0]])
+    argv = ("--dataset", "davis2016", "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and read(tmp_path / "out")["per_object"]["s_1"]["J_M"] == pytest.approx((1 / 2 + 1 + 1) / 3), err
+
+
+def test_masks_of_one_bit(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"a": masks, "b": masks})
+    put(tmp_path / "mine/a", masks), put(tmp_path / "mine/b", masks)
+    for folder in (data / "Annotations/480p/a", tmp_path / "mine/b"):
+        for path, mask in zip(sorted(folder.iterdir()), masks, strict=True):
+            Image.fromarray(mask > 0).save(path)
+    code, _, err = cli(evaluate, "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    assert code == 0 and read(tmp_path / "out")["overall"]["J&F_M"] == 1, err
+
+
+def test_what_begins_with_a_dot_is_no_data(cli, tmp_path):
+    """macOS keeps a ._ file beside each file on other disks; the run and its scores are those without them."""
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"a": masks})
+    clips = jhmdb(tmp_path / "jhmdb", {"clip": grid_of_joints(3)})
+    put(tmp_path / "mine/a", masks)
+    for path in [*data.rglob("*"), *clips.rglob("*"), *(tmp_path / "mine").rglob("*")]:
+        (path.parent / f"._{path.name}").write_bytes(b"Mac OS X")
+    for argv in (*RANDOM,), ("--predictions", tmp_path / "mine"):
+        code, _, err = cli(evaluate, "--data", data, *argv, "--out", tmp_path / "out")
+        assert code == 0 and list(read(tmp_path / "out")["per_object"]) == ["a_1"] and "note: " not in err, err
+    code, _, err = cli(evaluate, "--dataset", "jhmdb", "--data", clips, *RANDOM, "--out", tmp_path / "out")
+    assert code == 0 and list(read(tmp_path / "out")["per_sequence"]) == ["wave/clip"], err
+
+
+def test_a_frame_that_cannot_be_read_is_a_grey_cell_of_the_report(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"a": masks})
+    for i, broken in enumerate((b"", b"no picture")):
+        (data / f"JPEGImages/480p/a/0000{i}.jpg").write_bytes(broken)
+    (data / "JPEGImages/480p/a/notes.jpg").write_bytes(b"of another name")
+    argv = ("--data", data, "--predictions", data / "Annotations/480p", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and "Best: a" in (tmp_path / "out/report.html").read_text(), err
+
+
+def test_ids_with_gaps_are_told(cli, tmp_path):
+    """199 of 200 objects are nowhere, so right everywhere: the official tool's figure, with a word about it."""
+    data = davis(tmp_path / "data", {"a": [square((5, 5 + i), ids=(200,)) for i in range(4)]})
+    put(tmp_path / "mine/a", [square((5, 30), ids=(200,))] * 4)
+    argv = ("--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and read(tmp_path / "out")["overall"]["J_M"] > 0.99
+    assert "00000.png: of the ids 1 to 200 only 1 are objects of the first frame" in err
+    code, _, err = cli(evaluate, "--dataset", "folder", *argv)
+    assert code == 0 and read(tmp_path / "out")["overall"]["J_M"] < 0.1 and "note" not in err, err
+
+
+def test_sequences_without_a_frame_to_score_are_told(cli, tmp_path):
+    short, long = [square((5, 5))] * 2, [square((5, 5))] * 3
+    for sequences, code in (({"a": short, "b": long}, 0), ({"a": short}, 1)):
+        data = davis(tmp_path / f"data{code}", sequences)
+        argv = ("--data", data, "--predictions", data / "Annotations/480p", "--out", tmp_path / "out")
+        got, _, err = cli(evaluate, *argv)
+        assert got == code and "a: is annotated in 2 frames; without the first and the last none is scored" in err
+        evaluate.note.cache_clear()
+
+
+def test_the_best_row_is_told_by_the_sequences_that_all_have(cli, tmp_path):
+    """`partly` has only the easy sequence: better on average, worse where both have one."""
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"easy": masks, "hard": masks})
+    put(tmp_path / "partly/easy", [square((5, 7))] * 4)
+    put(tmp_path / "whole/easy", masks), put(tmp_path / "whole/hard", [square((30, 50))] * 4)
+    argv = ("--data", data, "--predictions", tmp_path / "partly", tmp_path / "whole", "--out", tmp_path / "out")
+    code, _, _ = cli(evaluate, *argv)
+    report, rows = (tmp_path / "out/report.html").read_text(), read(tmp_path / "out")["rows"]
+    assert code == 1 and rows[0]["overall"]["J&F_M"] > rows[1]["overall"]["J&F_M"]
+    assert "val: whole</h1>" in report and "<tr class=best><td>whole" in report
+    assert "the best of 2 rows over the 1 sequences that all have" in report
+
+
 def truncate(path: Path) -> Path:
     path.write_bytes(path.read_bytes()[:-30])
     return path
@@ -419,6 +533,54 @@ def test_wrong_flags_are_told_before_any_work(cli, tmp_path, argv, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["../esc", "../../x", "/a//b", "..", "a/../b", ".hidden", "a\\b", "a\0b", "b" * 300])
+def test_a_name_that_leads_out_of_the_folder_is_refused(cli, tmp_path, name):
+    """A list decides what is written and what is replaced: its names stay within."""
+    masks = [square((5, 5 + i)) for i in range(3)]
+    data = davis(tmp_path / "data", {"a": masks})
+    listing = data / "ImageSets/2017/val.txt"
+    listing.write_text(f"a\n\n{name}\n")
+    clips = jhmdb(tmp_path / "jhmdb", {"clip": grid_of_joints(3)})
+    split = clips / "splits/wave_test_split1.txt"
+    split.write_text(f"clip.avi 2\n\n{name}.avi 2\n")
+    people = vip(tmp_path / "vip", "flat", masks, masks, {1: 1})
+    (people / "lists/val_videos.txt").write_text(f"videos1\n\n{name}\n")
+    (tmp_path / "out/predictions/esc").mkdir(parents=True)
+    (tmp_path / "out/predictions/esc/00000.png").touch()
+    for dataset, root, path in (
+        ("davis", data, listing),
+        ("jhmdb", clips, split),
+        ("vip", people, people / "lists/val_videos.txt"),
+    ):
+        argv = ("--dataset", dataset, "--data", root, *RANDOM, "--out", tmp_path / "out")
+        code, _, err = cli(evaluate, *argv)
+        if name == "/a//b":  # of DAVIS 2016's own lists: the path of a frame of a
+            continue
+        assert code == 2 and len(err.splitlines()) == 1 and f"{path}, line 3: " in err, err
+    assert (tmp_path / "out/predictions/esc/00000.png").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("esc", "x") and path.parent.name != "predictions"]
+
+
+def test_nothing_is_deleted_that_no_run_made(cli, data, tmp_path):
+    """A half prediction is replaced, but not if something else lies there."""
+    argv = ("--data", data, "--sequences", "first", *RANDOM, "--out", tmp_path / "out")
+    assert cli(evaluate, *argv)[0] == 0
+    (folder,) = (tmp_path / "out").glob("predictions/*/first")
+    remove(folder / "00002.png")
+    (folder / "notes.md").write_text("mine")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 1 and f"{folder / 'notes.md'}: no run has made it; move it away" in err, err
+    assert (folder / "notes.md").read_text() == "mine" and (folder / "00001.png").exists()
+    remove(folder / "notes.md")
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(elsewhere)
+    code, _, err = cli(evaluate, *argv)
+    assert code == 1 and f"{folder}: no run has made it" in err and len(list(elsewhere.iterdir())) == 5
+    remove(folder)
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and len(list(folder.iterdir())) == 6, err
+
+
 @pytest.mark.parametrize("flag", [("--no-l2",), ("--topk", "3"), ("--model", "crw"), ("--dtype", "bfloat16")])
 def test_what_has_no_say_in_predictions_is_told(cli, tmp_path, flag):
     data = davis(tmp_path / "data", {"s": [square((5, 5))] * 3})
@@ -519,6 +681,58 @@ def test_a_video_of_vip_whose_first_frame_has_no_instance(cli, tmp_path):
     assert code == 0 and read(tmp_path / "out")["overall"].keys() == {"mIoU"}, err
 
 
+def test_a_video_of_vip_that_begins_without_a_person_is_background(cli, tmp_path):
+    mask, ids = square((8, 8), ids=(13,), side=32), square((8, 8), ids=(3,), side=32)
+    data = vip(tmp_path / "data", "flat", [mask * 0, mask, mask], [ids * 0, ids, ids], {3: 13})
+    code, _, err = cli(evaluate, "--dataset", "vip", "--data", data, *RANDOM, "--out", tmp_path / "out")
+    assert code == 0 and "shows nobody, so all of videos1 is predicted as background" in err, err
+    ground = (3 * 4800 - 2 * 1024) / (3 * 4800)
+    assert read(tmp_path / "out")["overall"]["mIoU"] == pytest.approx((ground + 0) / 2)
+
+
+def public_ap(frames: list[tuple[np.ndarray, dict, np.ndarray, list]]) -> float:
+    """AP^r_vol as the public script has it. frames: true ids, their classes, predicted ids 1, 2, ..., their (class,
+    score)."""
+    aps = []
+    for kind in {k for _, classes, *_ in frames for k in classes.values()}:
+        for threshold in np.arange(1, 10) / 10:
+            found, count = [], 0
+            for truth, classes, pred, parts in frames:
+                true = [truth == n for n, k in classes.items() if k == kind and (truth == n).any()]
+                mine = [(score, pred == i) for i, (k, score) in enumerate(parts, 1) if k == kind]
+                count += len(true)
+                if all(mask.any() for _, mask in mine):
+                    for score, mask in mine:
+                        iou = max(((mask & t).sum() / (mask | t).sum() for t in true), default=0)
+                        found.append((score, iou > threshold))
+            hits = np.array([hit for _, hit in sorted(found, reverse=True)], bool)
+            recall = np.concatenate([[0], np.cumsum(hits) / count])
+            precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+            aps.append(sum((recall[i + 1] - recall[i]) * precision[i:].max() for i in range(len(hits))))
+    return float(np.mean(aps))
+
+
+def test_vip_leaves_out_a_class_where_a_part_of_it_vanishes(cli, tmp_path):
+    """Two hats and a coat; in the second frame one hat is listed and has no pixels."""
+    truth, classes = square((0, 0), (0, 40), (30, 0), ids=(5, 9, 7)), {5: 1, 9: 1, 7: 6}
+    data = vip(tmp_path / "data", "flat", [truth % 4] * 3, [truth] * 3, classes)
+    preds = [square((0, 4), (0, 40), (30, 9)), square((0, 2), (30, 3), ids=(1, 3)), square((0, 9), (0, 47), (33, 0))]
+    lists, mine = [[(1, 0.9), (1, 0.5), (6, 0.7)], [(1, 0.8), (1, 0), (6, 0.6)], [(1, 0.3), (1, 0.4), (6, 0.9)]], []
+    (tmp_path / "mine/Instance_ids/videos1").mkdir(parents=True)
+    for name, pred, parts in zip(("00001", "00026", "00051"), preds, lists, strict=True):
+        write_mask(tmp_path / f"mine/videos1/{name}.png", pred % 4)
+        write_mask(tmp_path / f"mine/Instance_ids/videos1/{name}.png", pred)
+        text = "".join(f"{kind} {score}\n" for kind, score in parts)
+        (tmp_path / f"mine/Instance_ids/videos1/{name}.txt").write_text(text)
+        mine.append((truth, classes, pred, parts))
+    argv = ("--dataset", "vip", "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    ours = read(tmp_path / "out")["overall"]["AP^r_vol"]
+    assert code == 0 and ours == pytest.approx(public_ap(mine), abs=1e-12), err
+    with_all = [(t, c, p, [k for k in parts if k[1]] if len(parts) == 3 else parts) for t, c, p, parts in mine]
+    assert ours < 0.99 * public_ap(with_all[:1] + with_all[2:])
+
+
 @pytest.mark.parametrize("text", ["3 25 1\n", "999 13 1\n", "3\n"])
 @pytest.mark.parametrize("of", ["truth", "prediction"])
 def test_a_bad_list_of_vips_parts_is_named_and_the_others_are_run(cli, tmp_path, text, of):
@@ -593,6 +807,17 @@ def test_pck_needs_no_frames(cli, tmp_path):
     shutil.rmtree(data / "Rename_Images")
     argv = ("--dataset", "jhmdb", "--data", data, "--predictions", data / "joint_positions", "--out", tmp_path / "out")
     code, _, err = cli(evaluate, *argv)
+    assert code == 0 and read(tmp_path / "out")["overall"]["PCK@0.1"] == 1, err
+
+
+def test_a_clip_with_a_frame_missing_is_told(cli, tmp_path):
+    data = jhmdb(tmp_path / "data", {"bad": grid_of_joints(4), "good": grid_of_joints(4)})
+    remove(data / "Rename_Images/wave/bad/00003.png")
+    code, _, err = cli(evaluate, "--dataset", "jhmdb", "--data", data, *RANDOM, "--out", tmp_path / "out")
+    assert code == 1 and err.count("error: ") == 1, err
+    assert "Rename_Images/wave/bad: holds 3 frames, yet" in err and "has the joints of 4; download" in err
+    argv = ("--predictions", data / "joint_positions", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, "--dataset", "jhmdb", "--data", data, *argv)
     assert code == 0 and read(tmp_path / "out")["overall"]["PCK@0.1"] == 1, err
 
 
@@ -717,6 +942,27 @@ def test_other_settings_never_take_old_masks(cli, data, tmp_path):
         code, _, err = cli(evaluate, "--data", data, "--sequences", "first", *RANDOM, *argv, "--out", tmp_path)
         assert code == 0, err
     assert len(list(tmp_path.glob("predictions/*/first"))) == 3
+
+
+@pytest.mark.parametrize("change", ["annotation", "frame", "fewer"])
+def test_what_was_made_from_something_else_is_made_again(cli, data, tmp_path, change):
+    root = shutil.copytree(data, tmp_path / "data")
+    argv = ("--data", root, *RANDOM)
+    assert cli(evaluate, *argv, "--out", tmp_path / "out")[0] == 0
+    first, other = (root / kind / "480p/first" for kind in ("Annotations", "JPEGImages"))
+    if change == "annotation":
+        write_mask(first / "00000.png", read_ids(first / "00000.png")[:, ::-1].copy())
+    elif change == "frame":
+        Image.open(other / "00003.jpg").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other / "00002.jpg")
+    else:
+        remove(other / "00005.jpg"), remove(first / "00005.png")
+    second = next((tmp_path / "out").glob("predictions/*/second/00001.png"))
+    before = second.stat().st_mtime_ns
+    code, _, err = cli(evaluate, *argv, "--out", tmp_path / "out")
+    assert code == 0 and "first: is made again, its annotation or its frames have changed" in err, err
+    assert cli(evaluate, *argv, "--out", tmp_path / "fresh")[0] == 0
+    assert read(tmp_path / "out")["per_object"] == read(tmp_path / "fresh")["per_object"]
+    assert second.stat().st_mtime_ns == before  # the other sequence is left as it is
 
 
 def test_half_a_sequence_is_made_again(cli, data, whole, tmp_path):
@@ -951,6 +1197,22 @@ def test_two_processes_give_the_scores_of_one(whole, data, tmp_path):
     assert done.stdout.count("J&F_M") == 1  # one table
     ours, theirs = read(tmp_path), read(whole)
     assert ours["per_object"] == theirs["per_object"] and ours["overall"] == theirs["overall"]
+
+
+def test_the_report_is_written_before_any_process_leaves(data, tmp_path):
+    """torchrun ends all processes when one leaves with an exit code; the one that writes the report is the last."""
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/ImageSets/2017/val.txt").write_text("first\nnowhere\nsecond\n")
+    slow = tmp_path / "slow.py"
+    lines = "import time, evaluate, functools", "write = evaluate.write_report"
+    lines += ("evaluate.write_report = lambda *args: time.sleep(2) or write(*args)",)
+    lines += ("evaluate.run(evaluate.main, functools.partial(evaluate.parse_args, evaluate.Args))",)
+    slow.write_text("\n".join(lines))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*torchrun, str(slow), "--data", str(tmp_path / "data"), *RANDOM, "--out", str(tmp_path / "out")]
+    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and (tmp_path / "out/report.html").exists(), done.stderr
+    assert "(1 of 3 sequences are missing)" in done.stderr and len(read(tmp_path / "out")["per_sequence"]) == 2
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
