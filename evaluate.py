@@ -64,6 +64,7 @@ from common import (
     mask_from_labels,
     overlay,
     parse_args,
+    pick_device,
     points_from_labels,
     preset,
     propagate_video,
@@ -1461,6 +1462,8 @@ def check_flags(args: Args) -> None:
         raise UserError(f"--subset {args.subset}: a folder has no subsets; name --sequences, or leave it out")
     if args.grid and not args.sweep:
         raise UserError("--grid: is about --sweep, which is not given")
+    if not torch.cuda.is_available():
+        pick_device(args.device)
     places = [folder.absolute() for folder in args.predictions]
     for folder in args.predictions:
         if places.count(folder.absolute()) > 1:

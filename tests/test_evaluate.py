@@ -581,12 +581,281 @@ def test_nothing_is_deleted_that_no_run_made(cli, data, tmp_path):
     assert code == 0 and len(list(folder.iterdir())) == 6, err
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (("--data", "a-file"), "ImageSets/2017/val.txt: not found"),
+        (("--data", "loop"), "ImageSets/2017/val.txt: not found"),
+        (("--dataset", "folder", "--data", "a-file"), "a-file: no such folder"),
+        (("--dataset", "folder", "--data", "empty"), "list is empty"),
+        (("--dataset", "folder", "--subset", "train"), "--subset train: a folder has no subsets"),
+        (("--out", "a-file"), "a-file: cannot be written (File exists)"),
+        (("--out", "a-file/inside"), "a-file/inside: cannot be written (Not a directory)"),
+        (("--out", "loop"), "loop: cannot be written"),
+        (("--sequences", " , "), "--sequences ' , ': names no sequence"),
+        (("--predictions", "mine", "./mine"), "--predictions mine: is given twice"),
+        (("--predictions", "loop"), "loop: no such folder"),
+        (("--predictions", "a-pipe"), "a-pipe: no such folder"),
+        (("--predictions", "a-file"), "a-file: no such folder"),
+        (("--subset", "test-dev", "--predictions", "mine"), "cannot be scored here, its annotations are not public"),
+        (("--grid",), "--grid: is about --sweep"),
+        (("--split", "2"), "--split: is for --dataset jhmdb alone"),
+        (("--split", "4"), "--split"),
+        (("--all-frames",), "--all-frames: is for --dataset folder alone"),
+        (("--sweep", "topk="), "--sweep topk=: give factor=value,value,..."),
+        (("--sweep", "topk=1e9999"), "'1e9999' is no whole number"),
+        (("--sweep", "temperature=nan"), "--temperature nan: give a number above 0"),
+        (("--sweep", "context=-1"), "--context -1: give 0 or more"),
+        (("--device", "tpu"), "tpu"),
+        (("--dtype", "int8"), "--dtype"),
+    ],
+)
+def test_bad_flags_and_paths_are_one_line_before_any_work(cli, tmp_path, monkeypatch, argv, says):
+    monkeypatch.chdir(tmp_path)
+    davis(Path("data/davis"), {"s": [square((5, 5))] * 3}), put(Path("data/folder/s"), [square((5, 5))] * 3)
+    put(Path("mine/s"), [square((5, 5))] * 3)
+    Path("a-file").touch(), Path("loop").symlink_to("loop"), os.mkfifo("a-pipe"), Path("empty").mkdir()
+    few = () if "--predictions" in argv else RANDOM[:-2] if "--device" in argv else RANDOM
+    code, out, err = cli(evaluate, *few, *argv)
+    assert code == 2 and says in err and len(err.splitlines()) == 1 and not out, err
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (pipe, "not found, it lists the sequences"),
+        (lambda path: path.write_bytes(b"s\n\xff\xfe\n"), "cannot be read as text ('utf-8'"),
+        (lambda path: path.unlink() or path.mkdir(), "not found, it lists the sequences"),
+        (lambda path: path.write_text("\n \n"), "list is empty"),
+    ],
+)
+@pytest.mark.parametrize("dataset", ["davis", "vip", "jhmdb"])
+def test_a_bad_list_is_one_line(cli, tmp_path, dataset, damage, says):
+    masks = [square((5, 5))] * 3
+    davis(tmp_path / "davis", {"s": masks}), vip(tmp_path / "vip", "flat", masks, masks, {1: 1})
+    jhmdb(tmp_path / "jhmdb", {"clip": grid_of_joints(3)})
+    lists = {"davis": "ImageSets/2017/val.txt", "vip": "lists/val_videos.txt", "jhmdb": "splits/wave_test_split1.txt"}
+    damage(tmp_path / dataset / lists[dataset])
+    argv = ("--dataset", dataset, "--data", tmp_path / dataset, *RANDOM, "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 2 and says in err and len(err.splitlines()) == 1, err
+
+
+def test_pipes_and_files_in_place_of_data_are_not_waited_for(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", dict.fromkeys(("mask", "folder", "empty", "good"), masks))
+    pipe(data / "Annotations/480p/mask/00000.png")
+    for kind in ("Annotations", "JPEGImages"):
+        shutil.rmtree(data / kind / "480p/folder"), shutil.rmtree(data / kind / "480p/empty")
+        (data / kind / "480p/folder").touch(), (data / kind / "480p/empty").mkdir()
+    code, _, err = cli(evaluate, "--data", data, *RANDOM, "--out", tmp_path / "out")
+    assert code == 1 and list(read(tmp_path / "out")["per_object"]) == ["good_1"], err
+    failed = read(tmp_path / "out")["rows"][0]["failed"]
+    says = {"mask": "00000.png: not found", "folder": "not found", "empty": "no masks"}
+    assert failed.keys() == says.keys() and all(text in failed[name] for name, text in says.items())
+    clips = jhmdb(tmp_path / "jhmdb", {"bad": grid_of_joints(3), "good": grid_of_joints(3)})
+    mat = clips / "joint_positions/wave/bad/joint_positions.mat"
+    for content in ({"pos_img": np.zeros((2, 14, 3))}, {"pos_img": "text"}, {}, None):
+        savemat(mat, content) if content is not None else pipe(mat)
+        argv = ("--dataset", "jhmdb", "--data", clips, "--predictions", clips / "joint_positions")
+        code, _, err = cli(evaluate, *argv, "--out", tmp_path / "out")
+        assert code == 1 and str(mat) in err and list(read(tmp_path / "out")["per_sequence"]) == ["wave/good"], err
+
+
+def test_a_factor_that_is_swept_twice_has_all_its_values(cli, data, tmp_path):
+    argv = ("--sweep", "topk=1", "--sweep", "topk=2", "--sequences", "first", "--out", tmp_path)
+    code, _, err = cli(evaluate, "--data", data, *RANDOM, *argv)
+    assert code == 0 and [row["settings"]["topk"] for row in read(tmp_path)["rows"]] == [1, 2], err
+
+
 @pytest.mark.parametrize("flag", [("--no-l2",), ("--topk", "3"), ("--model", "crw"), ("--dtype", "bfloat16")])
 def test_what_has_no_say_in_predictions_is_told(cli, tmp_path, flag):
     data = davis(tmp_path / "data", {"s": [square((5, 5))] * 3})
     code, _, err = cli(evaluate, "--data", data, "--predictions", data / "Annotations/480p", *flag)
     says = "has no say in --predictions, which are only scored; leave it out"
     assert code == 2 and err == f"error: {flag[0].replace('no-', '')}: {says}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any folder of masks
+
+
+def vos_benchmark(truth: Path, preds: Path, all_frames: bool) -> dict[str, tuple[float, float]]:
+    """The rules of hkchengrex/vos-benchmark, plainly: <sequence>_<id> -> J, F."""
+    scores = {}
+    for folder in sorted(truth.iterdir()):
+        names = sorted(path.name for path in folder.iterdir())
+        seen, true, values = set(), set(), {}
+        for name in names if all_frames else names[1:-1]:
+            t, p = (np.array(Image.open(root / folder.name / name)) for root in (truth, preds))
+            true |= set(np.unique(t).tolist()) - {0}
+            seen |= true | set(np.unique(p).tolist()) - {0}
+            for k in seen:
+                values.setdefault(k, []).append(official(t == k, p == k))
+        for k in true:
+            scores[f"{folder.name}_{k}"] = tuple(np.mean(values[k], axis=0))
+    return scores
+
+
+def sparse(root: Path, seed: int) -> tuple[Path, Path]:
+    """Truth and predictions with ids with gaps, objects that come, go, and are predicted before they are there."""
+    rng = np.random.default_rng(seed)
+    for name, ids in (("first", (1, 7, 255)), ("second", (3, 40, 41)), ("only predicted", (2,))):
+        for kind in ("truth", "mine"):
+            masks = []
+            for t in range(7):
+                shown = [
+                    k for k in ids if rng.random() < 0.6 and (t or k != ids[-1]) and (name[0] != "o" or kind == "mine")
+                ]
+                masks.append(square(*[tuple(rng.integers(0, 30, 2)) for _ in shown], (31, 31), ids=(*shown, 9)))
+                masks[-1][masks[-1] == 9] = 0 if kind == "truth" else 9
+            put(root / kind / name, masks, first=5)
+    return root / "truth", root / "mine"
+
+
+@pytest.mark.parametrize("all_frames", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_folder_is_scored_as_vos_benchmark_does(cli, tmp_path, all_frames, seed):
+    truth, mine = sparse(tmp_path, seed)
+    expected = vos_benchmark(truth, mine, all_frames)
+    argv = ("--dataset", "folder", "--data", truth, "--predictions", mine, "--out", tmp_path / "out")
+    code, out, err = cli(evaluate, *argv, *["--all-frames"] * all_frames)
+    assert code == 0 and "J&F_ungiven" in out, err
+    scores = read(tmp_path / "out")
+    assert scores["per_object"].keys() == expected.keys() and len(expected) > 4
+    for name, (j, f) in expected.items():
+        assert scores["per_object"][name]["J_M"] == pytest.approx(j, abs=1e-6)
+        assert scores["per_object"][name]["F_M"] == pytest.approx(f, abs=1e-6)
+    assert scores["overall"]["J_M"] == pytest.approx(np.mean([j for j, _ in expected.values()]), abs=1e-6)
+    assert scores["overall"]["J&F_M"] == pytest.approx(np.mean(list(expected.values())), abs=1e-6)
+
+
+def test_the_fairer_column_leaves_out_the_frame_that_gives_an_object(cli, tmp_path):
+    """Object 5 comes in frame 2: its mask is given there, so 1 says nothing."""
+    truth = [square((5, 5)), square((5, 5)), square((5, 5), (35, 40), ids=(1, 5)), *[square((35, 40), ids=(5,))] * 3]
+    mine = [square(), square((5, 15)), truth[2], square((35, 50), ids=(5,)), square(), square()]
+    put(tmp_path / "truth/s", truth), put(tmp_path / "mine/s", mine)
+    argv = ("--dataset", "folder", "--data", tmp_path / "truth", "--predictions", tmp_path / "mine")
+    assert cli(evaluate, *argv, "--out", tmp_path / "out")[0] == 0
+    one, five = (read(tmp_path / "out")["per_object"][f"s_{k}"] for k in (1, 5))
+    assert one["J_M"] == pytest.approx((1 / 3 + 1 + 1 + 1) / 4) and one["J&F_ungiven"] == one["J&F_M"]
+    assert five["J_M"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert five["J&F_ungiven"] == pytest.approx((five["J&F_M"] * 3 - 1) / 2)
+    with (tmp_path / "out/scores.csv").open(newline="") as file:
+        assert next(csv.reader(file))[3:] == ["J&F_M", "J_M", "F_M", "J&F_ungiven"]
+
+
+@pytest.mark.parametrize("place", ["", "Annotations", "Annotations/480p", "Annotations/480p as data"])
+def test_a_folder_is_read_in_each_layout(cli, tmp_path, place):
+    masks = [square((5, 5 + i), ids=(3,)) for i in range(5)]
+    at = tmp_path / "data" / place.removesuffix(" as data")
+    put(at / "s", masks)
+    if place:
+        put(
+            tmp_path / "data" / at.relative_to(tmp_path / "data").as_posix().replace("Annotations", "JPEGImages") / "s",
+            masks,
+            suffix=".jpg",
+        )
+    data = at if place.endswith("data") else tmp_path / "data"
+    argv = ("--dataset", "folder", "--data", data, "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv, "--predictions", at)
+    assert code == 0 and read(tmp_path / "out")["overall"]["J&F_M"] == 1, err
+    code, _, err = cli(evaluate, *argv, *RANDOM)
+    assert (code, "to predict needs the frames" in err) == ((0, False) if place else (1, True)), err
+
+
+def test_a_folder_of_two_resolutions_asks_which(cli, tmp_path):
+    for name in ("480p", "Full-Resolution"):
+        put(tmp_path / "data/Annotations" / name / "s", [square((5, 5))] * 3)
+    code, _, err = cli(evaluate, "--dataset", "folder", "--data", tmp_path / "data", *RANDOM)
+    assert code == 2 and "in each of 480p, Full-Resolution; take one, such as --data " in err
+
+
+def test_objects_that_come_in_later(cli, tmp_path):
+    """Nothing is known before frame 1; object 7 is given in frame 3, where 2 keeps its prediction."""
+    clean = list(clip.render(8, 64, 96, objects=2, seed=0))
+    for t, (frame, mask) in enumerate(clean):
+        (tmp_path / "data/JPEGImages/s").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(frame).save(tmp_path / f"data/JPEGImages/s/{t + 40:05d}.png")
+        mask = np.array([0, 2, 7 if t > 2 else 0], np.uint8)[mask]
+        if t in (1, 3, 4, 6):
+            put(tmp_path / "data/Annotations/s", [mask], first=t + 40)
+    argv = ("--dataset", "folder", "--data", tmp_path / "data", *RANDOM, "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0, err
+    scores = read(tmp_path / "out")
+    assert list(scores["per_object"]) == ["s_2", "s_7"]  # frames 3 and 4 are scored
+    masks = [read_ids(path) for path in sorted(Path(scores["rows"][0]["predictions"], "s").iterdir())]
+    given = [read_ids(tmp_path / f"data/Annotations/s/{t + 40:05d}.png") for t in (1, 3)]
+    assert len(masks) == 8 and not masks[0].any() and (masks[1] == given[0]).all()
+    assert set(np.unique(masks[2])) == {0, 2}
+    assert ((masks[3] == 7) == (given[1] == 7)).all() and (masks[3] == 2).any() and (masks[3] != given[1]).any()
+    # as Algorithm 1 has it: frame 3 predicted from what came before, merged, and kept as an annotated frame
+    frames = torch.stack([torch.from_numpy(frame) for frame, _ in clean[1:]])
+    encoder = evaluate.load_encoder("random", None, evaluate.Args(propagation=SMALL).propagation, "cpu")
+    with torch.inference_mode():
+        features = [encoder(frame[None])[0] for frame in frames]
+    grid = features[0].shape[1:]
+    first, later = (evaluate.labels_from_mask(torch.from_numpy(mask), [2, 7], grid) for mask in given)
+    named = {2: (later, torch.tensor([False, False, True]))}
+    soft = list(evaluate.propagate_video(features[1:], [(features[0], first)], SMALL, given=named))
+    for t in (2, 4, 5, 6, 7):
+        expected = evaluate.mask_from_labels(soft[t - 2], [2, 7], (64, 96))
+        assert (masks[t] == expected.numpy()).all()
+    code, _, err = cli(evaluate, *argv[:4], "--predictions", scores["rows"][0]["predictions"], "--out", tmp_path / "b")
+    assert code == 0 and read(tmp_path / "b")["overall"] == scores["overall"], err
+
+
+def test_real_sequences_of_which_one_object_comes_in_later(shared, imagenet, cli, tmp_path):
+    """The annotation of bmx-trees' second object, the bicycle, is taken away up to frame 20."""
+    for kind in ("Annotations", "JPEGImages"):
+        (tmp_path / "data" / kind / "bmx-trees").mkdir(parents=True)
+    for t in range(18, 25):
+        frame = shared / f"data/DAVIS/JPEGImages/480p/bmx-trees/{t:05d}.jpg"
+        (tmp_path / f"data/JPEGImages/bmx-trees/{t:05d}.jpg").symlink_to(frame)
+        mask = read_ids(shared / f"data/DAVIS/Annotations/480p/bmx-trees/{t:05d}.png")
+        mask[(mask == 2) & (t < 20)] = 0
+        write_mask(tmp_path / f"data/Annotations/bmx-trees/{t:05d}.png", mask)
+    argv = ("--dataset", "folder", "--data", tmp_path / "data", "--model", "imagenet", "--weights", imagenet)
+    code, _, err = cli(evaluate, *argv, "--size", "240", "--radius", 9, "--out", tmp_path / "out")
+    assert code == 0, err
+    scores = read(tmp_path / "out")
+    bicycle = scores["per_object"]["bmx-trees_2"]
+    assert bicycle["J&F_M"] > bicycle["J&F_ungiven"] > 0.1
+    masks = {path.stem: read_ids(path) for path in Path(scores["rows"][0]["predictions"], "bmx-trees").iterdir()}
+    truth = read_ids(tmp_path / "data/Annotations/bmx-trees/00020.png")
+    assert 2 not in masks["00018"] and 2 not in masks["00019"] and 2 in masks["00021"]
+    assert ((masks["00020"] == 2) == (truth == 2)).all() and (masks["00020"] != truth).any()
+
+
+def test_real_sequences_in_a_folder(shared, imagenet, cli, tmp_path):
+    """Frame numbers do not begin at 0, and in one sequence they go by twos."""
+    data = shared / "data/DAVIS_multi_512"
+    argv = ("--dataset", "folder", "--data", data, "--model", "imagenet", "--weights", imagenet, "--size", "192")
+    code, _, err = cli(evaluate, *argv, "--radius", 6, "--out", tmp_path / "out")
+    assert code == 0 and "note: " not in err.replace("note: " + str(imagenet), ""), err
+    scores = read(tmp_path / "out")
+    assert list(scores["per_object"]) == [f"{name}_{k}" for name in ("kid-football", "stroller") for k in (1, 2)]
+    assert scores["overall"]["J_M"] > 0.5
+    made = Path(scores["rows"][0]["predictions"])
+    expected = vos_benchmark_of(data / "Annotations/480p", made)
+    assert scores["overall"]["J_M"] == pytest.approx(expected, abs=1e-6)
+
+
+def vos_benchmark_of(truth: Path, preds: Path) -> float:
+    """Its mean J, where every object is there in every frame."""
+    scores = []
+    for folder in sorted(truth.iterdir()):
+        pairs = [(read_ids(path), read_ids(preds / folder.name / path.name)) for path in sorted(folder.iterdir())[1:-1]]
+        for k in (1, 2):
+            scores.append(np.mean([((t == k) & (p == k)).sum() / ((t == k) | (p == k)).sum() for t, p in pairs]))
+    return float(np.mean(scores))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
