@@ -393,17 +393,26 @@ def read_joints(path: Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be read as a .mat with pos_img, 2 x 15 x frames; download it again") from error
 
 
-def read_instances(path: Path) -> tuple[np.ndarray, dict[int, int]]:
-    """VIP: ids of the (person, part) instances, and the part class of each id (lines: id class ...)."""
+def read_parts(path: Path, given: bool) -> tuple[np.ndarray, list[tuple[int, int, float]]]:
+    """VIP's parts of persons: H x W ids, and (id, part class, score) of each, from the .txt beside the picture.
+
+    Its lines are: id, class, ... in an annotation (given), else class, score of the ids 1, 2, ...
+    """
+    path, wants = path.with_suffix(".txt"), "part class (1..19), score; one for each of the ids 1..255"
     try:
-        lines = [line.split() for line in path.with_suffix(".txt").read_text().splitlines() if line.strip()]
-        classes = {int(line[0]): int(line[1]) for line in lines}
-        if not all(0 <= number < 256 and 0 <= kind < 20 for number, kind in classes.items()):
+        if not path.is_file():
+            raise FileNotFoundError
+        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        if given:
+            wants = "instance id (1..255), part class (1..19)"
+            parts = [(int(line[0]), int(line[1]), 1.0) for line in lines]
+        else:
+            parts = [(number, int(line[0]), float(line[1])) for number, line in enumerate(lines, 1)]
+        if not all(0 <= number < 256 and 0 <= kind < 20 for number, kind, _ in parts):
             raise ValueError
-        return read_ids(path), classes
     except (OSError, ValueError, IndexError) as error:
-        lines = "instance id (1..255), part class (1..19)"
-        raise UserError(f"{path.with_suffix('.txt')}: not found, or not lines of: {lines}") from error
+        raise UserError(f"{path}: not found, or not lines of: {wants}") from error
+    return read_ids(path.with_suffix(".png")), parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -575,16 +584,9 @@ def score_vip(seq: Sequence, folder: Path) -> dict:
         confusion += np.bincount(20 * truth[valid].astype(int) + pred[valid], minlength=400).reshape(20, 20)
         if not (guess.is_dir() and seq.instances and seq.instances.is_dir()):
             continue
-        truth, classes = read_instances(seq.instances / f"{name}.png")
-        pred = nearest(read_ids(guess / f"{name}.png"), truth.shape)
-        try:
-            lines = [line.split() for line in (guess / f"{name}.txt").read_text().splitlines() if line.strip()]
-            parts = [(i, int(line[0]), float(line[1])) for i, line in enumerate(lines, 1)]
-            if not all(i < 256 and 0 <= kind < 20 for i, kind, _ in parts):
-                raise ValueError
-        except (OSError, ValueError, IndexError) as error:
-            lines = "part class (1..19), score; one for each of the ids 1..255"
-            raise UserError(f"{guess / name}.txt: not found, or not lines of: {lines}") from error
+        truth, true_parts = read_parts(seq.instances / f"{name}.png", given=True)
+        pred, parts = read_parts(guess / f"{name}.png", given=False)
+        classes, pred = {number: kind for number, kind, _ in true_parts}, nearest(pred, truth.shape)
         table = np.bincount(256 * truth.astype(int).ravel() + pred.ravel(), minlength=65536).reshape(256, 256)
         areas_t, areas_p = table.sum(1), table.sum(0)
         for number, kind in classes.items():
@@ -737,6 +739,31 @@ class Row:
     lacks: str = ""  # why it cannot run
 
 
+def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Sequence]) -> list[Row]:
+    """The rows that are asked for: folders of predictions, a table of the paper, or a model at some settings."""
+    if args.paper:
+        rows = paper_rows(args, root, out, given)
+    elif args.predictions:
+        folders = list(dict.fromkeys(args.predictions))
+        for folder in folders:
+            if not any(prediction(folder, seq).exists() for seq in sequences):
+                what = "holds none of the sequences" if folder.is_dir() else "no such folder"
+                wants = next(folder.glob("predictions/*"), prediction(Path("<folder>"), sequences[0], "<frame>"))
+                raise UserError(f"{folder}: {what}; --predictions takes {wants}")
+        idle = [name for name in ("weights", "model", "dtype") if getattr(args, name) != getattr(Args, name)]
+        if idle := [*idle, *given]:
+            flag = idle[0].replace("_", "-")
+            raise UserError(f"--{flag}: has no say in --predictions, which are only scored; leave it out")
+        short = len({folder.resolve().name for folder in folders}) == len(folders)
+        rows = [Row(folder.resolve().name if short else str(folder), folder) for folder in folders]
+    else:
+        rows = [make_row(args, root, out, settings) for settings in sweep_settings(args, args.propagation)]
+        rows = rows if args.sweep else [paper_best(args, row) for row in rows]
+    if args.dataset == "jhmdb" and any(row.settings and row.settings.localization == "track" for row in rows):
+        raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
+    return rows
+
+
 def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str = "", model: str = "", **more) -> Row:
     """The row of a model at some settings; its folder's name ends in a digest of all that the predictions depend on."""
     model = model or args.model
@@ -785,7 +812,7 @@ def sweep_settings(args: Args, base: Propagation) -> list[Propagation]:
             factors.setdefault(name, []).extend(parse_value(name, value) for value in values.split(","))
         except ValueError as error:
             raise UserError(f"--sweep {sweep}: {error}") from error
-    if args.grid:
+    if args.grid or not factors:
         chosen = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
     else:
         chosen = [{name: value} for name, values in factors.items() for value in values]
@@ -854,7 +881,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     for name in seq.names:
         if name not in at:
             raise UserError(f"{seq.frames / name}.jpg: not found, yet it is annotated; download the sequence again")
-    masks, ids, parts, names, size = {}, [], [], seq.names, video.size
+    masks, ids, parts, names, size = {}, [], {}, seq.names, video.size  # parts: id -> class
     if seq.dataset == "jhmdb":
         joints = read_joints(seq.truth[names[0]])
         if len(joints) != len(names):
@@ -881,10 +908,9 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     else:
         soft_masks = [torch.ones(1, *grid, device=device)]
     if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
-        given_parts, classes = read_instances(seq.instances / f"{names[0]}.png")
-        parts = [i for i in np.unique(given_parts).tolist() if i in classes]
+        given_parts, listed_parts = read_parts(seq.instances / f"{names[0]}.png", given=True)
+        parts = {number: kind for number, kind, _ in sorted(listed_parts) if (given_parts == number).any() and number}
     if parts:
-        kinds = [classes[i] for i in parts]
         given_parts = torch.from_numpy(given_parts.copy()).to(device)
         soft_masks[0] = torch.cat([soft_masks[0], labels_from_mask(given_parts, parts, grid, sampling)])
     later = {}  # objects that come in later
@@ -922,7 +948,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                 if parts:
                     if name == names[0]:
                         soft_parts, full = labels_from_mask(given_parts, parts, given_parts.shape), given_parts.shape
-                    job = write_parts, folder / f"parts/{name}.png", soft_parts, kinds, full, size
+                    job = write_parts, folder / f"parts/{name}.png", soft_parts, list(parts.values()), full, size
                     pending.append(writers.submit(*job))
             while len(pending) > 16 * len(rows):
                 pending.popleft().result()
@@ -1362,7 +1388,7 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
         return f"<table><tr>{text}</tr></table>"
 
     title = {"davis": "DAVIS 2017", "davis2016": "DAVIS 2016", "vip": "VIP", "jhmdb": f"JHMDB split {args.split}"}
-    title = f"{title[args.dataset]} {args.subset}" if args.dataset in title else esc(args.data.resolve().name)
+    title = f"{title[args.dataset]} {args.subset}" if args.dataset in title else "Folder of masks"
     title = f"{title}: {esc(best.name)}"
     over = {"vip": "part classes", "jhmdb": "joints"}.get(args.dataset, "objects")
     count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
@@ -1464,10 +1490,6 @@ def check_flags(args: Args) -> None:
         raise UserError("--grid: is about --sweep, which is not given")
     if not torch.cuda.is_available():
         pick_device(args.device)
-    places = [folder.absolute() for folder in args.predictions]
-    for folder in args.predictions:
-        if places.count(folder.absolute()) > 1:
-            raise UserError(f"--predictions {folder}: is given twice")
 
 
 def main(args: Args) -> None:
@@ -1479,29 +1501,9 @@ def main(args: Args) -> None:
     check_flags(args)
     root, out = args.data or Path("data") / args.dataset, args.out or Path("results") / args.dataset
     sequences, absent = read_dataset(args, root)
-    if args.predictions:
-        for folder in args.predictions:
-            if not any(prediction(folder, seq).exists() for seq in sequences):
-                what = "holds none of the sequences" if folder.is_dir() else "no such folder"
-                wants = next(folder.glob("predictions/*"), prediction(Path("<folder>"), sequences[0], "<frame>"))
-                raise UserError(f"{folder}: {what}; --predictions takes {wants}")
-        idle = [name for name in ("weights", "model", "dtype") if getattr(args, name) != getattr(Args, name)]
-        if idle := [*idle, *given]:
-            flag = idle[0].replace("_", "-")
-            raise UserError(f"--{flag}: has no say in --predictions, which are only scored; leave it out")
-        short = len({folder.resolve().name for folder in args.predictions}) == len(args.predictions)
-        rows = [Row(folder.resolve().name if short else str(folder), folder) for folder in args.predictions]
-    elif args.paper:
-        rows = paper_rows(args, root, out, given)
-    else:
-        chosen = sweep_settings(args, args.propagation) if args.sweep else [args.propagation]
-        rows = [make_row(args, root, out, settings) for settings in chosen]
-        rows = rows if args.sweep else [paper_best(args, row) for row in rows]
-    if args.dataset == "jhmdb" and any(row.settings and row.settings.localization == "track" for row in rows):
-        raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
-    can_run = [row for row in rows if not row.lacks]
-
     rank, world = rank_world()
+    rows = make_rows(args, root, out, given, sequences)
+    can_run = [row for row in rows if not row.lacks]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     results, failed = {row.name: {} for row in rows}, {row.name: {} if row.lacks else dict(absent) for row in rows}

@@ -598,7 +598,7 @@ def pipe(path: Path) -> None:
         (("--out", "a-file/inside"), "a-file/inside: cannot be written (Not a directory)"),
         (("--out", "loop"), "loop: cannot be written"),
         (("--sequences", " , "), "--sequences ' , ': names no sequence"),
-        (("--predictions", "mine", "./mine"), "--predictions mine: is given twice"),
+        (("--predictions", "mine", "nowhere"), "nowhere: no such folder"),
         (("--predictions", "loop"), "loop: no such folder"),
         (("--predictions", "a-pipe"), "a-pipe: no such folder"),
         (("--predictions", "a-file"), "a-file: no such folder"),
@@ -808,8 +808,18 @@ def test_objects_that_come_in_later(cli, tmp_path):
     for t in (2, 4, 5, 6, 7):
         expected = evaluate.mask_from_labels(soft[t - 2], [2, 7], (64, 96))
         assert (masks[t] == expected.numpy()).all()
-    code, _, err = cli(evaluate, *argv[:4], "--predictions", scores["rows"][0]["predictions"], "--out", tmp_path / "b")
+    made = scores["rows"][0]["predictions"]
+    code, _, err = cli(evaluate, *argv[:4], "--predictions", made, f"{made}/", "--out", tmp_path / "b")
     assert code == 0 and read(tmp_path / "b")["overall"] == scores["overall"], err
+    assert len(read(tmp_path / "b")["rows"]) == 1
+
+
+def test_a_folder_at_its_usual_place(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(Path("data/folder/Annotations/s"), [square((5, 5))] * 3)
+    code, out, err = cli(evaluate, "--dataset", "folder", "--predictions", "data/folder/Annotations")
+    assert code == 0 and "results/folder/report.html" in out, err
+    assert "Folder of masks: Annotations</h1>" in Path("results/folder/report.html").read_text()
 
 
 def test_real_sequences_of_which_one_object_comes_in_later(shared, imagenet, cli, tmp_path):
