@@ -50,27 +50,29 @@ from torch import distributed
 from tqdm import tqdm
 
 from common import (
-    MODELS,
-    PALETTE,
     PICTURES,
     Propagation,
     UserError,
-    Video,
-    ahead,
     atomic,
     find_weights,
+    load_encoder,
+    parse,
+    preset,
+    rank_world,
+    run,
+    systems,
+)
+from propagate import (
+    PALETTE,
+    Video,
+    ahead,
     labels_from_mask,
     labels_from_points,
-    load_encoder,
     mask_from_labels,
     overlay,
-    parse_args,
     points_from_labels,
-    preset,
     propagate_video,
-    rank_world,
     read_ids,
-    run,
     write_mask,
 )
 
@@ -838,8 +840,9 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     """The model and settings of a row of the paper; UserError with what is missing."""
     if models == ["-"]:
         raise UserError("quoted in the paper from another one")
+    rows = systems()
     if not (chosen := next((model for model in models if weights_of(args, model, fetch=False)), None)):
-        sources = {model: MODELS[model].source if model in MODELS else "train_uvc_plus.py makes it" for model in models}
+        sources = {model: rows[model].source if model in rows else "train_uvc_plus.py makes it" for model in models}
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
         files = " or ".join(f"{model.rpartition('@')[2].removesuffix('.pth')}.pth" for model in models)
         raise UserError(f"needs weights of {either} in weights/, named {files}")
@@ -1258,4 +1261,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run(main, partial(parse_args, Args))
+    run(main, partial(parse, Args))

@@ -26,7 +26,9 @@ from scipy.io import loadmat, savemat
 import clip
 import common
 import evaluate
-from common import read_ids, write_mask
+import train_finetune
+from common import find_system
+from propagate import read_ids, write_mask
 
 ROOT = Path(evaluate.__file__).parent
 SMALL = common.Propagation(size="64", context=3, radius=4)
@@ -354,7 +356,7 @@ def test_a_folder_inside_a_data_set_is_told_where_it_begins(cli, tmp_path):
 
 def test_help_says_what_a_reader_of_the_paper_needs(capsys):
     with pytest.raises(SystemExit):
-        common.parse_args(evaluate.Args, ["--help"])
+        common.parse(evaluate.Args, ["--help"])
     text = " ".join(re.sub("[│╭╮╰╯]", "", capsys.readouterr().out).split())
     for words in (
         "a name from propagate.py --list-models",
@@ -887,7 +889,11 @@ def test_a_plain_run_stands_beside_the_paper(data, imagenet, cli, tmp_path, monk
     assert difference == pytest.approx(100 * read(tmp_path)["overall"]["J&F_M"] - 65.8, abs=0.06)
     assert "not comparable with the paper: 2, not 30 sequences, size=64, context=3, radius=4\n" in out
     monkeypatch.setitem(evaluate.WHOLE, "davis", 2)  # as if this were all of DAVIS val, and these the settings
-    monkeypatch.setitem(common.MODELS, "imagenet", replace(common.MODELS["imagenet"], settings=SMALL))
+    monkeypatch.setitem(
+        common.importlib.import_module("systems.imagenet").SYSTEMS,
+        "imagenet",
+        replace(find_system("imagenet"), settings=SMALL),
+    )
     for more, says in ((), False), (("--upsample", 2), False), (("--topk", 1), True):  # Table 6c has the finer grid
         _, out, _ = cli(evaluate, "--data", data, "--weights", imagenet, *more, "--out", tmp_path)
         assert "the paper, whole" in out and ("not comparable with the paper: topk=1\n" in out) == says
@@ -977,11 +983,11 @@ def test_a_score_within_training_has_all_cores(tmp_path, monkeypatch):
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "8")
-    monkeypatch.setattr(common.subprocess, "run", run)
+    monkeypatch.setattr(train_finetune.subprocess, "run", run)
     for folder in ("JPEGImages", "Annotations"):
         (tmp_path / folder / "480p" / "first").mkdir(parents=True)
     args = SimpleNamespace(validate=tmp_path, validate_sequences="first", out=tmp_path, device="cpu")
-    assert common.validate(args, []) == {}
+    assert train_finetune.validate(args, []) == {}
     assert "PATH" in seen and not [name for name in seen if name.endswith(("RANK", "WORLD_SIZE"))]
 
 
