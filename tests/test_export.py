@@ -488,7 +488,7 @@ def test_propagate_runs_it_to_the_same_masks(graph, share, flags, small_clip, tm
 
 def test_q_stops_an_engine_too(tracker, small_clip, tmp_path, cli, monkeypatch):
     shown = []
-    monkeypatch.setattr(propagate, "need_window", lambda flag: None)
+    monkeypatch.setattr(propagate, "need_window", lambda: None)
     monkeypatch.setattr(propagate, "show", lambda picture: shown.append(picture))  # False: as if q was pressed
     job = ["--engine", tracker, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
     assert cli(propagate, *job, "--mask-frame", 6, "--show", "--out", tmp_path / "out")[0] == 0
