@@ -16,11 +16,14 @@ import io
 import itertools
 import math
 import os
+import queue
 import re
 import sys
 import textwrap
+import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -493,6 +496,96 @@ def fold_batchnorm(module: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One pool of single-threaded tasks: nothing waits for a thread that another program keeps from running
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes on this
+    machine; at most OMP_NUM_THREADS."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    group = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        if all((group / file).is_file() for file in files):
+            quota, period = " ".join((group / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                count = min(count, math.ceil(int(quota) / int(period)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1:  # torchrun sets OMP_NUM_THREADS=1 unasked
+        return max(1, count // processes)
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    return min(count, int(most)) if most.isdecimal() and int(most) else count
+
+
+class Pool:
+    """Threads that run tasks, each with one intra-op thread: many small operators never wait for one another.
+
+    Tasks of the lowest `order` go first, those of the same order as they came.
+    """
+
+    def __init__(self, workers: int):
+        self.workers, self.tasks, self.number = workers, queue.PriorityQueue(), itertools.count()
+        self.local = threading.local()  # a worker knows itself by it, and keeps its buffers there
+        threads = torch.get_num_threads()
+        ready = threading.Barrier(workers + 1)
+        for _ in range(workers):
+            threading.Thread(target=self._work, args=(ready,), daemon=True).start()
+        ready.wait()
+        torch.set_num_threads(threads)  # a worker's own setting is the default of threads to come
+
+    def _work(self, ready: threading.Barrier) -> None:
+        torch.set_num_threads(1)
+        self.local.inside = True
+        ready.wait()
+        while True:
+            *_, future, inference, task, args = self.tasks.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                with torch.inference_mode(inference), torch.no_grad():
+                    future.set_result(task(*args))
+            except BaseException as error:
+                future.set_exception(error)
+            del future, task, args  # nothing is kept while it waits
+
+    def submit(self, task: Callable, *args, order: int = 0) -> Future:
+        """The future of task(*args). Called by a task it is computed at once, so that none waits for another."""
+        future, inference = Future(), torch.is_inference_mode_enabled()
+        if getattr(self.local, "inside", False):
+            future.set_result(task(*args))
+        else:
+            self.tasks.put((order, next(self.number), future, inference, task, args))
+        return future
+
+    def map(self, task: Callable, items: Iterable) -> list:
+        """[task(item) for item in items], shared out. What is left is cancelled where one raises."""
+        futures = [self.submit(task, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+_pool: Pool | None = None
+
+
+def pool() -> Pool:
+    """The pool of this process, made when it is first asked for."""
+    global _pool
+    _pool = _pool or Pool(usable_cpus())
+    return _pool
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)  # a forked process has none of the threads
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Small things that Algorithm 1 and the systems' own ways to localise share
 
 
@@ -502,7 +595,7 @@ def cuts(length: int, step: int) -> list[tuple[int, int]]:
     return [(i * length // pieces, (i + 1) * length // pieces) for i in range(pieces)]
 
 
-# MKL leaves out AVX-512 on AMD's processors: there oneDNN multiplies twice as fast, as a 1x1 convolution.
+# MKL leaves out AVX-512 on AMD's processors: there oneDNN, which torch has for linear layers, is faster.
 ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -511,20 +604,13 @@ ONEDNN = (
 
 
 def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
-    """Dot products of keys (cells x C) and queries (q x C), into out (cells x q)."""
-    small = out.numel() < 2**15  # the call would cost what it saves
-    if small or not (ONEDNN and keys.is_cpu and keys.dtype == torch.float32):
+    """Dot products of keys (cells x C) and queries (q x C) on a CPU, into out (cells x q)."""
+    if ONEDNN and keys.dtype == torch.float32:
+        out.copy_(torch.ops.mkldnn._linear_pointwise(keys, queries, None, "none", [], ""))
+    elif keys.dtype == out.dtype:
         torch.mm(keys, queries.T, out=out)
-        return
-    kernels = queries[..., None, None]
-    some = max(1, 2**20 // len(queries))  # more at a time would be memory that is new each time
-    for part, place in zip(keys.split(some), out.split(some), strict=True):
-        picture = part.view(1, 1, *part.shape).permute(0, 3, 1, 2)  # 1 C 1 cells, channels last
-        # F.conv2d would take another path with one thread, and round to bfloat16 under autocast.
-        answer = torch.mkldnn_convolution(
-            picture, kernels, None, padding=(0, 0), stride=(1, 1), dilation=(1, 1), groups=1
-        )
-        place.copy_(answer[0, :, 0].T)
+    else:
+        out.copy_(keys @ queries.T)
 
 
 def stretch(labels: Tensor) -> Tensor:

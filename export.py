@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 import common
 import propagate
-from common import Propagation, UserError, pick_device
-from propagate import Video
+from common import Propagation, UserError, pick_device, usable_cpus
+from propagate import Box, Video, compute_masks
 
 
 @dataclass
@@ -125,7 +125,9 @@ class Step(nn.Module):
                 for *_, local in self.parts:
                     cells, outside = everywhere, None
                     if local:
-                        outside = propagate.beyond(s, (y0, y1, x0, x1), (0, h, 0, w), "cpu").T  # Q cells
+                        outside = (
+                            ~compute_masks(s, Box(0, h, 0, w), Box(y0, y1, x0, x1), "cpu").flatten(0, 1).T
+                        )  # Q cells
                         if self.norm != "frame":
                             cells = everywhere[~outside.all(0)]
                             outside = outside[:, ~outside.all(0)]
@@ -557,7 +559,8 @@ class OnnxEngine:
         order = [each for each in order if each[0] in onnxruntime.get_available_providers()]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = usable_cpus()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside other programs it would wait
         options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time
         options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI
         self.session = None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Propagation, System, cuts, products, stretch
+from common import Propagation, System, cuts, pool, products, stretch
 
 
 class Lightness(nn.Module):
@@ -86,7 +86,9 @@ def track(
         i >= annotated and any(values[i, l].sum() < 3 or small(boxes[i, l]) or small(goal[l]) for l in range(L))
         for i in range(n)
     ]
-    for a, b in cuts(h * w, 192):
+
+    def fill(cells: tuple[int, int]) -> None:
+        a, b = cells
         scratch = query.new_empty(h * w, b - a)
         for i in range(n):
             products(keys[i], query[a:b], out=scratch)
@@ -106,6 +108,8 @@ def track(
                 best, cell = near.topk(min(s.topk, len(near)), dim=0)
                 copied = values[i, l].view(h, w)[top:bottom, left:right].flatten()[cell]
                 z[l, a + into] += (copied * (best - total[into]).exp()).sum(0)
+
+    pool().map(fill, cuts(h * w, 192))
     return z.view(L, h, w) / n
 
 
