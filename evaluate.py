@@ -49,31 +49,33 @@ from torch import distributed
 from tqdm import tqdm
 
 from common import (
-    MODELS,
-    PALETTE,
     PICTURES,
     Propagation,
     UserError,
-    Video,
-    ahead,
     atomic,
     find_weights,
-    labels_from_mask,
-    labels_from_points,
     load_encoder,
-    mask_from_labels,
-    overlay,
-    parse_args,
+    parse,
     pick_device,
-    points_from_labels,
     preset,
-    propagate_video,
     rank_world,
-    read_ids,
     read_picture,
     run,
-    write_mask,
+    systems,
     writing,
+)
+from propagate import (
+    PALETTE,
+    Video,
+    ahead,
+    labels_from_mask,
+    labels_from_points,
+    mask_from_labels,
+    overlay,
+    points_from_labels,
+    propagate_video,
+    read_ids,
+    write_mask,
 )
 
 rcParams["svg.fonttype"] = "none"  # text stays text, in any script that the browser has a font for
@@ -1112,8 +1114,9 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     """The model and settings of a row of the paper; UserError with what is missing."""
     if models == ["-"]:
         raise UserError("quoted in the paper from another one")
+    rows = systems()
     if not (chosen := next((model for model in models if weights_of(args, model, fetch=False)), None)):
-        sources = {model: MODELS[model].source if model in MODELS else "train_uvc_plus.py makes it" for model in models}
+        sources = {model: rows[model].source if model in rows else "train_uvc_plus.py makes it" for model in models}
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
         files = " or ".join(f"{model.rpartition('@')[2].removesuffix('.pth')}.pth" for model in models)
         raise UserError(f"needs weights of {either} in weights/, named {files}")
@@ -1549,4 +1552,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run(main, partial(parse_args, Args))
+    run(main, partial(parse, Args))

@@ -17,6 +17,8 @@ After writing, the graph is run against the PyTorch path on --video and --mask, 
 differs is removed, with exit code 1. The file's metadata say what made it (model, settings, sizes, version).
 """
 
+import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -36,7 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from common import Propagation, UserError, Video
+import propagate
+from common import Propagation, UserError, pick_device, usable_cpus
+from propagate import Box, Video, compute_masks
 
 
 @dataclass
@@ -121,7 +125,9 @@ class Step(nn.Module):
                 for *_, local in self.parts:
                     cells, outside = everywhere, None
                     if local:
-                        outside = common.beyond(s, (y0, y1, x0, x1), (0, h, 0, w), "cpu").T  # Q cells
+                        outside = (
+                            ~compute_masks(s, Box(0, h, 0, w), Box(y0, y1, x0, x1), "cpu").flatten(0, 1).T
+                        )  # Q cells
                         if self.norm != "frame":
                             cells = everywhere[~outside.all(0)]
                             outside = outside[:, ~outside.all(0)]
@@ -236,7 +242,7 @@ class Step(nn.Module):
         return copied.view(*query.shape[:2], -1)
 
     def labels_from_mask(self, mask: Tensor) -> Tensor:
-        """As common.labels_from_mask, for ids 1, 2, ...; another id is background. mask H x W -> h x w x L."""
+        """As propagate.labels_from_mask, for ids 1, 2, ...; another id is background. mask H x W -> h x w x L."""
         rows, cols = self.pixels
         ids = mask.float().index_select(0, rows).index_select(1, cols)  # 2h 2w
         ids = torch.where(ids > self.objects, 0.0, ids)
@@ -245,8 +251,8 @@ class Step(nn.Module):
         return weighted.sum((1, 3))
 
     def winner(self, labels: Tensor, chunk: int = 8) -> Tensor:
-        """As common.mask_from_labels: up-sampled, then the arg-max. labels L x h x w -> H x W float32 (TensorRT's casts
-        to and from uint8 know no integers)."""
+        """As propagate.mask_from_labels: up-sampled, then the arg-max. labels L x h x w -> H x W float32 (TensorRT's
+        casts to and from uint8 know no integers)."""
         best = winner = None
         for start in range(0, len(labels), chunk):
             full = F.interpolate(labels[None, start : start + chunk], size=self.size, mode="bilinear")[0]
@@ -337,7 +343,7 @@ def resize_by_matmul(self, output_size, align_corners, scales_h=None, scales_w=N
 
 
 def describe(args: Args) -> dict:
-    """What the files say of themselves (common.engine_info)."""
+    """What the files say of themselves (engine_info)."""
     info = {"version": common.__version__, "model": args.model, "weights": args.weights and args.weights.name}
     info |= {"height": args.height, "width": args.width, "objects": args.objects, "ids": [*range(args.objects + 1)]}
     dtype = "int8" if args.int8 else "float16" if args.fp16 or args.tensorrt else "float32"
@@ -468,7 +474,212 @@ def build_engine(graph: Path, info: dict, timings: Path) -> bytes:
     with common.atomic(timings) as temporary:
         temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
     head = json.dumps(info | {"hardware": torch.cuda.get_device_name(), "tensorrt": trt.__version__}).encode()
-    return common.TensorRTEngine.MAGIC + len(head).to_bytes(4, "little") + head + bytes(plan)
+    return TensorRTEngine.MAGIC + len(head).to_bytes(4, "little") + head + bytes(plan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exported graphs (export.py), run frame by frame
+
+
+def load_engine(path: Path, device: str = "auto") -> "OnnxEngine | TensorRTEngine":
+    """A graph of export.py, ready to run: .onnx by ONNX Runtime, .engine by TensorRT.
+
+    info is what engine_info says. step(frame, mask) starts at an annotated frame, step(frame) follows; both give the
+    frame's mask. read("labels") and read("features") are those of the last step. One thread at a time. Raises UserError
+    for a file that is not a graph of export.py or cannot run here.
+    """
+    info = engine_info(path)
+    return (OnnxEngine if path.suffix == ".onnx" else TensorRTEngine)(path, info, device)
+
+
+def engine_info(path: Path) -> dict:
+    """What export.py wrote into a graph or an engine about itself: model, settings, height, width, objects, ..."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such engine; make it with export.py")
+    if path.suffix not in (".onnx", ".engine"):
+        raise UserError(f"{path}: is neither .onnx nor .engine; give a file that export.py wrote")
+    text, twin = TensorRTEngine.read_file(path)[0] if path.suffix == ".engine" else None, path.with_suffix(".onnx")
+    if not (text or twin.is_file()):  # built by trtexec: what it is stands in the graph that it was built from
+        raise UserError(f"{path}: was not written by softcopy's export.py, nor is {twin} beside it")
+    try:
+        if not text:
+            import onnx
+
+            text = {entry.key: entry.value for entry in onnx.load(twin).metadata_props}["softcopy"]
+        info = json.loads(text)
+        return {
+            key: info[key] for key in ("version", "model", "settings", "height", "width", "objects", "dtype")
+        } | info
+    except ImportError as error:
+        raise UserError(f"{path}: needs the onnx package; run pip install onnx") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: was not written by softcopy's export.py; make it again with export.py") from error
+    except Exception as error:  # of protobuf
+        raise UserError(f"{path}: ONNX cannot load it; is it whole? Export it again") from error
+
+
+def engine_settings(path: Path, info: dict) -> Propagation:
+    """The settings that a graph was exported with; info: what engine_info says of it."""
+    try:
+        return Propagation(**info["settings"])
+    except TypeError as error:
+        raise UserError(
+            f"{path}: was made by softcopy {info['version']}, which this {common.__version__} cannot read; make it "
+            "again with export.py"
+        ) from error
+
+
+class OnnxEngine:
+    """A graph run by ONNX Runtime: TensorRT, CUDA or CPU, whichever comes first of those that are there.
+
+    The memory stays on the device, twice: a step reads one copy and writes the other.
+    """
+
+    def __init__(self, path: Path, info: dict, device: str = "auto"):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(f"{path}: needs the onnxruntime package; run pip install onnxruntime") from error
+        where, order = pick_device(device), [("CPUExecutionProvider", {})]
+        if where.type == "cuda":
+            number = {"device_id": torch.cuda.current_device() if where.index is None else where.index}
+            order.insert(0, ("CUDAExecutionProvider", number))
+            with contextlib.suppress(ImportError):
+                import tensorrt  # noqa: F401  with its libraries, which ONNX Runtime's TensorRT wants
+
+                # Building takes minutes: the engine is kept, by the graph's content (the name alone forgets weights).
+                cache = str(Path(torch.hub.get_dir()).parent / "softcopy")
+                kept = {"trt_engine_cache_enable": True, "trt_engine_cache_path": cache}
+                kept |= {"trt_timing_cache_enable": True, "trt_timing_cache_path": cache}
+                kept |= {"trt_engine_cache_prefix": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+                order.insert(0, ("TensorrtExecutionProvider", number | kept))
+            if hasattr(onnxruntime, "preload_dlls"):
+                with contextlib.redirect_stdout(sys.stderr):
+                    onnxruntime.preload_dlls()  # CUDA of the pip packages, where torch has not loaded the same
+        order = [each for each in order if each[0] in onnxruntime.get_available_providers()]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = usable_cpus()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside other programs it would wait
+        options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time
+        options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI
+        self.session = None
+        while self.session is None:
+            try:
+                self.session = onnxruntime.InferenceSession(str(path), options, providers=order, enable_fallback=0)
+            except Exception as error:
+                reason, failed = str(error).splitlines()[0][:200], order.pop(0)[0].removesuffix("ExecutionProvider")
+                if not order:
+                    raise UserError(
+                        f"{path}: ONNX Runtime cannot load it ({reason}); is it whole? Export it again"
+                    ) from error
+                print(f"note: {path}: {failed} cannot run it ({reason}); going on without", file=sys.stderr)
+        self.info, self.seen = info, 0
+        self.provider = self.session.get_providers()[0].removesuffix("ExecutionProvider")
+        if self.provider == "CPU" and where.type == "cuda":
+            if device != "auto":
+                raise UserError(f"--device {device}: ONNX Runtime has no CUDA here; run pip install onnxruntime-gpu")
+            print(f"note: {path}: ONNX Runtime has no CUDA here, so the CPU runs it", file=sys.stderr)
+        place = ("cpu", 0) if self.provider == "CPU" else ("cuda", number["device_id"])
+
+        def zeros(tensor):
+            kind = {"float": "float32"}.get(name := tensor.type[7:-1], name)  # tensor(float16) -> float16
+            return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(tensor.shape, kind), *place)
+
+        memory = [tensor for tensor in self.session.get_inputs() if tensor.name.startswith("memory_")]
+        self.memory = [{tensor.name: zeros(tensor) for tensor in memory} for _ in range(2)]
+        self.outputs = {t.name: zeros(t) for t in self.session.get_outputs() if not t.name.startswith("new_memory_")}
+        self.binding = self.session.io_binding()
+        for name, value in self.outputs.items():
+            self.binding.bind_ortvalue_output(name, value)
+
+    def step(self, frame: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """frame H x W x 3 uint8; mask H x W uint8 starts afresh with this annotated frame -> mask H x W uint8."""
+        self.seen = 0 if mask is not None else self.seen + 1
+        self.binding.bind_cpu_input("frame", np.ascontiguousarray(frame))
+        self.binding.bind_cpu_input("mask", np.zeros(frame.shape[:2], np.uint8) if mask is None else mask)
+        self.binding.bind_cpu_input("seen", np.array([self.seen], np.int32))
+        before, after = self.memory
+        for name in before:
+            self.binding.bind_ortvalue_input(name, before[name])
+            self.binding.bind_ortvalue_output(f"new_{name}", after[name])
+        self.session.run_with_iobinding(self.binding)
+        self.memory.reverse()
+        return self.read("new_mask")
+
+    def read(self, name: str) -> np.ndarray:
+        return self.outputs[name].numpy().copy()  # on the CPU a view of what the next step writes
+
+
+class TensorRTEngine:
+    """An engine run by TensorRT on the GPU that it was built for; the memory is handled as in OnnxEngine."""
+
+    MAGIC = b"softcopy engine\n"  # then 4 bytes, the length of the JSON that follows; then TensorRT's plan
+
+    @classmethod
+    def read_file(cls, path: Path) -> tuple[bytes | None, bytes]:
+        """The JSON that export.py wrote (none in a file of trtexec's), and TensorRT's plan."""
+        content = path.read_bytes()
+        if not content.startswith(cls.MAGIC):
+            return None, content
+        start = len(cls.MAGIC) + 4
+        end = start + int.from_bytes(content[start - 4 : start], "little")
+        return content[start:end], content[end:]
+
+    def __init__(self, path: Path, info: dict, device: str = "auto"):
+        try:
+            import tensorrt as trt
+        except ImportError as error:
+            raise UserError(
+                f"{path}: needs the tensorrt package; run pip install tensorrt, or give the .onnx"
+            ) from error
+        if device == "cpu" or not torch.cuda.is_available():
+            raise UserError(f"{path}: a TensorRT engine needs an NVIDIA GPU; give the .onnx to run elsewhere")
+        where = torch.device("cuda" if device == "auto" else device)
+        self.info, self.engine = info, None
+        here, built = torch.cuda.get_device_name(where), info.get("hardware")
+        if built in (None, here):
+            with torch.cuda.device(where):
+                self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+                self.engine = self.runtime.deserialize_cuda_engine(self.read_file(path)[1])
+        if self.engine is None:
+            made = f"{built or 'another GPU'} and TensorRT {info.get('tensorrt', '(unknown)')}"
+            raise UserError(
+                f"{path}: was built for {made}, here is {here} and {trt.__version__}, or it is damaged; build it again "
+                "here"
+            )
+        if tuple(self.engine.get_tensor_shape("frame")) != (info["height"], info["width"], 3):
+            raise UserError(f"{path}: was built from another graph than the .onnx beside it; build it again")
+        self.provider, self.seen, self.tensors = "TensorRT", 0, {}
+        with torch.cuda.device(where):
+            self.context, self.stream = self.engine.create_execution_context(), torch.cuda.Stream()
+            if self.context is None:
+                raise UserError(f"{path}: {here} has not enough free memory for it; close what else runs there")
+            for name in (self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)):
+                kind, shape = trt.nptype(self.engine.get_tensor_dtype(name)), tuple(self.engine.get_tensor_shape(name))
+                self.tensors[name] = torch.from_numpy(np.zeros(shape, kind)).cuda()
+                self.context.set_tensor_address(name, self.tensors[name].data_ptr())
+
+    def step(self, frame: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """frame H x W x 3 uint8; mask H x W uint8 starts afresh with this annotated frame -> mask H x W uint8."""
+        self.seen = 0 if mask is not None else self.seen + 1
+        with torch.cuda.stream(self.stream):
+            self.tensors["frame"].copy_(torch.from_numpy(np.ascontiguousarray(frame)))
+            self.tensors["seen"].fill_(self.seen)
+            if mask is not None:
+                self.tensors["mask"].copy_(torch.from_numpy(mask))
+            if not self.context.execute_async_v3(self.stream.cuda_stream):
+                raise UserError("TensorRT could not run a step (its reasons stand above); build the engine again here")
+        for name in ("memory_features", "memory_labels"):  # what was written is read next
+            a, b = self.tensors[name], self.tensors[f"new_{name}"]
+            self.tensors[name], self.tensors[f"new_{name}"] = b, a
+            self.context.set_tensor_address(name, b.data_ptr())
+            self.context.set_tensor_address(f"new_{name}", a.data_ptr())
+        return self.read("new_mask")
+
+    def read(self, name: str) -> np.ndarray:
+        self.stream.synchronize()
+        return self.tensors[name].cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,7 +720,7 @@ def read_clip(args: Args, frames: int) -> tuple[list[np.ndarray], np.ndarray]:
     if not args.video:
         clip = list(moving_clip(frames, (args.height, args.width), args.objects))
         return [frame for frame, _ in clip], clip[0][1]
-    video, (mask, _) = Video(args.video), common.read_mask(args.mask)
+    video, (mask, _) = Video(args.video), propagate.read_mask(args.mask)
     for what, size in ((args.video, video.size), (args.mask, mask.shape)):
         if size != (args.height, args.width):
             raise UserError(f"{what}: is {size[1]}x{size[0]}, the graph {args.width}x{args.height}; give its own size")
@@ -536,13 +747,13 @@ def run_reference(
             latest[:] = [each]
             yield each
 
-    first = common.labels_from_mask(torch.from_numpy(mask), ids, s.grid(*mask.shape), s.sampling).to(device)
-    labelled = common.propagate_video(remembered(), [(next(features), first)], s)
+    first = propagate.labels_from_mask(torch.from_numpy(mask), ids, s.grid(*mask.shape), s.sampling).to(device)
+    labelled = propagate.propagate_video(remembered(), [(next(features), first)], s)
     while True:
         start = time.perf_counter()
         if (z := next(labelled, None)) is None:
             return results, frame_rate(seconds, s.context)
-        winner = common.mask_from_labels(z, ids, mask.shape, s.minmax).cpu().numpy()
+        winner = propagate.mask_from_labels(z, ids, mask.shape, s.minmax).cpu().numpy()
         seconds.append(time.perf_counter() - start)
         results.append((winner, z.cpu().numpy(), latest[0].cpu().numpy()))
 
@@ -557,7 +768,7 @@ def check(
 ) -> bool:
     """Run the graph on the clip, print how it differs from the PyTorch path; whether it agrees well enough: all pixels
     together, and each object by itself (a small one could be lost and not be missed)."""
-    engine = common.load_engine(path)
+    engine = load_engine(path)
     engine.step(clip[0], mask)
     pairs, features, labels, seconds = np.zeros((256, 256), np.int64), 0.0, 0.0, []  # ids of PyTorch x of the graph
     for frame, (winner, z, f) in zip(clip[1:], reference, strict=True):
@@ -632,4 +843,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, lambda: common.parse_args(Args))
+    common.run(main, lambda: common.parse(Args))

@@ -3,7 +3,7 @@
     python propagate.py --model imagenet --video clip.mp4 --mask f0.png
     python propagate.py --model imagenet --video frames/ --points points.csv --context 7
     python propagate.py --model imagenet --video clip.mp4 --mask a.png --mask-frame 0 --mask b.png --mask-frame 40
-    python propagate.py --model imagenet --video 0 --pick --show
+    python propagate.py --model imagenet --video 0 --mask f0.png --show
     python propagate.py --engine tracker.onnx --video clip.mp4 --mask f0.png
 
 Writes --out (results/<video name>/): masks/*.png (indexed PNG) or points.csv, overlay.mp4, contact_sheet.jpg and
@@ -11,34 +11,57 @@ run.json. Stopped and started again, it goes on after the last whole frame; with
 runs through it again.
 """
 
+import argparse
+import contextlib
 import csv
 import glob
 import hashlib
+import itertools
 import json
 import math
 import platform
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import av
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
+from isal import isal_zlib
+from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import MODELS, PALETTE, Propagation, UserError, Video
+from common import (
+    PICTURES,
+    Propagation,
+    UserError,
+    atomic,
+    cuts,
+    localizer,
+    pool,
+    products,
+    read_picture,
+    stretch,
+    systems,
+    writing,
+)
 
 
 @dataclass
@@ -57,8 +80,6 @@ class Args:
     """The frame of the video that each --mask (or --points) belongs to; default: the first one used."""
     points: Annotated[list[Path], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Track key points instead: a CSV file with the columns id,x,y (pixels)."""
-    pick: bool = False
-    """Draw the objects in a window on the annotated frame."""
     out: Path | None = None
     """Output folder; default results/<video name>."""
     overwrite: bool = False
@@ -82,6 +103,701 @@ class Args:
     list_models: bool = False
     """Print the models and where their weights are, and stop."""
     propagation: Propagation = field(default_factory=Propagation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+class Box(NamedTuple):
+    """Rows top..bottom and columns left..right of the grid."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+
+class Part(NamedTuple):
+    """Context frames that are searched alike: everywhere, or in the fixed region."""
+
+    first: int  # the number of its first frame
+    keys: Tensor  # h w m C
+    fixed: bool
+
+
+def propagate_labels(
+    target: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    settings: Propagation,
+    annotated: int = 1,
+    ages: Sequence[int] | None = None,
+    notes: Sequence | None = None,
+) -> Tensor:
+    """Algorithm 1 of the paper for one target frame: each cell copies the labels of its k nearest context cells.
+
+    target    C x h x w      features of the target frame, g
+    features  n x C x h x w  features of the context frames, F, the `annotated` ones first
+    labels    n x L x h x w  their soft labels, Y
+    ages      n              how many frames each lies before the target (default: n, ..., 1)
+    notes     n              what a system's way to localise keeps of them (track: boxes; default: from the labels)
+    returns   L x h x w      soft labels of the target frame, z, float32
+
+    Exact, but the (n h w) x (h w) affinity matrix is never formed: a tile of target cells meets only the window of
+    context cells that its search regions cover. On a CPU the tiles are shared out over the pool. Fastest when features
+    are a view of an h x w x n x C tensor, as propagate_video keeps them: then they are read in place.
+    """
+    s = settings
+    n, _, h, w = features.shape
+    if own := localizer(s.localization):
+        ages = list(range(n, 0, -1)) if ages is None else ages
+        return own.localize(target, features, labels, s, annotated, ages, notes)
+    query = target.permute(1, 2, 0)  # h w C
+    if s.norm != "topk":
+        query = query / s.temperature
+    keys = features.permute(2, 3, 0, 1)  # h w n C: the n frames of a cell side by side
+    values = labels.permute(2, 3, 0, 1).reshape(h * w * n, -1).float()  # an entry is (cell, frame), cell-major
+    fixed = s.localization == "fixed"
+    edges = [0, min(annotated, n) if s.exempt_first and fixed else 0, n]
+    parts = [
+        Part(a, keys[:, :, a:b].contiguous(), fixed and a >= edges[1]) for a, b in itertools.pairwise(edges) if a < b
+    ]
+    z = torch.empty(h, w, values.shape[1], device=target.device)
+
+    def fill(tile: Box) -> None:
+        z[tile.top : tile.bottom, tile.left : tile.right] = label_tile(query, parts, values, s, tile)
+
+    boxes = tiles(parts, s, (h, w))
+    if target.is_cpu:
+        pool().map(fill, boxes)
+    else:
+        for tile in boxes:
+            fill(tile)
+    return z.permute(2, 0, 1)
+
+
+def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation, tile: Box) -> Tensor:
+    """Lines 14 to 36 of Algorithm 1 for the target cells of one tile: their labels, rows x columns x L.
+
+    query: h x w x C; values: the context labels, (h w n) x L.
+    """
+    h, w, _ = query.shape
+    n = len(values) // (h * w)
+    g = query[tile.top : tile.bottom, tile.left : tile.right].flatten(0, 1)  # q C
+    found = []
+    for first, f, fixed in parts:
+        window = search_window(s, tile, (h, w)) if fixed else Box(0, h, 0, w)
+        seen = Box(0, h, 0, w) if s.norm == "frame" else window
+        A = compute_affinity(f, g, s, tile, seen, fixed and s.norm != "frame")  # rows columns m q
+        near = A[window.top - seen.top : window.bottom - seen.top, window.left - seen.left : window.right - seen.left]
+        M = compute_masks(s, window, tile, A.device) if fixed else None
+        if fixed and s.norm == "region":
+            near.masked_fill_(~M[:, :, None], -math.inf)
+        values_kept, cell, frame = topk(near.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
+        width = window.right - window.left
+        cell = (window.top + cell // width) * w + window.left + cell % width
+        total = None if s.norm == "topk" else logsumexp_(A.flatten(0, 1))  # m q
+        found.append((values_kept, cell * n + first + frame, total))
+    if s.aggregation == "overall":
+        return soft_copy(*merge(found, s), values, s).unflatten(0, tile.shape)
+    return (sum(soft_copy(*each, values, s) for each in found) / n).unflatten(0, tile.shape)  # line 36
+
+
+def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box, fixed: bool) -> Tensor:
+    """Eq. 1, A = f^T g, of the context cells of `seen` (f: h x w x m x C) and the cells of a tile (g: q x C).
+
+    -> rows x columns x m x q. fixed: pairs of rows further apart than the fixed region reaches are left out, and what
+    stands in their place is of no meaning.
+    """
+    m, q = f.shape[2], len(g)
+    rows, columns = seen.shape
+    if not f.is_cpu:
+        A = torch.bmm(f[seen.top : seen.bottom, seen.left : seen.right].flatten(1, 2), g.T.expand(rows, -1, -1))
+        return (A if s.norm == "topk" else A.float()).view(rows, columns, m, q)
+    A = scratch(rows * columns * m * q).view(rows, columns * m, q)
+    reach, width = reach_of(s) if fixed else f.shape[0], tile.right - tile.left
+    for y, place in zip(range(seen.top, seen.bottom), A, strict=True):
+        first, end = max(y - reach, tile.top) - tile.top, min(y + reach + 1, tile.bottom) - tile.top
+        near = slice(first * width, end * width)
+        products(f[y, seen.left : seen.right].flatten(0, 1), g[near], out=place[:, near])
+    return A.view(rows, columns, m, q)
+
+
+def compute_masks(s: Propagation, window: Box, tile: Box, device) -> Tensor:
+    """The mask M of the fixed region: whether a context cell of `window` is searched for a target cell of `tile`.
+
+    -> rows x columns x q, bool. It is the same for all labels and context frames.
+    """
+    dy = torch.arange(window.top, window.bottom, device=device)[:, None] - torch.arange(
+        tile.top, tile.bottom, device=device
+    )
+    dx = torch.arange(window.left, window.right, device=device)[:, None] - torch.arange(
+        tile.left, tile.right, device=device
+    )
+    dy, dx = dy[:, None, :, None], dx[None, :, None, :]  # rows columns rows columns
+    M = dy**2 + dx**2 < s.radius**2 if s.shape == "circle" else (dy.abs() <= s.radius) & (dx.abs() <= s.radius)
+    return M.flatten(2)
+
+
+def topk(A: Tensor, M: Tensor | None, s: Propagation) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines 23 to 26: the k largest masked affinities of each target cell. A: cells x m x q; M: cells x q, or None.
+
+    -> affinity, cell, frame of each: k x q over all m frames, or k x m x q per frame.
+    """
+    cells, m = A.shape[:2]
+    if s.aggregation == "per-frame":
+        A = A if M is None else A.masked_fill(~M[:, None], -math.inf)
+        best, cell = A.topk(min(s.topk, cells), dim=0)
+        return best.float(), cell, torch.arange(m, device=A.device)[:, None]
+    # M does not depend on the frame, so the k best lie in the k best cells by their best frame.
+    peak = A.amax(1)  # cells q
+    if M is not None:
+        peak.masked_fill_(~M, -math.inf)
+    peak, cell = peak.topk(min(s.topk, cells), dim=0)  # k q
+    A = A.gather(0, cell[:, None].expand(-1, m, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)  # k m q
+    best, entry = A.flatten(0, 1).topk(min(s.topk, len(cell) * m), dim=0)
+    return best.float(), cell.gather(0, entry // m), entry % m
+
+
+def soft_copy(best: Tensor, entry: Tensor, total: Tensor | None, values: Tensor, s: Propagation) -> Tensor:
+    """Lines 28 to 33: the labels of the k entries kept, weighted by their affinities after the softmax: q x L.
+
+    best, entry: k x q, or k x m x q per frame; total: the log of what their softmax is divided by, None for their own.
+    """
+    weight = (best / s.temperature).softmax(0) if total is None else (best - total).exp()
+    weight, entry = (x.flatten(0, -2).T.contiguous() for x in (weight, entry))
+    return F.embedding_bag(entry, values, per_sample_weights=weight, mode="sum")
+
+
+def merge(found: list[tuple], s: Propagation) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The k best of the k best of several parts."""
+    best, entry, total = zip(*found, strict=True)
+    total = None if total[0] is None else torch.cat(total).logsumexp(0)
+    if len(found) == 1:
+        return best[0], entry[0], total
+    best, order = torch.cat(best).topk(min(s.topk, sum(map(len, best))), dim=0)
+    return best, torch.cat(entry).gather(0, order), total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How memory is walked
+
+
+def tiles(parts: list[Part], s: Propagation, grid: tuple[int, int]) -> list[Box]:
+    """The grid cut into tiles whose affinities fit 32 MiB (on a GPU, which likes few launches, 256 MiB)."""
+    h, w = grid
+    cpu = parts[0].keys.is_cpu
+    most = 2**23 if cpu else 2**26
+    ty, tx = (30, 8) if cpu else (24, 32)  # tall: most rows of a window then meet only target rows that they may
+    while ty * tx > 1 and affinities(parts, s, grid, ty, tx) > most:
+        ty, tx = (ty // 2, tx) if ty > tx else (ty, tx // 2)
+    return [Box(*rows, *columns) for rows in cuts(h, ty) for columns in cuts(w, tx)]
+
+
+def affinities(parts: list[Part], s: Propagation, grid: tuple[int, int], ty: int, tx: int) -> int:
+    """The most affinities that a tile of ty x tx needs at a time."""
+    most = 0
+    for part in parts:
+        reach = reach_of(s) if part.fixed and s.norm != "frame" else max(grid)
+        rows, columns = min(ty + 2 * reach, grid[0]), min(tx + 2 * reach, grid[1])
+        most = max(most, rows * columns * part.keys.shape[2] * ty * tx)
+    return most
+
+
+def reach_of(s: Propagation) -> int:
+    """How many rows or columns away the fixed region reaches."""
+    return s.radius - (s.shape == "circle")
+
+
+def search_window(s: Propagation, tile: Box, grid: tuple[int, int]) -> Box:
+    """The context cells that the fixed regions of a tile's cells reach."""
+    reach = reach_of(s)
+    top, left = max(tile.top - reach, 0), max(tile.left - reach, 0)
+    return Box(top, min(tile.bottom + reach, grid[0]), left, min(tile.right + reach, grid[1]))
+
+
+def logsumexp_(A: Tensor) -> Tensor:
+    """A.logsumexp(0), in the memory of A."""
+    peak = A.amax(0)
+    return A.sub_(peak).exp_().sum(0).log_().add_(peak)
+
+
+_scratch = threading.local()
+
+
+def scratch(size: int) -> Tensor:
+    """Memory for `size` floats that a thread has for itself and uses again: new memory would cost as much as a product."""
+    if getattr(_scratch, "memory", None) is None or len(_scratch.memory) < size:
+        with torch.inference_mode(False):
+            _scratch.memory = torch.empty(size)
+    return _scratch.memory[:size]
+
+
+def propagate_video(
+    features: Iterable[Tensor],
+    annotated: Sequence[tuple[Tensor, Tensor]],
+    settings: Propagation,
+    recent: Sequence[tuple[Tensor, Tensor]] = (),
+    given: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[Tensor]:
+    """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
+
+    annotated: (features, labels) of the annotated frames. The first is frame 0, and the targets come after it, from
+    frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away.
+    recent: the last targets and their labels, oldest first, to go on with an earlier run: the last settings.context, or
+    all where settings.history.
+    given: number of a target -> (labels, which of them the annotation names, L bool): these are laid over what is
+    predicted, the others keep their prediction, and the frame stays in the context for good as an annotated one does.
+    The context lives in one ring buffer, so memory does not grow with the video. Each target is pulled only when it is
+    due, so that several settings can share one pass over the frames (itertools.tee).
+    """
+    s, given, own = settings, given or {}, localizer(settings.localization)
+    (C, h, w), L, device = annotated[0][0].shape, len(annotated[0][1]), annotated[0][0].device
+    kept = [-(10**6) * (i > 0) for i in range(len(annotated))] + sorted(given) if s.keep_first else []
+    spaced, ring = len(kept), len(kept) + (s.memory == "spaced")  # slots: kept frames, frame 5 if spaced, the latest n
+    keys = torch.zeros(h, w, ring + s.context, C, device=device, dtype=annotated[0][0].dtype)  # read in place
+    values = torch.zeros(h, w, ring + s.context, L, device=device)
+    number: dict[int, int] = {}  # slot -> the frame in it
+    notes = {}  # slot -> what a system's way to localise keeps of it
+
+    def note(z: Tensor, first: bool = False):
+        before = None if first else notes[max(number, key=number.get)]
+        return own.note(z, s, before) if own and own.note else None
+
+    def remember(slot: int, t: int, f: Tensor, z: Tensor, about=None) -> None:
+        keys[:, :, slot], values[:, :, slot] = f.permute(1, 2, 0), z.permute(1, 2, 0)
+        number[slot], notes[slot] = t, about
+
+    def remember_target(t: int, f: Tensor, z: Tensor) -> None:
+        about = note(z, first=t in given)
+        if s.carry == "hard":
+            z = F.one_hot(z.argmax(0), L).permute(2, 0, 1).float()
+        latest = ring + (t - 1) % s.context if s.context else None
+        if t in kept:
+            remember(kept.index(t), t, f, z, about)
+            number.pop(latest, None)  # it is not among the latest as well
+        elif s.context:
+            remember(latest, t, f, z, about)
+        if s.memory == "spaced" and t == 5:
+            remember(spaced, t, f, z, about)
+
+    first = [(f, z, note(z, first=True)) for f, z in annotated]
+    for slot in range(len(first) if s.keep_first else 0):
+        remember(slot, kept[slot], *first[slot])
+    for i, each in enumerate(first[:1] * s.context if s.pad else () if s.keep_first else first[: s.context]):
+        remember(ring + (-1 - i) % s.context, 0, *each)  # in the places of frames 0, -1, ...
+    recent = list(recent)
+    for t, (f, z) in enumerate(recent, 1):
+        remember_target(t, f, z)
+    for t, f in enumerate(features, len(recent) + 1):
+        slots = sorted(number)
+        if s.memory == "spaced":  # frame 5 unless the ring gives it, and every second frame of the ring
+            latest = [i for i in slots if i >= ring and (t - number[i]) % 2 == 1]
+            slots = [i for i in slots if i < spaced or (i < ring and 5 not in (number[j] for j in latest))] + latest
+        whole = slots == list(range(len(slots)))  # then the buffer is read in place
+        k, v = (x[:, :, : len(slots)] if whole else x[:, :, slots] for x in (keys, values))
+        ages = [t - number[i] for i in slots]
+        fixed = sum(i < spaced for i in slots)
+        about = [notes[i] for i in slots]
+        z = propagate_labels(f, k.permute(2, 3, 0, 1), v.permute(2, 3, 0, 1), s, fixed, ages, about)
+        if s.carry == "minmax":
+            z = stretch(z)
+        if t in given:
+            z = lay_over(z, *given[t])
+        yield z
+        remember_target(t, f, z)
+
+
+def encode_ahead(encode: Callable, frames: Iterable) -> Iterator[tuple]:
+    """(frame, encode(frame)) for each of `frames`, in order. Up to workers + 1 frames are encoded ahead by tasks of the
+    pool, which come after the tiles of the frame that is being labelled."""
+    coming = deque()
+    try:
+        for frame in frames:
+            coming.append((frame, pool().submit(encode, frame, order=1)))
+            if len(coming) > pool().workers + 1:
+                frame, features = coming.popleft()
+                yield frame, features.result()
+        while coming:
+            frame, features = coming.popleft()
+            yield frame, features.result()
+    finally:
+        for _, features in coming:
+            features.cancel()
+
+
+def lay_over(z: Tensor, labels: Tensor, named: Tensor) -> Tensor:
+    """The prediction z with the labels that an annotation names in their places (both L x h x w, named L bool); label
+    0, the background, is never named."""
+    labels, named = labels * named[:, None, None], named[:, None, None]
+    freed = (z * named).sum(0)  # where a named object was predicted and is not
+    z = torch.cat([z[:1] + freed, z[1:]]) * ~named
+    return z * (1 - labels.sum(0)) + labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels on the grid, masks and points at full size
+
+
+def labels_from_mask(mask: Tensor, ids: Sequence[int], grid: tuple[int, int], sampling: str = "bilinear") -> Tensor:
+    """Mask H x W -> soft labels L x h x w: one-hot (background, then each id of `ids`), bilinear or nearest to the
+    grid."""
+    mode = {"bilinear": "bilinear", "nearest": "nearest-exact"}[sampling]
+    one_hot = [mask == number for number in ids]
+    one_hot = [~torch.stack(one_hot).any(0), *one_hot]
+    small = [F.interpolate(m[None, None].float(), size=grid, mode=mode)[0, 0] for m in one_hot]
+    return torch.stack(small)
+
+
+def mask_from_labels(
+    labels: Tensor, ids: Sequence[int], size: tuple[int, int], minmax: bool = False, chunk: int = 8
+) -> Tensor:
+    """Soft labels L x h x w -> mask H x W uint8: up-sampled bilinearly to full size, then the arg-max (section 4.2).
+
+    minmax stretches each label that occurs to 0..1 over the frame first. Labels are up-sampled `chunk` at a time.
+    """
+    best = winner = None
+    for start in range(0, len(labels), chunk):
+        full = F.interpolate(labels[None, start : start + chunk].float(), size=size, mode="bilinear")[0]
+        if minmax:
+            full = stretch(full)
+        value, index = full.max(0)
+        if best is None:
+            best, winner = value, index
+        else:
+            winner = torch.where(value > best, index + start, winner)
+            best = torch.maximum(value, best)
+    return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
+
+
+def labels_from_points(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Points J x 2 (x, y in pixels of an H x W frame) -> soft labels (1 + J) x h x w.
+
+    Each point is a Gaussian of sigma 0.5 cells on the 4 x 4 cells about its own, the background is 1 where all are
+    0 (CRW's JHMDB protocol). A point outside the frame, or not a number, has no label anywhere.
+    """
+    (H, W), (h, w) = size, grid
+    labels = torch.zeros(1 + len(points), h, w)
+    for label, (x, y) in zip(labels[1:], points, strict=True):
+        if not (0 <= x < W and 0 <= y < H):  # false for nan as well
+            continue
+        cx, cy = min(int(x / W * w + 0.5), w - 1), min(int(y / H * h + 0.5), h - 1)
+        ys, xs = torch.arange(max(cy - 2, 0), min(cy + 2, h)), torch.arange(max(cx - 2, 0), min(cx + 2, w))
+        bell = torch.exp(-2.0 * ((ys[:, None] - cy) ** 2 + (xs - cx) ** 2))
+        label[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1] = bell
+    labels[0] = (labels[1:] == 0).all(0)
+    return labels
+
+
+def points_from_labels(labels: Tensor, size: tuple[int, int], best: int = 3) -> np.ndarray:
+    """Soft labels (1 + J) x h x w -> points J x 2 in pixels of an H x W frame: the mean position of the `best`
+    highest cells of each label, weighted by their values; -1, -1 where a label is lost (CRW's JHMDB protocol)."""
+    (H, W), (h, w) = size, labels.shape[1:]
+    value, cell = labels[1:].flatten(1).topk(min(best, h * w), dim=1)  # J best
+    total = value.sum(1)
+    weight = value / total.clamp_min(1e-30)[:, None]
+    x = (weight * (cell % w)).sum(1) / w * W
+    y = (weight * (cell // w)).sum(1) / h * H
+    return torch.where((total > 0)[:, None], torch.stack([x, y], 1), -1.0).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames and masks on disk
+
+PALETTE = np.zeros((256, 3), np.uint8)  # PASCAL VOC: the bits of the id, dealt to r, g, b from the highest down
+for _bit in range(8):
+    for _channel in range(3):
+        PALETTE[:, _channel] |= (((np.arange(256) >> (3 * _bit + _channel)) & 1) << (7 - _bit)).astype(np.uint8)
+
+
+class Video:
+    """Frames of a film, or of a folder or glob of pictures, by index and in either direction.
+
+    names: one for each frame (file stems of pictures, else 00000, 00001, ...); times: when each is shown, in seconds;
+    fps; size (H, W). Memory does not depend on the length: no frame is kept, but for a block of at most 32 when
+    reading backwards. A film that breaks off gives the frames before the break; `broken` then says where and why.
+    Raises UserError where there is nothing to read or the frame size changes.
+    """
+
+    def __init__(self, source: str | Path):
+        self.source, self.fps, self.broken, self.names, self.times = str(source), 25.0, None, [], []
+        path, self.pictures = Path(source), []
+        if path.is_dir():
+            self.pictures = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]  # macOS keeps ._00000.jpg
+        elif glob.has_magic(self.source) and not path.exists():
+            folder = glob.escape(str(path.parent)) if path.parent.is_dir() else path.parent  # brackets in its name
+            found = glob.glob(str(Path(folder) / path.name))
+            self.pictures = [Path(p) for p in found if Path(p).suffix.lower() in PICTURES]
+        elif not path.is_file():
+            raise UserError(f"{source}: no such video on disk; give a film, a folder or a glob of pictures")
+        elif path.suffix.lower() in PICTURES:
+            self.pictures = [path]
+        if self.pictures:  # natural order: 2.jpg before 10.jpg
+            self.pictures.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)])
+            self.names = [p.stem for p in self.pictures]
+            if len(set(self.names)) < len(self.names):
+                raise UserError(f"{source}: two pictures share a name before the dot; masks could not be told apart")
+        elif path.is_file():
+            self._index(path)
+        self.times = self.times or [i / self.fps for i in range(len(self))]
+        if not len(self):
+            raise UserError(f"{source}: holds no pictures; give a film, or a folder of {', '.join(PICTURES[:3])}, ...")
+        self.size = next(self.frames([0]))[1].shape[:2]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _index(self, path: Path) -> None:
+        """Read the time stamps of all frames (no decoding), to seek by and to know how many there are."""
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: is empty (0 bytes); copy or download it again")
+        try:
+            with av.open(str(path)) as film:
+                if not film.streams.video:
+                    raise UserError(f"{path}: holds no video stream; give a film with pictures")
+                stream = film.streams.video[0]
+                self.fps = float(stream.average_rate or stream.guessed_rate or 25)
+                tick = stream.time_base
+                # A truncated film promises more frames than it has packets; in mp4 an edit list leaves only these.
+                promised = len(stream.index_entries) if "mp4" in film.format.name else stream.frames
+                packets = (p for p in film.demux(stream) if p.size)
+                packets = [(p.pts if p.pts is not None else p.dts, p.is_discard, p.is_keyframe) for p in packets]
+                kinds = {film.format.name, stream.codec_context.name} if stream.codec_context.has_b_frames else set()
+        except av.error.FFmpegError as error:
+            raise UserError(
+                f"{path}: cannot be read as a film ({error.strerror}); is it whole? Try to play it"
+            ) from error
+        start = next((i for i, (*_, key) in enumerate(packets) if key), 0)  # a recording may begin between key frames
+        stamps = [stamp for stamp, discarded, _ in packets[start:] if not discarded]  # an edit list cuts frames away
+        # Without usable stamps frames are counted from the start, and seeking means decoding from there. AVI and XviD
+        # do not say when B-frames are shown, and MPEG program streams have other stamps after seeking.
+        vague = kinds & {"avi", "mpeg4", "mpeg"}
+        self._seekable = not vague and None not in stamps and len(set(stamps)) == len(stamps)
+        self._pts = list(range(len(stamps)))
+        if self._seekable:
+            self._pts = sorted(stamp for stamp in stamps if stamp >= packets[start][0])  # others lean on frames before
+            self.times = [float((stamp - self._pts[0]) * tick) for stamp in self._pts]
+        self.names = [f"{i:05d}" for i in range(len(self._pts))]
+        if promised > len(packets):
+            self.broken = f"{path}: breaks off after {len(packets)} of {promised} frames; the frames before are kept"
+
+    def frames(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, frame) for each of `indices`, which must all rise or all fall."""
+        size = getattr(self, "size", None)
+        for index, frame in self._read(indices):
+            size = size or frame.shape[:2]
+            if frame.shape[:2] != size:
+                raise UserError(
+                    f"{self.source}: frame {self.names[index]} is {frame.shape[1]}x{frame.shape[0]}, the first is "
+                    f"{size[1]}x{size[0]}; cut the video there (--end {index}) or bring it to one size"
+                )
+            yield index, frame
+
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        if self.pictures:
+            for index in indices:
+                yield index, read_picture(self.pictures[index])
+        elif len(indices) < 2 or indices[0] < indices[-1]:
+            yield from self._decode(indices)
+        else:  # backwards: blocks of frames, each decoded forwards
+            step = min(32, max(1, 2**28 // (3 * self.size[0] * self.size[1])))  # 256 MiB
+            for block in (indices[i : i + step] for i in range(0, len(indices), step)):
+                yield from reversed(list(self._decode(block[::-1])))
+
+    def _decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        first, last, left = indices[0], indices[-1], set(indices)
+        number = {stamp: i for i, stamp in enumerate(self._pts)} if self._seekable else None
+        done = -1
+        try:
+            with contextlib.ExitStack() as stack:
+                # A key frame is found by its decoding time, which may come before it is shown; in some containers
+                # seeking overshoots, and never finds the first one: then the film is read from its start.
+                for back in (0, 32, None) if first and number else (None,):
+                    film = stack.enter_context(av.open(self.source))
+                    stream = film.streams.video[0]
+                    stream.thread_type = "AUTO"
+                    if back is not None:
+                        film.seek(self._pts[max(0, first - back)], stream=stream)
+                    pictures = film.decode(stream)
+                    head = next(pictures, None)
+                    if head and number and number.get(head.pts, last + 1) <= first:
+                        break
+                pictures = itertools.chain([head] if head else [], pictures)
+                for count, picture in enumerate(pictures):
+                    index = number.get(picture.pts) if number else count
+                    if index is None:  # a stamp that the index does not know
+                        continue
+                    if index > last:
+                        break
+                    if index >= first:
+                        done = index
+                    if index in left:
+                        left.remove(index)
+                        frame = picture.to_ndarray(format="rgb24")
+                        yield index, np.ascontiguousarray(np.rot90(frame, round(picture.rotation / 90)))
+                        if not left:
+                            return
+        except av.error.FFmpegError as error:
+            self.broken = (
+                f"{self.source}: cannot be decoded after frame {done} ({error.strerror}); the frames before are kept"
+            )
+        else:
+            if done < last:
+                self.broken = f"{self.source}: breaks off after frame {done}; the frames up to there are kept"
+        if done < 0 and first == 0:
+            raise UserError(f"{self.source}: no frame can be decoded; is it whole? Try to play it")
+
+
+def ahead(items: Iterable, depth: int = 4) -> Iterator:
+    """The same items, made by a thread that runs ahead by up to `depth`."""
+    items, done, thread = iter(items), object(), ThreadPoolExecutor(1)
+    try:
+        coming = deque(thread.submit(next, items, done) for _ in range(depth))
+        while (item := coming.popleft().result()) is not done:
+            coming.append(thread.submit(next, items, done))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def film_writer(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[..., None]]:
+    """Write an H.264 film that plays in a browser: yields a function that appends a frame, at a time in seconds if one
+    is given; atomic."""
+    height, width = (side - side % 2 for side in size)  # 4:2:0 colour wants even sides
+    with atomic(path) as temporary, av.open(str(temporary), "w", options={"movflags": "faststart"}) as film:
+        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "20", "preset": "veryfast"}
+        stream.codec_context.colorspace = 5  # BT.601, which from_ndarray's conversion follows; untagged HD reads as 709
+        stream.codec_context.time_base = tick = Fraction(1, 90000)
+        number, last = itertools.count(), -1
+
+        def append(frame: np.ndarray, seconds: float | None = None) -> None:
+            nonlocal last
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            last = max(last + 1, round((next(number) / fps if seconds is None else seconds) / tick))
+            picture.pts, picture.time_base = last, tick
+            film.mux(stream.encode(picture))
+
+        yield append
+        film.mux(stream.encode())
+
+
+def write_mask(path: Path, mask: np.ndarray, palette: np.ndarray = PALETTE) -> None:
+    """Write a mask (H x W uint8 ids) as an indexed PNG, the field's interchange format; atomic."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(palette.tobytes())
+    with atomic(Path(path)) as temporary:
+        picture.save(temporary, format="PNG", compress_level=1)
+
+
+def read_ids(path: str | Path) -> np.ndarray:
+    """Read the ids (H x W uint8) of an indexed or grey PNG as they are stored. UserError if it is none, or broken."""
+    try:
+        data = Path(path).read_bytes()
+        with contextlib.suppress(ValueError, isal_zlib.error, struct.error, IndexError):
+            return inflate_ids(data)  # about four times as fast as Pillow, which reads and judges the rest
+        with Image.open(path) as picture:
+            if picture.mode not in ("P", "L", "1"):
+                raise UserError(f"{path}: is a {picture.mode} picture; masks are indexed (or grey) PNGs of ids")
+            return np.array(picture, np.uint8)  # of one bit: ids 0 and 1
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such mask") from error
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error}); is it whole?") from error
+
+
+def inflate_ids(data: bytes) -> np.ndarray:
+    """The ids of the usual mask: a PNG of one byte a pixel, not interlaced, its rows not filtered. ValueError else."""
+    width, height, *kind = struct.unpack(">IIBBBBB", data[16:29])  # depth, colour type, compression, filter, interlace
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or kind not in ([8, 3, 0, 0, 0], [8, 0, 0, 0, 0]):
+        raise ValueError
+    place, parts = 8, []
+    while data[place + 4 : place + 8] != b"IEND":
+        (length,) = struct.unpack(">I", data[place : place + 4])
+        if data[place + 4 : place + 8] == b"IDAT":
+            parts.append(data[place + 8 : place + 8 + length])
+        place += 12 + length
+    rows = np.frombuffer(isal_zlib.decompress(b"".join(parts)), np.uint8).reshape(height, 1 + width)
+    if rows[:, 0].any():
+        raise ValueError
+    return rows[:, 1:].copy()
+
+
+def read_mask(path: str | Path, known: dict[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Read a mask: (ids H x W uint8, palette 256 x 3 uint8).
+
+    An indexed PNG gives its ids; a grey picture its values; black and white is one object, id 1; in a colour
+    picture black (or transparent) is background and each other colour an object: the id of that colour in PASCAL
+    VOC's palette if all have one, else 1, 2, ... by how much they cover. 255 beside other ids is void, background.
+    known: the ids of colours, and of values above 255, in masks read before; filled up, so that they stay the same.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            lossy = picture.format in ("JPEG", "MPO")
+            ImageOps.exif_transpose(picture, in_place=True)  # as frames are
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such mask; give the picture of the first frame's objects") from error
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as a picture; give a PNG mask") from error
+    palette, known = PALETTE.copy(), {} if known is None else known
+    indexed, coloured = picture.mode == "P", False
+    if indexed:
+        own = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        # A palette in another order, as after quantising: the black that is used is not number 0.
+        indexed = not own[0].any() or all(own[n].any() for n in np.unique(picture) if n < len(own))
+    if indexed:
+        ids = np.asarray(picture)
+        palette[: len(own)] = own
+    elif picture.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
+        ids = np.asarray(picture)
+        if not ((ids >= 0) & (ids % 1 == 0)).all():
+            raise UserError(f"{path}: holds values that are no ids (below 0, or no integers); save it as 0, 1, 2, ...")
+        ids = ids.astype(np.int64)
+    else:
+        r, g, b, alpha = np.asarray(picture.convert("RGBA")).astype(np.int64).transpose(2, 0, 1)
+        coloured = bool(((r != g) | (g != b))[alpha > 0].any())
+        ids = (r << 16 | g << 8 | b if coloured else r) * (alpha > 0)
+    numbers, counts = np.unique(ids, return_counts=True)
+    numbers, counts = numbers[numbers != 0], counts[numbers != 0]
+    if not indexed:
+        solid = sum(cv2.erode((ids == n).astype(np.uint8), np.ones((3, 3))).any() for n in numbers[:300])
+        white = 0 if coloured else counts[numbers == 255].sum()  # void is a thin border
+        smooth = len(numbers) > 255 or (len(numbers) >= 8 and solid < len(numbers) / 2)
+        if smooth or (lossy and len(numbers) > 1) or counts.sum() > white > counts.sum() / 2:
+            raise UserError(
+                f"{path}: has {len(numbers)} colours beside black, as smoothed edges have (anti-aliased or JPEG); "
+                "save it as PNG without smoothing, one flat colour an object"
+            )
+    if len(numbers) == 0:
+        raise UserError(f"{path}: is empty, all of it is background; paint each object in a value of its own")
+    if coloured or numbers[-1] > 255:
+        voc = {int(r) << 16 | int(g) << 8 | int(b): i for i, (r, g, b) in enumerate(PALETTE)} if coloured else {}
+        unknown = [n for n in (numbers[np.argsort(-counts, kind="stable")] if coloured else numbers) if n not in known]
+        own = [voc.get(n) for n in unknown]
+        if None in own or set(own) & set(known.values()):
+            own = sorted(set(range(1, 256)) - set(known.values()))[: len(unknown)]
+        if len(own) < len(unknown):
+            raise UserError(f"{path}: brings the objects of all masks to more than 255; give fewer")
+        known.update(zip(unknown, own, strict=True))
+        new, names = [known[n] for n in numbers], np.array(list(known))
+        if coloured:
+            palette[list(known.values())] = np.stack([names >> 16, names >> 8 & 255, names & 255], 1)
+    elif len(numbers) == 1 and numbers[0] in (1, 255):
+        new = [1]
+        palette[1] = palette[numbers[0] if indexed else 1]
+    else:
+        new = np.where(numbers == 255, 0, numbers)
+        if numbers[-1] == 255 and not indexed:
+            print(f"note: {path}: 255 beside other values is void, so background; is it an object?", file=sys.stderr)
+    return np.asarray([0, *new], np.uint8)[np.searchsorted(np.array([0, *numbers]), ids)], palette
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,7 +846,7 @@ def read_frame(video, index: int) -> np.ndarray:
 
 def fit_mask(path: Path, size: tuple[int, int], known: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Read a mask and its palette; bring it to the frame's size where the aspect is the same. known: as read_mask."""
-    mask, palette = common.read_mask(path, known)
+    mask, palette = read_mask(path, known)
     (H, W), (h, w) = size, mask.shape
     if (h, w) != (H, W):
         if abs(w / h * H / W - 1) > 0.02:
@@ -168,7 +884,7 @@ def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> 
     cells = h * w
     if settings.localization == "fixed":
         r = min(settings.radius, max(h, w))
-        region = ~common.beyond(settings, (r, r + 1, r, r + 1), (0, 2 * r + 1, 0, 2 * r + 1), "cpu")
+        region = compute_masks(settings, Box(0, 2 * r + 1, 0, 2 * r + 1), Box(r, r + 1, r, r + 1), "cpu")
         cells = min(cells, int(region.sum()))
     frames = annotated + settings.context if settings.aggregation == "overall" else 1
     if settings.topk > cells * frames:
@@ -206,7 +922,7 @@ def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    with common.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -221,81 +937,11 @@ def describe(video: Video) -> str:
     return f"{len(video)} frames, {file.st_size} bytes, changed {datetime.fromtimestamp(file.st_mtime)}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing the mask by hand
-
-
-def need_window(flag: str) -> None:
+def need_window() -> None:
     """Refuse where no window can be opened; tried in a process of its own, since a missing display aborts."""
     probe = "import cv2; cv2.namedWindow('softcopy'); cv2.waitKey(1)"
     if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
-        instead = "give --mask" if flag == "--pick" else "leave it away"
-        raise UserError(f"{flag}: no window can be opened here; run it on a desktop, or {instead}")
-
-
-def pick_mask(frame: np.ndarray) -> np.ndarray:
-    """Draw the objects on a frame: drag a box (refined with GrabCut) or click a polygon's corners. -> H x W ids."""
-    help_line = "drag: box   click: corner, right click: close   n: next object   u: undo   Enter: done   Esc: give up"
-    mask, corners, history, box = np.zeros(frame.shape[:2], np.uint8), [], [], []
-    current = 1
-
-    def claim(region: np.ndarray) -> None:
-        history.append(mask.copy())
-        mask[region > 0] = current
-
-    def on_mouse(event, x, y, flags, _) -> None:
-        if event == cv2.EVENT_LBUTTONDOWN:
-            box[:] = [x, y, x, y]
-        elif event == cv2.EVENT_MOUSEMOVE and box:
-            box[2:] = [x, y]
-        elif event == cv2.EVENT_LBUTTONUP and box:
-            (left, right), (top, bottom) = sorted((box[0], x)), sorted((box[1], y))
-            box.clear()
-            if right - left > 4 and bottom - top > 4:
-                claim(refine_box(frame, left, top, right, bottom))
-            else:
-                corners.append((x, y))
-        elif event == cv2.EVENT_RBUTTONDOWN and len(corners) > 2:
-            claim(cv2.fillPoly(np.zeros_like(mask), [np.array(corners, np.int32)], 1))
-            corners.clear()
-
-    cv2.namedWindow("softcopy", cv2.WINDOW_NORMAL)
-    cv2.setMouseCallback("softcopy", on_mouse)
-    while True:
-        view = common.overlay(frame, mask)
-        if corners:
-            cv2.polylines(view, [np.array(corners, np.int32)], False, (255, 255, 0), 2)
-        if box:
-            cv2.rectangle(view, tuple(box[:2]), tuple(box[2:]), (255, 255, 0), 2)
-        cv2.putText(
-            view, f"object {current}   {help_line}", (8, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1
-        )
-        cv2.imshow("softcopy", cv2.cvtColor(view, cv2.COLOR_RGB2BGR))
-        key = cv2.waitKey(20) & 0xFF
-        if key == ord("n") and (mask == current).any() and current < 255:
-            current += 1
-        elif key == ord("u"):
-            if corners:
-                corners.pop()
-            elif history:
-                mask[:] = history.pop()
-        elif key in (13, 10, 27):
-            cv2.destroyWindow("softcopy")
-            if key == 27 or not mask.any():
-                raise UserError("--pick: nothing was drawn; drag a box over an object, then press Enter")
-            return mask
-
-
-def refine_box(frame: np.ndarray, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-    """The object inside a box, by GrabCut: H x W uint8, 1 inside. The whole box where GrabCut finds nothing."""
-    state = np.zeros(frame.shape[:2], np.uint8)
-    rectangle = (left, top, right - left, bottom - top)
-    cv2.setRNGSeed(0)
-    cv2.grabCut(frame, state, rectangle, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_RECT)
-    found = np.isin(state, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
-    if not found.any():
-        found[top:bottom, left:right] = 1
-    return found
+        raise UserError("--show: no window can be opened here; run it on a desktop, or leave it away")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +951,7 @@ def refine_box(frame: np.ndarray, left: int, top: int, right: int, bottom: int) 
 class Stopwatch(Counter):
     """Seconds by stage."""
 
-    @contextmanager
+    @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
@@ -352,7 +998,7 @@ class Results:
         return index in self.table if self.points else self.mask_path(index).is_file()
 
     def read(self, index: int) -> np.ndarray:
-        return self.table[index] if self.points else common.read_ids(self.mask_path(index))
+        return self.table[index] if self.points else read_ids(self.mask_path(index))
 
     def add(self, index: int, answer: np.ndarray, labels: torch.Tensor | None = None) -> None:
         """Write what a frame got: its mask (H x W) or points (J x 2), and its soft labels."""
@@ -363,17 +1009,17 @@ class Results:
 
     def _write(self, index: int, answer: np.ndarray, labels: np.ndarray | None) -> None:
         if labels is not None and self.keep:
-            with common.atomic(self.state_path(index)) as temporary, temporary.open("wb") as file:
+            with atomic(self.state_path(index)) as temporary, temporary.open("wb") as file:
                 np.save(file, labels)
             self.states.append(self.state_path(index))
             while len(self.states) > self.keep + 1:  # one more: a frame's answer comes after its state
                 self.states.popleft().unlink(missing_ok=True)
         if self.points:
             self.table[index] = np.round(answer.astype(float), 2)  # as it is written: a run that goes on has no more
-            with common.writing(self.csv), self.csv.open("a", newline="", encoding="utf-8") as file:
+            with writing(self.csv), self.csv.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(self.rows([index]))
         else:
-            common.write_mask(self.mask_path(index), answer, self.palette)
+            write_mask(self.mask_path(index), answer, self.palette)
 
     def flush(self) -> None:
         while self.pending:
@@ -385,7 +1031,7 @@ class Results:
                 yield [index, name, *(("", "") if x < 0 else (f"{x:.2f}", f"{y:.2f}"))]
 
     def write_points(self, order: Iterable[int]) -> None:
-        with common.atomic(self.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with atomic(self.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["frame", "id", "x", "y"], *self.rows(order)])
 
     def finish(self, backwards: bool, whole: bool) -> None:
@@ -413,15 +1059,17 @@ def track(
     device = encoder.mean.device
 
     def encode(frame: np.ndarray) -> torch.Tensor:
-        with clock.time("extract"):
-            features = encoder(torch.from_numpy(frame).to(device)[None])[0]
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return features
+        return encoder(torch.from_numpy(frame).to(device)[None])[0]
+
+    def features_of(frames: Iterator) -> Iterator[tuple]:
+        """((index, frame), features) of each; ahead of time where the frames are there and a CPU encodes them."""
+        if device.type == "cpu" and not isinstance(video, Camera):
+            return encode_ahead(lambda item: encode(item[1]), frames)
+        return ((item, encode(item[1])) for item in frames)
 
     annotated = {}
-    for stretch in stretches:
-        rest = stretch[1:]
+    for part in stretches:
+        rest = part[1:]
         done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
         if done == len(rest):
             continue
@@ -442,28 +1090,30 @@ def track(
         current = deque()
 
         def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-            for item in clock.each("read", common.ahead(video.frames(todo))):
+            for item, f in clock.each("read and extract", features_of(ahead(video.frames(todo)))):
                 current.append(item)
-                yield encode(item[1])
+                yield f
 
-        first = [annotated[stretch[0]], *(each for index, each in annotated.items() if index != stretch[0])]
-        labelled = common.propagate_video(features(), first, s, recent)
+        first = [annotated[part[0]], *(each for index, each in annotated.items() if index != part[0])]
+        labelled = propagate_video(features(), first, s, recent)
         while True:
-            start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
+            start, elsewhere = time.perf_counter(), clock["read and extract"]
             if (z := next(labelled, None)) is None:
                 break
             index, frame = current.popleft()
             if results.points:
-                answer = common.points_from_labels(z, video.size)
+                answer = points_from_labels(z, video.size)
             else:
-                answer = common.mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
-            clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
+                answer = mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
+            clock["propagate"] += time.perf_counter() - start - (clock["read and extract"] - elsewhere)
             yield index, frame, answer, z
 
 
 def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dict, ids: list) -> None:
     """Refuse what --engine was not made for. info: what the file says of itself."""
-    fixed = common.engine_settings(args.engine, info)
+    import export
+
+    fixed = export.engine_settings(args.engine, info)
     flags = {"model": (args.model, info["model"])}
     if args.weights:
         flags["weights"] = args.weights.name, info.get("weights")
@@ -497,10 +1147,10 @@ def track_engine(
     ids = np.array([0, *results.ids], np.uint8)
     number = np.zeros(256, np.uint8)  # the graph's ids are 1, 2, ...
     number[ids] = np.arange(len(ids))
-    for stretch in stretches:
-        if all(map(results.has, stretch)):
+    for part in stretches:
+        if all(map(results.has, part)):
             continue
-        for index, frame in clock.each("read", common.ahead(video.frames(stretch))):
+        for index, frame in clock.each("read", ahead(video.frames(part))):
             with clock.time("extract and propagate"):
                 answer = ids[engine.step(frame, number[annotations[index]] if index in annotations else None)]
             if not results.has(index):
@@ -509,7 +1159,7 @@ def track_engine(
 
 def follow(answers: Iterator[Answer], results: Results, bar: tqdm, window: bool, clock: Stopwatch) -> None:
     """Write answer after answer, and show it in the window; until the last, or q."""
-    with bar, closing(answers):
+    with bar, contextlib.closing(answers):
         for index, frame, answer, labels in answers:
             bar.update(not results.has(index))
             with clock.time("write"):
@@ -522,10 +1172,20 @@ def follow(answers: Iterator[Answer], results: Results, bar: tqdm, window: bool,
 # What people look at
 
 
+def overlay(frame: np.ndarray, mask: np.ndarray, palette: np.ndarray = PALETTE, opacity: float = 0.5) -> np.ndarray:
+    """The frame with its objects tinted in their palette colours and outlined."""
+    tint = cv2.addWeighted(frame, 1 - opacity, palette[mask], opacity, 0)
+    out = np.where(mask[..., None] > 0, tint, frame)
+    width = max(1, round(min(mask.shape) / 240))
+    edge = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((1 + width, 1 + width), np.uint8)) > 0
+    out[edge & (mask > 0)] = 255
+    return out
+
+
 def draw(frame: np.ndarray, answer: np.ndarray, results: Results) -> np.ndarray:
     """The frame with its objects tinted, or its key points as dots."""
     if not results.points:
-        return common.overlay(frame, answer, results.palette)
+        return overlay(frame, answer, results.palette)
     picture, radius = frame.copy(), max(3, min(frame.shape[:2]) // 90)
     for number, (x, y) in enumerate(answer, 1):
         if x >= 0:
@@ -546,12 +1206,12 @@ def make_pictures(out: Path, video: Video, order: list[int], results: Results, f
     chosen = {order[round(i)] for i in np.linspace(0, len(order) - 1, min(12, len(order)))}
     H, W = video.size
     thumbs, width = [], min(480, W)
-    writer = common.film_writer(out / "overlay.mp4", video.fps, video.size)
+    writer = film_writer(out / "overlay.mp4", video.fps, video.size)
     if not film:
         (out / "overlay.mp4").unlink(missing_ok=True)
-        writer, order = nullcontext(lambda *_: None), [index for index in order if index in chosen]
+        writer, order = contextlib.nullcontext(lambda *_: None), [index for index in order if index in chosen]
     with writer as append:
-        for index, frame in tqdm(common.ahead(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
+        for index, frame in tqdm(ahead(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
             picture = draw(frame, results.read(index), results)
             append(picture, abs(video.times[index] - video.times[order[0]]))
             if index in chosen:
@@ -564,19 +1224,19 @@ def make_pictures(out: Path, video: Video, order: list[int], results: Results, f
     thumbs += [np.full_like(thumbs[0], 255)] * (-len(thumbs) % columns if len(thumbs) > columns else 0)
     rows = [np.concatenate(thumbs[i : i + columns], 1) for i in range(0, len(thumbs), columns)]
     sheet = cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR)
-    with common.atomic(out / "contact_sheet.jpg") as temporary:
+    with atomic(out / "contact_sheet.jpg") as temporary:
         temporary.write_bytes(cv2.imencode(".jpg", sheet, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes())
 
 
 def list_models() -> None:
     """Print the table of models; the paper's score is J&F on DAVIS 2017 val, best without up-sampled input."""
     print(f"{'name':18} {'features':34} {'stride':>6}  {'paper J&F':>9}  weights")
-    for name, model in MODELS.items():
-        s = model.settings
+    for name, system in systems().items():
+        s = system.settings
         where = common.find_weights(name, fetch=False)
-        where = f"found: {where}" if where else "-" if name == "random" else f"not here: {model.source}"
-        features = ", ".join([f"{model.arch} {s.layer}", *list(model.head())[:1], *(["L2"] if s.l2 else [])])
-        print(f"{name:18} {features:34} {s.stride:6}  {model.paper or '-':>9}  {where}; licence: {model.licence}")
+        where = f"found: {where}" if where else "-" if name == "random" else f"not here: {system.source}"
+        features = ", ".join([f"{system.arch} {s.layer}", *list(system.head())[:1], *(["L2"] if s.l2 else [])])
+        print(f"{name:18} {features:34} {s.stride:6}  {system.paper or '-':>9}  {where}; licence: {system.licence}")
     print("torchvision:NAME  any ResNet or VGG of torchvision     timm:NAME  any ResNet or ViT of timm (DINO, ...)")
 
 
@@ -584,9 +1244,12 @@ def list_models() -> None:
 
 
 def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list, np.ndarray]:
-    """Read or draw what is annotated: frame -> mask H x W or points J x 2; the ids; the palette."""
-    if bool(args.mask) + bool(args.points) + args.pick != 1:
-        raise UserError("--mask, --points or --pick: give one of them, to say what to track")
+    """Read what is annotated: frame -> mask H x W or points J x 2; the ids; the palette."""
+    if bool(args.mask) == bool(args.points):
+        raise UserError(
+            "--mask or --points: give one of them, to say what to track; no mask yet? Draw one: "
+            f"python examples/draw_mask.py {args.video} mask.png"
+        )
     frames, files = args.mask_frame or [first], len(args.mask or args.points) or 1
     if len(set(frames)) < len(frames):
         raise UserError(f"--mask-frame {max(frames, key=frames.count)}: is given twice; a frame has one mask")
@@ -597,14 +1260,9 @@ def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list
         ids = list(dict.fromkeys(name for table in tables for name in table))
         places = [np.array([table.get(name, (-1, -1)) for name in ids]) for table in tables]
         return dict(zip(frames, places, strict=True)), ids, PALETTE
-    if args.pick:
-        need_window("--pick")
-        masks = {frames[0]: pick_mask(read_frame(video, frames[0]))}
-        palette = PALETTE
-    else:
-        known = {}  # an object has one id in all masks, and the last palette all their colours
-        read = [fit_mask(path, video.size, known) for path in args.mask]
-        masks, palette = dict(zip(frames, (mask for mask, _ in read), strict=True)), read[-1][1]
+    known = {}  # an object has one id in all masks, and the last palette all their colours
+    read = [fit_mask(path, video.size, known) for path in args.mask]
+    masks, palette = dict(zip(frames, (mask for mask, _ in read), strict=True)), read[-1][1]
     ids = [int(number) for number in np.unique(np.concatenate([np.unique(mask) for mask in masks.values()])) if number]
     return masks, ids, palette
 
@@ -635,7 +1293,7 @@ def main(args: Args) -> None:
     if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
         raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
     if args.show:
-        need_window("--show")
+        need_window()
 
     # What is asked for, checked before any long work.
     if live and (args.start or args.every != 1 or args.reverse or any(args.mask_frame)):
@@ -657,11 +1315,15 @@ def main(args: Args) -> None:
         raise UserError("--localization track: follows masks, these are key points; take --localization none or fixed")
     engine = None
     if args.engine:
-        check_engine(args, common.engine_info(args.engine), video.size, annotations, ids)
-        engine = common.load_engine(args.engine, args.device)
+        import export  # it imports this module
+
+        check_engine(args, export.engine_info(args.engine), video.size, annotations, ids)
+        engine = export.load_engine(args.engine, args.device)
     else:
         check_topk(args.propagation, video.size, len(annotations))
         encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
+        if not live:  # the pool does the work; a camera cannot be read ahead, so all threads encode its frame
+            torch.set_num_threads(1)
     weights = None if engine else args.weights or common.find_weights(args.model, fetch=False)
     job = {
         "video": video.source if live else str(path),
@@ -686,9 +1348,9 @@ def main(args: Args) -> None:
     grid, labels = args.propagation.grid(*video.size), {}
     for index, known in annotations.items():
         if args.points:
-            labels[index] = common.labels_from_points(known, video.size, grid)
+            labels[index] = labels_from_points(known, video.size, grid)
         else:
-            labels[index] = common.labels_from_mask(torch.from_numpy(known), ids, grid, args.propagation.sampling)
+            labels[index] = labels_from_mask(torch.from_numpy(known), ids, grid, args.propagation.sampling)
         if not results.has(index):
             results.add(index, known)
     results.flush()
@@ -735,5 +1397,20 @@ def main(args: Args) -> None:
     print(f"{out}: {', '.join([what, *pictures])}; {speed}")
 
 
+def parse_args(argv: Sequence[str] | None = None) -> Args:
+    """common.parse; with --engine, model and settings are those that it was exported with."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--engine", type=Path)
+    engine, fixed = peek.parse_known_args(argv)[0].engine, None
+    if engine:
+        import export
+
+        info = export.engine_info(engine)
+        fixed = info["model"], export.engine_settings(engine, info)
+    return common.parse(Args, argv, fixed)
+
+
 if __name__ == "__main__":
-    common.run(main, lambda: common.parse_args(Args))
+    import propagate  # the module that export imports: there is one of it
+
+    common.run(propagate.main, propagate.parse_args)

@@ -13,15 +13,26 @@ weights.pth (bare torchvision names, with the task head), log.csv and validation
 
 import contextlib
 import copy
+import csv
+import io
+import itertools
+import json
 import math
 import os
+import re
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,13 +40,45 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 import common
-from common import PICTURES, Unreadable, UserError, all_gather, pictures_in, rank_world
+from common import PICTURES, UserError, atomic, pick_device, rank_world, read_weights
 
 
 @dataclass
-class Args(common.Training):
+class Training:
+    """Flags of both training scripts."""
+
+    out: Path = Path("results/train")
+    """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures; one that
+    all nodes share."""
+    resume: bool = True
+    """Go on from OUT/last.pth where there is one; --no-resume begins again."""
+    max_steps: int = 0
+    """Stop after this many steps in all; 0: after the last epoch."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, their gradients added up: for small memories."""
+    workers: int = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """Processes that read and augment the data, for each GPU."""
+    amp: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of convolutions; float16 with loss scaling."""
+    device: str = "auto"
+    """auto, cpu or cuda; under torchrun each process takes a GPU of its own."""
+    seed: int = 0
+    """Of initial weights, order and augmentation."""
+    save_minutes: float = 10
+    """Minutes between checkpoints; also one at the end of an epoch (of a minute or more) and on SIGTERM or Ctrl-C."""
+    validate: Path | None = None
+    """A DAVIS root: score label propagation on a few clips while training."""
+    validate_every: int = 5
+    """Epochs between two such scores."""
+    validate_sequences: str = ""
+    """Clips to score, separated by commas (default: the first two of the val list)."""
+
+
+@dataclass
+class Args(Training):
     objective: Literal["imagenet", "rotation", "moco"] = "imagenet"
     """imagenet: classification, of whatever classes; rotation: tell by which of four angles a picture is turned; moco:
     momentum contrast."""
@@ -386,13 +429,484 @@ class MoCo(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The training loop, with its guarantees; train_uvc_plus.py has the same
+
+
+@dataclass
+class Training:
+    """Flags of both training scripts."""
+
+    out: Path = Path("results/train")
+    """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures; one that
+    all nodes share."""
+    resume: bool = True
+    """Go on from OUT/last.pth where there is one; --no-resume begins again."""
+    max_steps: int = 0
+    """Stop after this many steps in all; 0: after the last epoch."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, their gradients added up: for small memories."""
+    workers: int = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """Processes that read and augment the data, for each GPU."""
+    amp: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of convolutions; float16 with loss scaling."""
+    device: str = "auto"
+    """auto, cpu or cuda; under torchrun each process takes a GPU of its own."""
+    seed: int = 0
+    """Of initial weights, order and augmentation."""
+    save_minutes: float = 10
+    """Minutes between checkpoints; also one at the end of an epoch (of a minute or more) and on SIGTERM or Ctrl-C."""
+    validate: Path | None = None
+    """A DAVIS root: score label propagation on a few clips while training."""
+    validate_every: int = 5
+    """Epochs between two such scores."""
+    validate_sequences: str = ""
+    """Clips to score, separated by commas (default: the first two of the val list)."""
+
+
+# what may change when a run is resumed; every other flag decides what is learnt
+FREE = {"out", "resume", "max_steps", "workers", "device", "save_minutes"}
+FREE |= {"validate", "validate_every", "validate_sequences", "look_every"}
+FREE |= {"data", "image_data"}  # the number of samples must be the same
+MOVED = {"finetune", "init", "autoencoder"}  # not read again; the same name elsewhere is taken for the same file
+
+
+class Unreadable(Exception):
+    """Raised with "path: why" by a data set that cannot read a sample: train() names it and draws another."""
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """x of all processes, one after the other."""
+    world = rank_world()[1]
+    if world == 1:
+        return x
+    x = x.contiguous()  # not channels last, whose strides a gather does not heed
+    everybody = x.new_empty(world * len(x), *x.shape[1:])
+    torch.distributed.all_gather_into_tensor(everybody, x)
+    return everybody
+
+
+def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> torch.device:
+    """Check the flags, the batch sizes of the streams (as in train) and both against OUT/last.pth, seed, join the
+    process group. To be called first."""
+    flags = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
+    for flag, least in flags.items():
+        if not getattr(args, flag) >= least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
+    if args.validate:
+        clips(args)
+    parts = rank_world()[1] * args.accumulate
+    for samples, flag in streams.values():
+        size, what = getattr(args, flag), f"--{flag.replace('_', '-')} {getattr(args, flag)}"
+        if len(samples) < size:
+            raise UserError(f"{what}: there are {len(samples)} samples to learn from; give fewer")
+        if size % parts:
+            raise UserError(f"{what}: is no multiple of {parts}, processes x --accumulate; change one of them")
+    step = read_checkpoint(args, streams)["step"] if resumes(args) else 0
+    name, _, index = args.device.partition(":")
+    if name in ("auto", "cuda") and torch.cuda.is_available():  # on GPU 0 each process would keep some memory
+        name, index = "cuda", os.environ.get("LOCAL_RANK", index or "0")
+    device = pick_device(f"{name}:{index}" if index else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same
+    if rank_world()[1] > 1:
+        backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        patience = timedelta(days=1)  # the others wait for a validation
+        torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
+        everybody = [None] * rank_world()[1]
+        found = step, sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
+        torch.distributed.all_gather_object(everybody, found)
+        if any(other != found for other in everybody):
+            raise UserError(f"--out {args.out}: processes find other files there; give a folder that all nodes share")
+    torch.manual_seed(args.seed)
+    return device
+
+
+def resumes(args: Training) -> bool:
+    """Whether train() goes on from OUT/last.pth, which holds all weights."""
+    return args.resume and (args.out / "last.pth").is_file()
+
+
+def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str]]) -> dict:
+    """OUT/last.pth of train(). UserError if it was trained with other flags or another number of samples."""
+    path = args.out / "last.pth"
+    try:
+        state = {"samples": {}, **torch.load(path, map_location="cpu", weights_only=True)}  # older ones have no count
+        state = {key: state[key] for key in ("step", "config", "samples", "method", "optimizer", "scaler")}
+    except Exception as error:  # of the unpickler: many kinds
+        raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
+    remedy = "give the same, another --out, or --no-resume to begin again"
+    for flag, old in state["config"].items():
+        now = str(getattr(args, flag, None))
+        if now != old and flag not in FREE and not (flag in MOVED and Path(now).name == Path(old).name):
+            raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, not {now}; {remedy}")
+    for name, (samples, _) in streams.items():
+        if (old := state["samples"].get(name, len(samples))) != len(samples):
+            raise UserError(f"{path}: was trained with {old} samples ({name}), not {len(samples)}; {remedy}")
+    return state
+
+
+def read_start(path: Path) -> dict[str, Tensor]:
+    """Weights to start from, with torchvision's names: of a released file, or weights.pth or last.pth of a run."""
+    prefix = r"^(module\.)?(encoder_q\.|net\.|backbone\.)?"
+    return {re.sub(prefix, "", key): value for key, value in read_weights(path)[0].items()}
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """torch.save, whole or not at all; UserError where it cannot be written."""
+    whole = io.BytesIO()  # torch.save to a full disk is no OSError
+    torch.save(content, whole)
+    with atomic(path) as temporary:
+        temporary.write_bytes(whole.getbuffer())
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of several numbers, such as (run, stream, step, place)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Draws(torch.utils.data.Dataset):
+    """A data set asked by (index, seed, step): what is random in a sample depends on its seed alone; what changes while
+    training reads samples.step. A sample that cannot be read gives place to another; None in its place after 100."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __getitem__(self, key: tuple[int, int, int]):
+        (index, seed, self.samples.step), skipped = key, []
+        torch.manual_seed(seed)
+        while len(skipped) < 100:
+            try:
+                return self.samples[index], skipped
+            except Unreadable as error:
+                skipped.append(str(error))
+                index = int(torch.randint(len(self.samples), ()))
+        return None, skipped
+
+    @staticmethod
+    def collate(drawn: list) -> tuple:
+        samples = [sample for sample, _ in drawn]
+        whole = all(sample is not None for sample in samples)
+        return torch.utils.data.default_collate(samples) if whole else None, [
+            line for _, lines in drawn for line in lines
+        ]
+
+
+class Batches(torch.utils.data.Sampler):
+    """Endless shuffled batches of (index, seed, step) from step `start` on, full ones only; those of a step are a
+    function of (seed, step), and a process takes its slice of them."""
+
+    def __init__(self, count: int, size: int, seed: tuple[int, ...], start: int):
+        self.count, self.size, self.seed, self.start = count, size, seed, start
+
+    def __iter__(self):
+        rank, world = rank_world()
+        share, epoch = self.size // world, None
+        for step in itertools.count(self.start):
+            if step // (self.count // self.size) != epoch:
+                epoch = step // (self.count // self.size)
+                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(*self.seed, epoch)))
+            first = step % (self.count // self.size) * self.size
+            places = range(rank * share, (rank + 1) * share)
+            yield [(int(order[first + place]), seed_of(*self.seed, step, place), step) for place in places]
+
+
+def visible(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders below one, in order, with the names of their files; links are followed, what is hidden left out."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield place, sorted(name for name in files if name[0] != ".")
+
+
+def pictures_in(folder: str | Path) -> list[str]:
+    """The pictures below a folder, in order."""
+    return [f"{at}/{name}" for at, files in visible(folder) for name in files if name.lower().endswith(PICTURES)]
+
+
+def quiet_worker(_) -> None:
+    """A loader process leaves signals to the main one, which wants its last batches before it stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+
+
+def each(batch, do: Callable[[Tensor], Tensor]):
+    """A batch of nested dicts, lists and tuples with `do` applied to its tensors."""
+    if isinstance(batch, dict):
+        return {key: each(value, do) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(each(value, do) for value in batch)
+    return do(batch) if isinstance(batch, Tensor) else batch
+
+
+class Curve:
+    """A CSV with a row for each call; rows of later steps than `step`, from a run that was cut off, are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path, self.columns, self.kept = path, [], []
+        if step and path.is_file():
+            self.kept = [row for row in self.read() if None not in row.values() and int(row["step"]) <= step]
+
+    def read(self) -> list[dict]:
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def add(self, row: dict) -> None:
+        row = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        if row.keys() <= set(self.columns):
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+            return
+        rows = [*(self.read() if self.columns else self.kept), row]  # the first, or one with new columns
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        with atomic(self.path) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def clips(args: Training) -> list[str]:
+    """The sequences that validate() scores. UserError if they are not there."""
+    names = [name for name in args.validate_sequences.split(",") if name]
+    listing = args.validate / "ImageSets" / "2017" / "val.txt"
+    if not names and not listing.is_file():
+        raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
+    names = names or listing.read_text().split()[:2]
+    for place in (f"{folder}/480p/{name}" for folder in ("JPEGImages", "Annotations") for name in names):
+        if not (args.validate / place).is_dir():
+            raise UserError(
+                f"--validate {args.validate}: has no {place}; give DAVIS 2017 and --validate-sequences of it"
+            )
+    return names
+
+
+def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
+    """J&F of label propagation with OUT/weights.pth, by evaluate.py in a process of its own; {} if that fails."""
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        command = [sys.executable, Path(__file__).parent / "evaluate.py", "--data", args.validate, "--out", folder]
+        command += [
+            "--weights",
+            args.out / "weights.pth",
+            "--sequences",
+            ",".join(clips(args)),
+            "--device",
+            args.device,
+            *flags,
+        ]
+        alone = {name: value for name, value in os.environ.items() if not name.endswith(("RANK", "WORLD_SIZE"))}
+        done = subprocess.run(command, capture_output=True, text=True, env=alone)
+        if done.returncode:
+            tqdm.write(
+                f"warning: validation failed: {(done.stderr.splitlines() or ['no message'])[-1]}", file=sys.stderr
+            )
+            return {}
+        overall = json.loads((Path(folder) / "scores.json").read_text())["overall"]
+    return {name: 100 * overall[name] for name in ("J&F_M", "J_M", "F_M")}
+
+
+def train(
+    args: Training,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr: Callable[[int], float],
+    epochs: int,
+    steps_per_epoch: int,
+    streams: dict[str, tuple[Sequence, str]],
+    weights: Callable[[], dict],
+    validation: Sequence[str] = (),
+    score: Callable[[], dict[str, float]] | None = None,
+    look: Callable[[], np.ndarray] | None = None,
+    look_every: int = 0,
+) -> None:
+    """Train, on one process or many, so that a run that is cut off and resumed ends with the same weights.
+
+    method(batch, step) gives scalar tensors, the same ones at all steps of an epoch: "loss" is minimised, all are
+    logged. streams names data sets and the flags of their batch sizes over all processes, as checked by start_training;
+    batch[name] is what their samples collate to. Randomness is a function of (seed, step, place in the batch), so a
+    checkpoint needs no random states, and processes x accumulated parts see the same samples however they are shared
+    out. lr(epoch), epochs from 0. weights() is saved as OUT/weights.pth; validation are flags of evaluate.py for
+    --validate; score() is run by all processes at the end of an epoch; look() is a picture, H x W x 3 uint8, of the
+    step before. Raises UserError for a loss that is not finite, data that cannot be read and a full disk; the last
+    checkpoint stays.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    rank, world = rank_world()
+    device, last = next(method.parameters()).device, args.out / "last.pth"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another") from error
+    total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
+    streams = {name: (samples, getattr(args, flag)) for name, (samples, flag) in streams.items()}
+    scaler, step = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
+    if resumes(args):
+        state = read_checkpoint(args, streams)
+        method.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        step = state["step"]
+    loaders = [
+        iter(
+            torch.utils.data.DataLoader(
+                Draws(samples),
+                batch_sampler=Batches(len(samples), size, (args.seed, number), step),
+                collate_fn=Draws.collate,
+                num_workers=math.ceil(args.workers / len(streams)),
+                worker_init_fn=quiet_worker,
+                pin_memory=device.type == "cuda",
+            )
+        )
+        for number, (samples, size) in enumerate(streams.values())
+    ]
+    parallel = method
+    if world > 1:
+        parallel = nn.parallel.DistributedDataParallel(
+            method, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def save() -> None:
+        state = {"step": step, "config": {flag: str(value) for flag, value in vars(args).items()}}
+        state["samples"] = {name: len(samples) for name, (samples, _) in streams.items()}
+        state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        write_checkpoint(last, state)
+        write_checkpoint(args.out / "weights.pth", weights())
+
+    stopped, halt, lost, sums = [], 0, set(), {}
+
+    def stop(number: int, _) -> None:
+        if stopped and number == signal.SIGINT:  # asked twice: now
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    began = saved = time.perf_counter()
+    waited, first, since = 0.0, step, (began, step)
+    log, scores = (Curve(args.out / name, step) for name in ("log.csv", "validation.csv"))  # rank 0 adds to them
+    board = SummaryWriter(args.out, purge_step=step) if not rank else None
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+
+    def due_to_validate() -> bool:
+        return bool(args.validate) and (step == total or step % (args.validate_every * steps_per_epoch) == 0)
+
+    def judge() -> None:
+        """Scores of an epoch that is over, and of the end."""
+        row = score() if score and step % steps_per_epoch == 0 else {}
+        if due_to_validate() and not rank:
+            row |= validate(args, validation)
+        if row and not rank:
+            epoch = (step - 1) // steps_per_epoch
+            scores.add({"step": step, "epoch": epoch, **row})
+            for name, value in row.items():
+                board.add_scalar(f"validation/{name}", value, step)
+            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        method.train()
+
+    method.train()
+    try:
+        if step and not any(int(row["step"]) == step for row in scores.kept):  # stopped before it could be judged
+            judge()
+        while step < total and not halt:
+            epoch = step // steps_per_epoch
+            for group in optimizer.param_groups:
+                group["lr"] = lr(epoch)
+            start, batch = time.perf_counter(), {}
+            for loader, name in zip(loaders, streams, strict=True):
+                batch[name], skipped = next(loader)
+                for line in set(skipped) - lost:
+                    tqdm.write(f"warning: {line}: skipped", file=sys.stderr)
+                    with (args.out / "unreadable.txt").open("a") as file:
+                        file.write(f"{line}\n")
+                lost.update(skipped)
+                if batch[name] is None or len(lost) > max(10, len(streams[name][0]) // 10):
+                    raise UserError(f"{len(lost)} samples of {name} cannot be read, such as {min(lost)}; check --data")
+            waited += time.perf_counter() - start
+            batch = each(batch, lambda x: x.to(device, non_blocking=True))
+            for part in range(args.accumulate):
+                torch.manual_seed(seed_of(args.seed, step, rank * args.accumulate + part))
+                cut = each(batch, lambda x, part=part: x.chunk(args.accumulate)[part])
+                final = part == args.accumulate - 1 or world == 1
+                with contextlib.nullcontext() if final else parallel.no_sync():
+                    with torch.autocast(device.type, getattr(torch, args.amp), enabled=args.amp != "float32"):
+                        terms = parallel(cut, step)
+                    scaler.scale(terms["loss"] / args.accumulate).backward()
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0) + value.detach().float() / args.accumulate
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            halt = max(stopped, default=0)
+            if world > 1:  # all stop at the same step
+                flag = torch.tensor(halt)  # on the CPU: a GPU would have to finish the step first
+                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+                halt = int(flag)
+            over = step % steps_per_epoch == 0
+            since_saved = (time.perf_counter() - saved) / 60
+            due = halt or due_to_validate() or step == total
+            due = due or since_saved > (min(1, args.save_minutes) if over else args.save_minutes)
+            if due or over or step % 10 == 0 or step <= 10:
+                now, steps = time.perf_counter(), step - since[1]
+                means = {name: float(value) / steps for name, value in sums.items()}
+                whole = not due or all(value.isfinite().all() for value in method.parameters())
+                if not (math.isfinite(means["loss"]) and whole):
+                    raise UserError(
+                        f"loss or weights are no numbers by step {step}; {last if last.exists() else 'nothing'} is "
+                        "kept from before; lower the learning rate, or take --amp float32"
+                    )
+                speed = steps * sum(size for _, size in streams.values()) / (now - since[0])
+                row = {"lr": lr(epoch), "images_per_s": speed, "waiting": waited / (now - began), **means}
+                bar.set_postfix({name: f"{value:.4g}" for name, value in {**means, **row}.items()}, refresh=False)
+                if not rank:
+                    log.add({"step": step, "epoch": epoch, **row})
+                    for name, value in row.items():
+                        board.add_scalar(name, value, step)
+                sums, since = {}, (now, step)
+            if due:
+                if not rank:
+                    save()
+                saved = time.perf_counter()
+            if look and not rank and step % look_every == 0:
+                picture = look()
+                with atomic(args.out / "pictures" / f"{step:07}.jpg") as path:
+                    path.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1])
+                board.add_image("picture", picture, step, dataformats="HWC")
+            if (over or step == total) and not halt:
+                judge()
+                since = time.perf_counter(), step
+    except OSError as error:  # of the logs; a checkpoint's says so itself
+        why = error.strerror or error
+        raise UserError(f"{args.out}: cannot be written ({why}); free space, the same command goes on") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        bar.close()
+        with contextlib.suppress(OSError):
+            board and board.close()
+    if world > 1:
+        torch.distributed.barrier()  # last.pth is written before anybody leaves or reads it
+    if halt:
+        if not rank:
+            print(f"stopped at step {step}: {last} is whole; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + halt)
+    if not rank:
+        took = time.perf_counter() - began
+        if step > first:
+            print(f"steps {first} to {step} in {took:.0f} s, {waited / took:.0%} of it waiting for data")
+        else:
+            print(f"{last}: is at step {step} of {total}, nothing is left to do")
+        print(args.out / "weights.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Weights to start from, weights to save, accuracy
 
 
 def load_start(net: Net, path: Path, arch: str) -> None:
     """Weights of the original stride into the network; what the file lacks beyond layer3 is named and stays random.
     UserError for another architecture."""
-    state, own = common.read_start(path), net.state_dict()
+    state, own = read_start(path), net.state_dict()
 
     def head(entries: dict) -> dict:
         return {key: value.shape for key, value in entries.items() if key.startswith("fc.")}
@@ -408,7 +922,7 @@ def load_start(net: Net, path: Path, arch: str) -> None:
 
 
 def system(args: Args) -> str:
-    """The row of common.MODELS that the weights are of."""
+    """The system that the weights are of."""
     if args.arch == "resnet50":
         return {"imagenet": "imagenet-r50", "rotation": "torchvision:resnet50", "moco": "moco"}[args.objective]
     name = "moco-r18" if args.objective == "moco" else args.objective
@@ -422,7 +936,7 @@ def held_out_score(args: Args, method: nn.Module, pictures: HeldOut, device: tor
         Subset(pictures, range(rank, len(pictures), world)),
         batch_size=max(1, args.batch_size // world // args.accumulate),
         num_workers=min(args.workers, len(pictures) // 64),
-        worker_init_fn=common.quiet_worker,
+        worker_init_fn=quiet_worker,
     )
     sums = torch.zeros(4, device=device)  # loss, top1, top5, pictures
     method.eval()
@@ -450,10 +964,10 @@ def main(args: Args) -> None:
     moco = args.objective == "moco"
     pictures = Pictures(learned, augmentation(args), ("query", "key") if moco else ("image",))
     streams = {"pictures": (pictures, "batch_size")}
-    device = common.start_training(args, streams)
+    device = start_training(args, streams)
     outputs = {"imagenet": len(classes), "rotation": 4, "moco": args.dim}[args.objective]
     net = Net(args.arch, outputs, frozen=args.finetune is not None, mlp=moco and args.moco_v2)
-    if args.finetune and not common.resumes(args):
+    if args.finetune and not resumes(args):
         load_start(net, args.finetune, args.arch)
     if moco:
         groups = args.bn_groups // (rank_world()[1] * args.accumulate)
@@ -475,7 +989,7 @@ def main(args: Args) -> None:
         return {"state_dict": net.state_dict(), "meta": meta}
 
     trained, kept = [value for value in method.parameters() if value.requires_grad], HeldOut(held, centre(args))
-    common.train(
+    train(
         args,
         method,
         torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
@@ -490,4 +1004,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, lambda: common.parse_args(Args))
+    common.run(main, lambda: common.parse(Args))

@@ -30,11 +30,14 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
 import common
-from common import PICTURES, Unreadable, UserError, Video, all_gather, pictures_in, rank_world, visible
+import train_finetune
+from common import PICTURES, UserError, rank_world
+from propagate import Video
+from train_finetune import Unreadable, all_gather, pictures_in, read_start, resumes, visible
 
 
 @dataclass
-class Args(common.Training):
+class Args(train_finetune.Training):
     out: Path = Path("results/uvc_plus")
     """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures."""
     data: tuple[Path, ...] = ()
@@ -485,9 +488,9 @@ def cycle_accuracy(S: Tensor) -> Tensor:
 
 def build_backbone(args: Args) -> nn.Module:
     """A ResNet-18 up to --out-layer, its weights random or those of --init, which must hold all of them."""
-    row = common.MODELS["uvc+"]
+    row = common.find_system("uvc+")
     net = common.build_net(row, replace(row.settings, layer=args.out_layer.replace("layer", "res")))
-    if args.init and not common.resumes(args) and (why := common.fit(net, common.read_start(args.init))):
+    if args.init and not resumes(args) and (why := common.fit(net, read_start(args.init))):
         what = f"give a ResNet-18 up to {args.out_layer} with torchvision's names and its BatchNorm"
         raise UserError(f"--init {args.init}: {why}; {what}")
     return net
@@ -754,12 +757,12 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     def lr(epoch: int) -> float:
         return 1e-3 * (1 - epoch / epochs) ** 0.9
 
-    common.train(own, method, optimizer, lr, epochs, steps, streams, weights, score=score if test else None)
+    train_finetune.train(own, method, optimizer, lr, epochs, steps, streams, weights, score=score if test else None)
     if rank_world()[0] == 0:
         errors = ", ".join(f"{name} {value:.3g}" for name, value in (score() if test else {}).items())
         print(f"Lab auto-encoder: error {errors} (Lab units) on {len(test)} frames; learnt from {len(learn)} videos")
         for name, part in weights().items():
-            common.write_checkpoint(folder / f"{name}.pth", part)
+            train_finetune.write_checkpoint(folder / f"{name}.pth", part)
     if rank_world()[1] > 1:
         torch.distributed.barrier()
     return folder
@@ -773,9 +776,9 @@ def main(args: Args) -> None:
     warmup = args.warmup_epochs * steps_per_epoch
     streams = {"video": (Pairs(args, videos, warmup), "batch_size")}
     streams |= {"image": (images, "image_batch_size")} if images else {}
-    again = common.resumes(args)  # all weights are in last.pth
+    again = resumes(args)  # all weights are in last.pth
     coders = load_autoencoder(args.autoencoder) if args.autoencoder and not again else (LabEncoder(), LabDecoder())
-    device = common.start_training(args, streams)
+    device = train_finetune.start_training(args, streams)
     method = UVC(args, coders, warmup, max(images.labels, default=-1) + 1 if images else 0).to(device)
     if not (args.autoencoder or again):  # an --init that does not fit has been refused by now
         for part, trained in zip(coders, load_autoencoder(train_autoencoder(args, videos, device)), strict=True):
@@ -798,7 +801,7 @@ def main(args: Args) -> None:
     layer = args.out_layer.replace("layer", "res")
     validation = ["--model", "uvc+", "--layer", layer, "--localization", "none", "--context", "7"]
     validation += ["--temperature", str(args.temperature)]
-    common.train(
+    train_finetune.train(
         *(args, method, optimizer, lr, args.epochs, steps_per_epoch, streams, weights, validation),
         look=method.look,
         look_every=args.look_every,
@@ -806,4 +809,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, lambda: common.parse_args(Args))
+    common.run(main, lambda: common.parse(Args))

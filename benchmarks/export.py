@@ -29,24 +29,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import clip  # noqa: E402
 import common  # noqa: E402
 import export  # noqa: E402
+import propagate  # noqa: E402
 
 SETTINGS, SIZE, FRAMES = common.Propagation(), (480, 854), 40
 
 
 def work(path: str, folder: Path) -> None:
     """One path over the clip: print the seconds of a frame, and the peak memory of this process in MiB."""
-    frames = (frame for _, frame in common.Video(folder / "clip.mp4").frames(range(FRAMES)))
-    mask, times = common.read_ids(folder / "f0.png"), []
+    frames = (frame for _, frame in propagate.Video(folder / "clip.mp4").frames(range(FRAMES)))
+    mask, times = propagate.read_ids(folder / "f0.png"), []
     if path != "torch":
-        engine = common.load_engine(folder / path)
+        engine = export.load_engine(folder / path)
         engine.step(next(frames), mask)
         answers = (engine.step(frame) for frame in frames)
     else:
         encoder = common.load_encoder("random", None, SETTINGS)
         features = (encoder(torch.from_numpy(frame).to(encoder.mean.device)[None])[0] for frame in frames)
-        labels = common.labels_from_mask(torch.from_numpy(mask), [1], SETTINGS.grid(*SIZE)).to(encoder.mean.device)
-        labelled = common.propagate_video(features, [(next(features), labels)], SETTINGS)
-        answers = (common.mask_from_labels(z, [1], SIZE).cpu().numpy() for z in labelled)
+        labels = propagate.labels_from_mask(torch.from_numpy(mask), [1], SETTINGS.grid(*SIZE)).to(encoder.mean.device)
+        labelled = propagate.propagate_video(features, [(next(features), labels)], SETTINGS)
+        answers = (propagate.mask_from_labels(z, [1], SIZE).cpu().numpy() for z in labelled)
     while True:
         start = time.perf_counter()
         if next(answers, None) is None:
@@ -66,7 +67,7 @@ def main() -> None:
         encoder = common.load_encoder("random", None, SETTINGS, "cpu")
         export.write_onnx(folder / "float32.onnx", args, encoder, export.describe(args))
         tracing, nodes = time.perf_counter() - start, len(onnx.load(folder / "float32.onnx").graph.node)
-        frames = [frame for _, frame in common.Video(folder / "clip.mp4").frames(range(5))]
+        frames = [frame for _, frame in propagate.Video(folder / "clip.mp4").frames(range(5))]
         scale = float(encoder(torch.from_numpy(frames[0])[None]).max()) / 127
         export.write_onnx(folder / "int8.onnx", args, encoder, export.describe(args) | {"dtype": "int8"}, scale)
         export.quantise_convolutions(folder / "int8.onnx", frames)

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import clip  # noqa: E402
 import common  # noqa: E402
-from common import Propagation, film_writer, load_encoder, propagate_labels, write_mask  # noqa: E402
+from common import Propagation, load_encoder  # noqa: E402
+from propagate import film_writer, propagate_labels, write_mask  # noqa: E402
 
 
 def dense_step(target, features, labels, s, chunk=512):

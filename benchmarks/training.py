@@ -46,7 +46,7 @@ def trained(objective: str, folder: Path, batch: int) -> tuple[float, float]:
     flags = ["--objective", objective, "--data", folder / "pictures", "--finetune", folder / "start.pth", "--no-resume"]
     flags += ["--batch-size", batch, "--queue", 64 * batch, "--bn-groups", 2, "--max-steps", STEPS, "--device", "cpu"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        tf.main(common.parse_args(tf.Args, [str(flag) for flag in [*flags, "--out", folder / "out"]]))
+        tf.main(common.parse(tf.Args, [str(flag) for flag in [*flags, "--out", folder / "out"]]))
     with (folder / "out" / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))  # one a step
     return 1 / np.median([1 / float(row["images_per_s"]) for row in rows[3:]]), float(rows[-1]["waiting"])

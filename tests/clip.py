@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import PALETTE, Video, film_writer, write_mask
+from propagate import PALETTE, Video, film_writer, write_mask
 
 
 def texture(rng: np.random.Generator, side: int, colours: list[tuple[int, int, int]], fineness: int) -> np.ndarray:

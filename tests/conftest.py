@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,9 @@ def cli(capsys):
     """Run a script's command line in this process: cli(module, "--flag", value, ...) -> (exit code, stdout, stderr)."""
 
     def call(script, *argv) -> tuple[int, str, str]:
-        code = 0
+        code, parse = 0, getattr(script, "parse_args", partial(common.parse, script.Args))
         try:
-            common.run(script.main, lambda: common.parse_args(script.Args, [str(arg) for arg in argv]))
+            common.run(script.main, lambda: parse([str(arg) for arg in argv]))
         except SystemExit as stop:
             code = stop.code
         out = capsys.readouterr()

@@ -27,7 +27,8 @@ import clip
 import common
 import export
 import propagate
-from common import Propagation, read_ids, write_mask
+from common import Propagation
+from propagate import read_ids, write_mask
 
 ROOT = Path(export.__file__).parent
 SMALL = Propagation(context=3, radius=4, topk=5)
@@ -80,7 +81,7 @@ def half(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("half") / "tracker.onnx"
     flags = ["--fp16", "--height", 50, "--width", 77, "--objects", 9, "--opset", 20, "--frames", 4, "--minmax"]
     flags += ["--aggregation", "per-frame", "--softmax", "region", "--exempt-first", "--out", path]
-    export.main(common.parse_args(export.Args, [str(flag) for flag in (*FLAGS, *flags)]))
+    export.main(common.parse(export.Args, [str(flag) for flag in (*FLAGS, *flags)]))
     return path
 
 
@@ -90,7 +91,7 @@ def int8(small_clip, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("int8") / "tracker.onnx"
     flags = ["--int8", "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--objects", 3]
     flags += ["--exempt-first"]
-    export.main(common.parse_args(export.Args, [str(flag) for flag in (*FLAGS, *flags, "--out", path)]))
+    export.main(common.parse(export.Args, [str(flag) for flag in (*FLAGS, *flags, "--out", path)]))
     return path
 
 
@@ -135,15 +136,15 @@ def test_a_step_is_the_pytorch_path(factors):
     mask = torch.zeros(size, dtype=torch.uint8)
     mask[5:30, 10:40], mask[20:45, 35:70], mask[0, 0] = 1, 2, 7  # 7 is no object: background
     features = [encoder(frame[None])[0] for frame in frames]
-    first = common.labels_from_mask(mask, (1, 2), grid, s.sampling)
-    first[0] = common.labels_from_mask(torch.where(mask > objects, 0, mask), (1, 2), grid, s.sampling)[0]
-    expected = [first, *common.propagate_video(features[1:], [(features[0], first)], s)]
+    first = propagate.labels_from_mask(mask, (1, 2), grid, s.sampling)
+    first[0] = propagate.labels_from_mask(torch.where(mask > objects, 0, mask), (1, 2), grid, s.sampling)[0]
+    expected = [first, *propagate.propagate_video(features[1:], [(features[0], first)], s)]
     memory = (torch.full((1 + s.context, *grid, n), torch.nan) for n in (len(features[0]), objects + 1))
     for seen, (frame, wanted) in enumerate(zip(frames, expected, strict=True)):
         winner, labels, own, *memory = step(frame, mask, torch.tensor([seen], dtype=torch.int32), *memory)
         torch.testing.assert_close(own, features[seen])
         torch.testing.assert_close(labels, wanted, atol=1e-4, rtol=0)
-        full = common.mask_from_labels(wanted, (1, 2), size, s.minmax) if seen else mask
+        full = propagate.mask_from_labels(wanted, (1, 2), size, s.minmax) if seen else mask
         assert (winner == full).float().mean() > 0.999
 
 
@@ -207,15 +208,15 @@ def test_the_memory_is_a_ring(tracker):
 
 
 def test_metadata_say_what_made_it(tracker):
-    info = common.load_engine(tracker).info
+    info = export.load_engine(tracker).info
     assert info["version"] == common.__version__ and info["model"] == "random" and info["weights"] is None
     assert (info["height"], info["width"], info["objects"], info["ids"]) == (96, 160, 3, [0, 1, 2, 3])
     assert Propagation(**info["settings"]) == SMALL and info["dtype"] == "float32"
 
 
 def test_an_answer_stays_what_it_was(tracker, small_clip):
-    engine, mask = common.load_engine(tracker), read_ids(small_clip / "f0.png")
-    frames = dict(common.Video(small_clip / "clip.mp4").frames(range(12)))
+    engine, mask = export.load_engine(tracker), read_ids(small_clip / "f0.png")
+    frames = dict(propagate.Video(small_clip / "clip.mp4").frames(range(12)))
     first, labels = engine.step(frames[0], mask), engine.read("labels")
     kept = first.copy(), labels.copy()
     second = engine.step(frames[11])
@@ -340,11 +341,11 @@ def test_tensorrt_builds_the_graph(graph, target, tensorrt, request, tmp_path, m
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test GPU")
     engine = tmp_path / "tracker.engine"
     graph = request.getfixturevalue(graph)
-    engine.write_bytes(export.build_engine(graph, common.engine_info(graph), tmp_path / "tracker.timing"))
+    engine.write_bytes(export.build_engine(graph, export.engine_info(graph), tmp_path / "tracker.timing"))
     made = {"hardware": "NVIDIA Test GPU", "tensorrt": tensorrt.__version__}
-    assert common.engine_info(engine) == common.engine_info(graph) | made
+    assert export.engine_info(engine) == export.engine_info(graph) | made
     weights = onnx.load(graph).graph.initializer
-    _, plan = common.TensorRTEngine.read_file(engine)
+    _, plan = export.TensorRTEngine.read_file(engine)
     assert len(plan) > 0.9 * sum(onnx.numpy_helper.to_array(weight).nbytes for weight in weights)
 
 
@@ -358,7 +359,7 @@ def on_a_gpu(monkeypatch, *providers: str) -> list:
             raise RuntimeError("no such library\nand more")
         return real(path, options, providers)
 
-    monkeypatch.setattr(common, "pick_device", lambda name: torch.device("cuda:1" if name == "auto" else name))
+    monkeypatch.setattr(export, "pick_device", lambda name: torch.device("cuda:1" if name == "auto" else name))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [f"{p}ExecutionProvider" for p in providers])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
@@ -368,7 +369,7 @@ def on_a_gpu(monkeypatch, *providers: str) -> list:
 def test_providers_come_in_order_and_fall_back(tracker, half, monkeypatch, capfd):
     """TensorRT, CUDA, CPU; all on the GPU that was asked for; what fails is named, and the next one is taken."""
     asked = on_a_gpu(monkeypatch, "Tensorrt", "CUDA", "CPU")
-    engine = common.load_engine(tracker)
+    engine = export.load_engine(tracker)
     names = [[name.removesuffix("ExecutionProvider") for name, _ in each] for each in asked]
     assert names == [["Tensorrt", "CUDA", "CPU"], ["CUDA", "CPU"], ["CPU"]] and engine.provider == "CPU"
     (_, tensorrt), (_, cuda), (_, cpu) = asked[0]
@@ -379,15 +380,15 @@ def test_providers_come_in_order_and_fall_back(tracker, half, monkeypatch, capfd
 
     # An engine that TensorRT built is found again by the graph's content: precision and weights are the graph's.
     assert tensorrt["trt_engine_cache_enable"] and not any("fp16" in key or "int8" in key for key in tensorrt)
-    common.load_engine(half)
+    export.load_engine(half)
     assert asked[3][0][1]["trt_engine_cache_prefix"] != tensorrt["trt_engine_cache_prefix"]
 
 
 def test_a_device_that_onnx_runtime_lacks_is_refused(tracker, monkeypatch):
     on_a_gpu(monkeypatch, "CPU")
     with pytest.raises(common.UserError, match="--device cuda:0: ONNX Runtime has no CUDA here; run pip install onnx"):
-        common.load_engine(tracker, "cuda:0")
-    assert common.load_engine(tracker, "cpu").provider == "CPU"
+        export.load_engine(tracker, "cuda:0")
+    assert export.load_engine(tracker, "cpu").provider == "CPU"
 
 
 @pytest.mark.parametrize("kept", ["fitting", "broken", "other GPU"])
@@ -487,7 +488,7 @@ def test_propagate_runs_it_to_the_same_masks(graph, share, flags, small_clip, tm
 
 def test_q_stops_an_engine_too(tracker, small_clip, tmp_path, cli, monkeypatch):
     shown = []
-    monkeypatch.setattr(propagate, "need_window", lambda flag: None)
+    monkeypatch.setattr(propagate, "need_window", lambda: None)
     monkeypatch.setattr(propagate, "show", lambda picture: shown.append(picture))  # False: as if q was pressed
     job = ["--engine", tracker, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
     assert cli(propagate, *job, "--mask-frame", 6, "--show", "--out", tmp_path / "out")[0] == 0
@@ -518,11 +519,11 @@ def example(*args) -> subprocess.CompletedProcess:
 def test_the_example_gives_the_same_masks(graph, share, small_clip, tmp_path, request):
     tracker = request.getfixturevalue(graph)
     cv2.imwrite(str(tmp_path / "grey.png"), 20 * read_ids(small_clip / "f0.png"))
-    engine, mask = common.load_engine(tracker), read_ids(small_clip / "f0.png")
+    engine, mask = export.load_engine(tracker), read_ids(small_clip / "f0.png")
     for given in (tmp_path / "grey.png", small_clip / "f0.png"):
         result = example(tracker, small_clip / "clip.mp4", given, tmp_path / "out")
         assert result.returncode == 0 and result.stdout == f"{tmp_path / 'out'}: 12 masks\n", result.stderr
-        for index, frame in common.Video(small_clip / "clip.mp4").frames(range(12)):
+        for index, frame in propagate.Video(small_clip / "clip.mp4").frames(range(12)):
             answer = engine.step(frame, None if index else mask)
             own = cv2.imread(str(tmp_path / "out" / f"{index:05d}.png"), cv2.IMREAD_GRAYSCALE)
             assert (own == answer).mean() > share  # OpenCV's decoder rounds colours in its own way
@@ -549,7 +550,7 @@ def test_half_precision_is_checked_too(half):
     kinds = {i.name: i.type.tensor_type.elem_type for i in graph.input}
     assert kinds["memory_features"] == onnx.TensorProto.FLOAT16 and kinds["memory_labels"] == onnx.TensorProto.FLOAT
     assert onnx.load(half).opset_import[0].version == 20
-    assert common.load_engine(half).info["dtype"] == "float16"
+    assert export.load_engine(half).info["dtype"] == "float16"
 
 
 def test_int8_is_int8(int8, tmp_path):
@@ -565,7 +566,7 @@ def test_int8_is_int8(int8, tmp_path):
         assert read[node.output[0]] == "QuantizeLinear"
     kinds = {i.name: i.type.tensor_type.elem_type for i in graph.input}
     assert kinds["memory_features"] == onnx.TensorProto.INT8 and kinds["memory_labels"] == onnx.TensorProto.FLOAT
-    assert common.load_engine(int8).info["dtype"] == "int8"
+    assert export.load_engine(int8).info["dtype"] == "int8"
 
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -600,7 +601,7 @@ def test_many_objects_and_no_context(tmp_path, cli):
     size = ("--height", 48, "--width", 64, "--objects", 200, "--frames", 3, "--radius", 2, "--context", 0)
     code, text, err = cli(export, "--model", "random", *size, "--out", out)
     assert code == 0 and "100.0000%" in text, err
-    assert common.load_engine(out).info["objects"] == 200
+    assert export.load_engine(out).info["objects"] == 200
 
 
 def test_a_graph_that_fails_its_check_is_not_left(tracker, small_clip, tmp_path, cli, monkeypatch):
@@ -615,7 +616,7 @@ def test_a_graph_that_fails_its_check_is_not_left(tracker, small_clip, tmp_path,
 @torch.inference_mode()
 def test_features_that_are_no_numbers_or_a_lost_object_fail_the_check(tracker, small_clip, monkeypatch, capsys):
     """Of no number the arg-max is background: most of the pixels of a small object's film."""
-    clip = [frame for _, frame in common.Video(small_clip / "clip.mp4").frames(range(4))]
+    clip = [frame for _, frame in propagate.Video(small_clip / "clip.mp4").frames(range(4))]
     mask = np.zeros((96, 160), np.uint8)
     mask[30:41, 50:61] = 1
     encoder = common.load_encoder("random", None, SMALL, "cpu")
@@ -634,7 +635,7 @@ def test_features_that_are_no_numbers_or_a_lost_object_fail_the_check(tracker, s
         def read(self, name):
             return self.now[{"labels": 1, "features": 2}[name]] + self.number
 
-    monkeypatch.setattr(common, "load_engine", lambda path: Engine())
+    monkeypatch.setattr(export, "load_engine", lambda path: Engine())
     for there, number, good in ((True, 0, True), (False, 0, False), (True, math.nan, False), (True, math.inf, False)):
         answers, Engine.object_there, Engine.number = iter(reference), there, number
         assert export.check(tracker, clip, mask, reference, rate, 0.99, 3) == good
@@ -826,9 +827,9 @@ def stand_in_for_tensorrt(graph: Path) -> SimpleNamespace:
 def test_an_engine_gives_the_graphs_masks(tracker, small_clip, tmp_path, cli, monkeypatch):
     """What surrounds TensorRT's step, on host memory: the memory goes round by its addresses, a mask starts afresh."""
     path = tmp_path / "tracker.engine"
-    info = common.load_engine(tracker).info | {"hardware": "NVIDIA Test GPU", "tensorrt": "0"}
+    info = export.load_engine(tracker).info | {"hardware": "NVIDIA Test GPU", "tensorrt": "0"}
     head = json.dumps(info).encode()
-    path.write_bytes(common.TensorRTEngine.MAGIC + len(head).to_bytes(4, "little") + head + b"plan")
+    path.write_bytes(export.TensorRTEngine.MAGIC + len(head).to_bytes(4, "little") + head + b"plan")
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in_for_tensorrt(tracker))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -847,13 +848,13 @@ def test_an_engine_gives_the_graphs_masks(tracker, small_clip, tmp_path, cli, mo
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "NVIDIA Other GPU")
     with pytest.raises(common.UserError, match="was built for NVIDIA Test GPU and TensorRT 0, here is NVIDIA Other"):
-        common.load_engine(path)
+        export.load_engine(path)
 
 
 def test_an_engine_says_what_it_needs(tmp_path, cli, monkeypatch):
     info = export.describe(export.Args(height=96, width=160)) | {"hardware": "NVIDIA Test GPU"}
     head, path = json.dumps(info).encode(), tmp_path / "tracker.engine"
-    path.write_bytes(common.TensorRTEngine.MAGIC + len(head).to_bytes(4, "little") + head + b"plan")
+    path.write_bytes(export.TensorRTEngine.MAGIC + len(head).to_bytes(4, "little") + head + b"plan")
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # importing it fails
     with pytest.raises(common.UserError, match=r"needs the tensorrt package; run pip install tensorrt"):
-        common.load_engine(path)
+        export.load_engine(path)

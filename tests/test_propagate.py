@@ -1,5 +1,6 @@
 """propagate.py through its command line: what it writes, how it goes on, and what it says to bad input."""
 
+import ast
 import csv
 import itertools
 import json
@@ -21,9 +22,8 @@ import torch
 from PIL import Image
 
 import clip
-import common
 import propagate
-from common import PALETTE, Video, read_ids, write_mask
+from propagate import PALETTE, Video, read_ids, write_mask
 
 RANDOM = ("--model", "random", "--context", "3", "--radius", "4", "--device", "cpu")
 
@@ -105,7 +105,7 @@ def test_the_film_plays_in_a_browser(done):
 def test_the_film_keeps_the_times_and_colours_of_the_video(tmp_path, cli):
     """Frames that last longer and longer, HD, and a colour that is another one in BT.709."""
     frame = np.full((720, 1280, 3), (40, 160, 80), np.uint8)
-    with common.film_writer(tmp_path / "clip.mp4", 25, (720, 1280)) as append:
+    with propagate.film_writer(tmp_path / "clip.mp4", 25, (720, 1280)) as append:
         for i in range(6):
             append(frame, i * i / 10)
     write_mask(tmp_path / "mask.png", np.eye(720, 1280, dtype=np.uint8))
@@ -180,11 +180,11 @@ def test_masks_that_no_run_made_are_never_deleted(small_clip, tmp_path, cli, fla
 def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, cli, stop):
     argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
     slow = (
-        "import signal, sys, time, common, propagate; real = common.propagate_labels\n"
+        "import signal, sys, time, common, propagate; real = propagate.propagate_labels\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background may have it ignored
         "def labels(*a, **k): time.sleep(0.2); return real(*a, **k)\n"
-        "common.propagate_labels = labels\n"
-        "common.run(propagate.main, lambda: common.parse_args(propagate.Args, sys.argv[1:]))"
+        "propagate.propagate_labels = labels\n"
+        "common.run(propagate.main, propagate.parse_args)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *map(str, argv)],
@@ -211,7 +211,7 @@ def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, 
 
 def interrupt_at(monkeypatch, number: int) -> list:
     """Ctrl-C in the place of the number-th call of propagate_labels; the calls so far."""
-    real, calls = common.propagate_labels, []
+    real, calls = propagate.propagate_labels, []
 
     def stopped(*args, **kwargs):
         calls.append(1)
@@ -219,7 +219,7 @@ def interrupt_at(monkeypatch, number: int) -> list:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(common, "propagate_labels", stopped)
+    monkeypatch.setattr(propagate, "propagate_labels", stopped)
     return calls
 
 
@@ -906,7 +906,7 @@ class FakeWindow:
 
     def __init__(self, monkeypatch, script):
         self.shown, self.script = [], iter(script)
-        monkeypatch.setattr(propagate, "need_window", lambda flag: None)
+        monkeypatch.setattr(propagate, "need_window", lambda: None)
         monkeypatch.setattr(cv2, "namedWindow", lambda *_: None)
         monkeypatch.setattr(cv2, "destroyWindow", lambda *_: None)
         monkeypatch.setattr(cv2, "setMouseCallback", lambda _, callback: setattr(self, "mouse", callback))
@@ -921,7 +921,11 @@ class FakeWindow:
         return -1
 
 
-def test_pick_draws_boxes_and_polygons(small_clip, tmp_path, cli, monkeypatch):
+def test_a_mask_is_drawn_by_hand(small_clip, tmp_path, monkeypatch, capsys):
+    """examples/draw_mask.py: a box, refined to the object in it, and a polygon."""
+    monkeypatch.syspath_prepend(Path(propagate.__file__).parent / "examples")
+    import draw_mask
+
     first = read_ids(small_clip / "f0.png")
     (top, left), (bottom, right) = np.argwhere(first == 1).min(0) - 3, np.argwhere(first == 1).max(0) + 3
     box = [
@@ -931,14 +935,21 @@ def test_pick_draws_boxes_and_polygons(small_clip, tmp_path, cli, monkeypatch):
     ]
     corners = [(70, 4), (90, 4), (90, 20), (70, 20)]
     polygon = [(event, *xy) for xy in corners for event in (cv2.EVENT_LBUTTONDOWN, cv2.EVENT_LBUTTONUP)]
+    monkeypatch.setattr(draw_mask, "need_window", lambda: None)
     FakeWindow(monkeypatch, [*box, "n", *polygon, (cv2.EVENT_RBUTTONDOWN, 0, 0), 13])
-    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--pick", "--end", 3, "--out", tmp_path / "o"]
-    assert cli(propagate, *argv)[0] == 0
-    mask = masks_in(tmp_path / "o")["00000.png"]
+    monkeypatch.setattr(sys, "argv", ["draw_mask.py", str(small_clip / "clip.mp4"), str(tmp_path / "drawn.png")])
+    draw_mask.main()
+    assert "--mask" in capsys.readouterr().out
+    mask = read_ids(tmp_path / "drawn.png")
     assert jaccard(mask == 1, first == 1) > 0.8  # the box was refined to the object in it
     assert mask[12, 80] == 2 and set(np.unique(mask)) == {0, 1, 2}
     FakeWindow(monkeypatch, [27])
-    assert "nothing was drawn" in refused(cli, *argv, "--overwrite")
+    with pytest.raises(SystemExit, match="nothing was drawn"):
+        draw_mask.main()
+    film = draw_mask.read_frame(small_clip / "clip.mp4", 7).astype(int)  # the frame that is asked for
+    assert np.abs(film - dict(Video(small_clip / "clip.mp4").frames([7]))[7]).mean() < 2
+    with pytest.raises(SystemExit, match="cannot be read"):
+        draw_mask.read_frame(small_clip / "clip.mp4", 700)
 
 
 def test_show(small_clip, tmp_path, cli, monkeypatch):
@@ -1005,7 +1016,7 @@ def test_a_second_recording_replaces_the_first(tmp_path, cli, camera):
 
 def test_no_window(small_clip, cli, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
-    assert "no window can be opened" in refused(cli, *RANDOM, "--video", small_clip / "clip.mp4", "--pick")
+    assert "no window can be opened" in refused(cli, *RANDOM, "--video", small_clip / "clip.mp4", "--show")
 
 
 def test_real_sequences(shared, imagenet, tmp_path, cli):
@@ -1040,13 +1051,34 @@ def test_format_and_lint():
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_scripts_form_a_star():
-    """Each script imports common, none imports another script, and common imports none of them."""
+def test_imports_run_down():
+    """common imports nothing of ours at its top, systems import common alone, a stage only the stages below it."""
     root = Path(propagate.__file__).parent
-    scripts = {path.stem for path in root.glob("*.py")} - {"common"}
-    for path in root.glob("*.py"):
-        imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
-        assert not imported & (scripts - {path.stem}), path.name
+    scripts = {path.stem for path in root.glob("*.py")}
+    below = {
+        "common": set(),
+        "propagate": {"common"},
+        "train_finetune": {"common"},
+        "evaluate": {"common", "propagate"},
+        "export": {"common", "propagate"},
+        "train_uvc_plus": {"common", "propagate", "train_finetune"},
+    }
+    assert scripts == set(below)
+
+    def imported(tree: ast.AST, nodes) -> set[str]:
+        names = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+        return {name.partition(".")[0] for name in names} & (scripts | {"systems"})
+
+    for name, allowed in below.items():
+        tree = ast.parse((root / f"{name}.py").read_text())
+        top, anywhere = imported(tree, tree.body), imported(tree, list(ast.walk(tree)))
+        assert top <= allowed, name
+        # propagate reaches export's runners inside functions, and itself as a module where it is run as a program
+        assert anywhere <= allowed | ({"export", "propagate"} if name == "propagate" else set()), name
+    for path in (root / "systems").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert imported(tree, list(ast.walk(tree))) == {"common"}, path.name
 
 
 def test_what_a_mask_holds_is_said(small_clip, tmp_path, cli):

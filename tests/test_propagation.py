@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
-from common import Propagation, labels_from_mask, load_encoder, mask_from_labels, propagate_labels, propagate_video
+import propagate
+from common import Propagation, find_system, load_encoder
+from propagate import labels_from_mask, mask_from_labels, propagate_labels, propagate_video
 
 
 def algorithm_1(g, features, labels, s, annotated=1):
@@ -90,7 +92,7 @@ def test_products_are_the_same_either_way(onednn, dtype, monkeypatch):
 def test_equals_the_pseudocode_either_way(onednn, monkeypatch):
     monkeypatch.setattr(common, "ONEDNN", onednn)
     real, sizes = common.products, []
-    monkeypatch.setattr(common, "products", lambda *args, out: sizes.append(out.numel()) or real(*args, out=out))
+    monkeypatch.setattr(propagate, "products", lambda *args, out: sizes.append(out.numel()) or real(*args, out=out))
     g, features, labels = random_context(20, 2, 40, 30)
     s = Propagation(radius=9)
     assert (propagate_labels(g, features, labels, s) - algorithm_1(g, features, labels, s)).abs().max() < 1e-5
@@ -127,7 +129,7 @@ def test_equal_affinities_copy_equal_labels():
 
 
 def test_on_real_features(shared, imagenet):
-    from common import Video
+    from propagate import Video
 
     video = Video(shared / "data/DAVIS/JPEGImages/480p/dog")
     s = Propagation(size="120", radius=5)
@@ -180,6 +182,7 @@ def test_annotations_that_name_some_objects(factors):
         z = algorithm_1(f, features, labels, s, annotated=len(pinned))
         latest.append((f, z))
         if t in given:
+            z[0] += z[2:].sum(0)  # what a named object leaves is background
             z = torch.where(named[:, None, None], given[t][0], z * (1 - given[t][0][2:].sum(0)))
             latest[-1] = (f, z)
             if s.keep_first:
@@ -232,7 +235,7 @@ def test_minmax_lets_a_faint_label_win_and_an_absent_one_not():
 
 def test_on_a_gpu_far_frames_wait_for_nothing():
     """A value that is read back from the GPU is an error for fake tensors."""
-    s = replace(common.MODELS["mast"].settings, radius=3)
+    s = replace(find_system("mast").settings, radius=3)
     with torch.no_grad(), FakeTensorMode(), torch.device("cuda"):
         context = torch.zeros(16, 12, 20), torch.zeros(2, 16, 12, 20), torch.zeros(2, 3, 12, 20)
         assert propagate_labels(*context, s, 1, [40, 1]).shape == (3, 12, 20)
@@ -248,18 +251,19 @@ def test_on_a_gpu_far_frames_wait_for_nothing():
 def test_on_a_gpu_everything_stays_there(model, factors):
     """No GPU is needed: fake tensors have shapes and a device alone, and one that is still on the CPU among those of
     the GPU is an error."""
-    own = common.MODELS[model].settings
+    own = find_system(model).settings
     if own.localization == "track":  # its boxes are computed on the CPU
         own = replace(own, localization="fixed")
     settings = replace(own, **{"context": 2} | factors)
-    row = common.MODELS[model]
+    row = find_system(model)
     with torch.no_grad(), FakeTensorMode():
         with torch.device("cuda"):  # what follows must find the device by itself
-            encoder = common.Encoder(common.build_net(row, settings).eval(), settings, row.input)
+            encoder = common.Encoder(common.build_net(row, settings).eval(), settings, row)
             frames = torch.zeros(5, 1, 96, 160, 3, dtype=torch.uint8)
             annotation = torch.zeros(96, 160, dtype=torch.uint8)
-        for name, buffer in list(encoder.named_buffers(recurse=False)):
-            encoder.register_buffer(name, buffer.cuda(), persistent=False)
+        for part in [encoder, *([encoder.colours] if encoder.colours else [])]:
+            for name, buffer in list(part.named_buffers(recurse=False)):
+                part.register_buffer(name, buffer.cuda(), persistent=False)
         features = (encoder(frame)[0] for frame in frames)
         first = labels_from_mask(annotation, [1, 2], settings.grid(96, 160))
         for labels in propagate_video(features, [(next(features), first)], settings):

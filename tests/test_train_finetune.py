@@ -114,7 +114,7 @@ def test_the_schedule_is_the_papers(flags, epochs, rates):
 def test_every_default_has_a_flag():
     flags = "--data d --epochs 7 --batch-size 64 --lr 0.2 --decay-epochs 2 5 --weight-decay 0 --momentum 0.5 --crop 96 "
     flags += "--min-area 0.5 --objective moco --queue 128 --dim 16 --temperature 1 --key-momentum 0.9 --bn-groups 4"
-    args = settle(common.parse_args(Args, flags.split()))
+    args = settle(common.parse(Args, flags.split()))
     lr = train_finetune.learning_rate(args)
     assert [lr(epoch) for epoch in (0, 1, 2, 4, 5)] == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.002])
     assert (args.min_area, args.temperature, args.bn_groups, args.dim) == (0.5, 1, 4, 16)
@@ -640,7 +640,7 @@ def test_rows_of_the_paper_take_the_fine_tuned_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = evaluate.Args(data=tmp_path)
     rows = [line for line in csv.DictReader(evaluate.PAPER.open()) if line["table"] == "table3"]
-    assert {name for row in rows for name in row["models"].split()} <= set(common.MODELS)
+    assert {name for row in rows for name in row["models"].split()} <= set(common.systems())
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "rotation-finetuned.pth").touch()
     model, settings = evaluate.paper_settings(args, ["rotation-finetuned", "rotation"], ["per-frame", "none"])

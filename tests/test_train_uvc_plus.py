@@ -63,7 +63,7 @@ def trained(videos, coders, tmp_path_factory) -> Path:
     """One run of both phases with the rotation loss: two steps each."""
     out = tmp_path_factory.mktemp("trained")
     flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "rotation", "--out", out]
-    uvc.main(common.parse_args(uvc.Args, [str(flag) for flag in (*SMALL, *flags)]))
+    uvc.main(common.parse(uvc.Args, [str(flag) for flag in (*SMALL, *flags)]))
     return out
 
 
@@ -497,8 +497,8 @@ def test_lab_is_what_propagate_sees():
     """The grey input of training is that of the extractor which propagate.py runs, bit for bit."""
     frame = next(clip.render(frames=1, height=64, width=64))[0]
     net = uvc.UVC(args(), coded(), 0).eval()
-    settings = replace(common.MODELS["uvc+"].settings, layer="res3", size="full")
-    encoder = common.Encoder(net.backbone, settings, "lightness")
+    settings = replace(common.find_system("uvc+").settings, layer="res3", size="full")
+    encoder = common.Encoder(net.backbone, settings, common.find_system("uvc+"))
     ours = net.features(uvc.from_uint8(torch.from_numpy(uvc.to_lab(frame, 64))[None]))
     assert torch.allclose(ours, encoder(torch.from_numpy(frame)[None]), atol=1e-5)
 
@@ -546,7 +546,7 @@ def test_only_the_frames_needed_are_converted(videos, monkeypatch):
     def spied(stream_decode):
         return lambda *a: (Spy(frame) for frame in stream_decode(*a))
 
-    film = common.Video(videos / "film" / "clip.mp4")
+    film = propagate.Video(videos / "film" / "clip.mp4")
     opened = av.open
 
     class Film:
@@ -562,7 +562,7 @@ def test_only_the_frames_needed_are_converted(videos, monkeypatch):
         def __getattr__(self, name):
             return spied(self.film.decode) if name == "decode" else getattr(self.film, name)
 
-    monkeypatch.setattr(common.av, "open", Film)
+    monkeypatch.setattr(propagate.av, "open", Film)
     frames = dict(film.frames([2, 6]))
     assert sorted(frames) == [2, 6]
     assert len(converted) == 2
@@ -714,7 +714,7 @@ def test_workers_that_are_no_forks(videos, tmp_path):
     flags = ["--data", videos, "--autoencoder-steps", 1, "--image-objective", "moco", "--out", tmp_path]
     flags += ["--queue", 4, "--workers", 2, "--max-steps", 1]
     code = "import multiprocessing as m, sys; m.set_start_method('forkserver'); m.set_forkserver_preload(['common'])\n"
-    code += "import common, train_uvc_plus as uvc; uvc.main(common.parse_args(uvc.Args, sys.argv[1:]))"
+    code += "import common, train_uvc_plus as uvc; uvc.main(common.parse(uvc.Args, sys.argv[1:]))"
     command = [sys.executable, "-c", code, *(str(flag) for flag in (*SMALL, *flags))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -742,7 +742,7 @@ def test_validation_propagates(videos, coders, small_clip, tmp_path, cli):
     (root / "JPEGImages" / "480p" / "clip").mkdir(parents=True)
     (root / "Annotations" / "480p").mkdir(parents=True)
     (root / "Annotations" / "480p" / "clip").symlink_to(small_clip / "truth")
-    for t, frame in common.Video(small_clip / "clip.mp4").frames(range(12)):
+    for t, frame in propagate.Video(small_clip / "clip.mp4").frames(range(12)):
         cv2.imwrite(str(root / "JPEGImages" / "480p" / "clip" / f"{t:05d}.jpg"), frame[..., ::-1])
     flags = ["--data", videos, "--autoencoder", coders, "--out", tmp_path / "out", "--validate", root]
     code, _, err = cli(uvc, *SMALL, *flags, "--epochs", 2, "--warmup-epochs", 2, "--validate-every", 1)

@@ -1,4 +1,4 @@
-"""What both training scripts rely on: common.train, here on a tiny method. A run that is cut off ends the same."""
+"""What both training scripts rely on: the loop, here on a tiny method. A run that is cut off ends the same."""
 
 import os
 import signal
@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # also run as a script, below
 
 import common  # noqa: E402
-from common import Training, Unreadable, UserError, start_training, train  # noqa: E402
+import train_finetune  # noqa: E402
+from common import UserError  # noqa: E402
+from train_finetune import Training, Unreadable, start_training, train  # noqa: E402
 
 
 class Numbers:
@@ -132,7 +134,7 @@ def test_a_process_takes_its_gpu_and_no_other(tmp_path, monkeypatch):
     """Memory of GPU 0 would be lost to the context of every process."""
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(common, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    monkeypatch.setattr(train_finetune, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
     for device, local in (("auto", None), ("cuda:1", None), ("auto", "3"), ("cuda:1", "3"), ("cpu", "3")):
         monkeypatch.setenv("LOCAL_RANK", local) if local else monkeypatch.delenv("LOCAL_RANK", raising=False)
         start_training(Args(out=tmp_path, device=device), {})

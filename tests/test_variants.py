@@ -15,15 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
-from common import (
-    Propagation,
-    UserError,
-    labels_from_mask,
-    load_encoder,
-    propagate_labels,
-    propagate_video,
-)
+import propagate
+from common import Propagation, UserError, load_encoder
+from propagate import labels_from_mask, propagate_labels, propagate_video
 
 DATA = Path(os.environ.get("SOFTCOPY_DATA", Path(__file__).parents[2] / "shared"))
 
@@ -112,13 +106,13 @@ def test_windows_equal_the_literal_search(localization, aggregation, softmax, to
 
 def test_windows_are_cut_into_blocks_without_a_seam(monkeypatch):
     """Far frames gathered in several goes, rows in several blocks."""
-    import common
+    import propagate
 
     s = Propagation(localization="predicted", topk=10_000, radius=2, temperature=0.2)
     f, y = frames(4, 6, 20, 30), soft(3, 2, 20, 30)
     whole = propagate_labels(f[3], f[:3], y, s, ages=[40, 2, 1])
-    cuts = common.cuts
-    monkeypatch.setattr(common, "cuts", lambda length, step: cuts(length, 3))
+    cuts = propagate.cuts
+    monkeypatch.setattr(propagate, "cuts", lambda length, step: cuts(length, 3))
     assert (propagate_labels(f[3], f[:3], y, s, ages=[40, 2, 1]) - whole).abs().max() < 1e-5
 
 
@@ -295,13 +289,11 @@ def test_memory_of_mast():
         assert [len(seen) - age for age in ages] == labels[:, 0, 0, 0].int().tolist()
         return torch.full((1, 2, 2), float(len(seen)))
 
-    import common
-
-    original, common.propagate_labels = common.propagate_labels, spy
+    original, propagate.propagate_labels = propagate.propagate_labels, spy
     try:
         list(propagate_video(iter(torch.ones(40, 3, 2, 2)), [(torch.ones(3, 2, 2), torch.zeros(1, 2, 2))], s))
     finally:
-        common.propagate_labels = original
+        propagate.propagate_labels = original
     for t in range(1, 41):
         wanted = sorted({i for i in (0, 5) if i <= t - 1} | {i for i in (t - 1, t - 3, t - 5) if i > 0})
         assert seen[t] == wanted
@@ -432,9 +424,9 @@ def test_a_stretch_starts_from_its_own_annotated_frame(change, monkeypatch):
         seen.append((list(ages), labels[:, 1, 0, 0].tolist()))
         return labels[0]
 
-    monkeypatch.setattr(common, "propagate_labels", look)
+    monkeypatch.setattr(propagate, "propagate_labels", look)
     own, other = ((torch.zeros(4, 5, 6), torch.full((2, 5, 6), value)) for value in (1.0, 2.0))
-    list(common.propagate_video([torch.zeros(4, 5, 6)] * 2, [own, other], replace(Propagation(), **change)))
+    list(propagate.propagate_video([torch.zeros(4, 5, 6)] * 2, [own, other], replace(Propagation(), **change)))
     ages, values = seen[0]
     assert values[ages.index(1)] == 1.0
     assert all(age > 15 for age, value in zip(ages, values, strict=True) if value == 2.0)

@@ -1,10 +1,11 @@
-"""Every system of MODELS: a file with the released names, shapes and container gives the features of a plain second
+"""Every system of systems/: a file with the released names, shapes and container gives the features of a plain second
 implementation, from uint8 frames on. The weights are random: what is tested is the net, its input and the loading."""
 
 import argparse
 import copy
 import functools
 import hashlib
+import importlib
 import math
 import os
 import re
@@ -21,7 +22,7 @@ import torchvision
 
 import common
 import propagate
-from common import MODELS, Propagation, UserError, find_weights, load_encoder, parse_args, preset, recognise
+from common import Propagation, UserError, find_system, find_weights, load_encoder, parse, preset, recognise, systems
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -297,7 +298,7 @@ def system(name):
     raise AssertionError(name)
 
 
-SYSTEMS = [name for name in MODELS if name != "random"]
+SYSTEMS = [name for name in systems() if name != "random"]
 FRAMES = np.random.default_rng(0).integers(0, 256, (1, 40, 64, 3), dtype=np.uint8)
 
 
@@ -311,7 +312,7 @@ def test_a_released_file_gives_the_features_of_a_second_implementation(name, tmp
     _, content, features = system(name)
     path = tmp_path / "released.pth.tar"
     torch.save(content, path)
-    settings = replace(MODELS[name].settings, size="full")
+    settings = replace(find_system(name).settings, size="full")
     encoder = load_encoder(name, path, settings, "cpu")
     with torch.inference_mode():
         got = encoder(torch.from_numpy(FRAMES))
@@ -335,7 +336,7 @@ def test_vfs_as_trained(tmp_path):
 def test_conv13_keeps_stride_8_by_leaving_out_a_pool(tmp_path):
     p, content, _ = system("deepcluster")
     torch.save(content, tmp_path / "w.pth")
-    settings = replace(MODELS["deepcluster"].settings, layer="conv13", size="full")
+    settings = replace(find_system("deepcluster").settings, layer="conv13", size="full")
     with torch.inference_mode():
         got = load_encoder("deepcluster", tmp_path / "w.pth", settings, "cpu")(torch.from_numpy(FRAMES))
     same(got, F.normalize(deepcluster(p, rgb(FRAMES), last=40, skip=(33,))))
@@ -366,18 +367,18 @@ def test_layers_and_strides_of_a_resnet(changes, net, tmp_path):
 def test_layers_that_a_network_does_not_have_are_refused():
     for name, changes in (("imagenet", {"layer": "conv10"}), ("imagenet", {"layer": "res2", "stride": 16})):
         with pytest.raises(UserError, match="--layer"):
-            common.build_net(MODELS[name], Propagation(**changes))
+            common.build_net(find_system(name), Propagation(**changes))
     with pytest.raises(UserError, match="--layer res3"):
-        common.build_net(MODELS["deepcluster"], Propagation())
+        common.build_net(find_system("deepcluster"), Propagation())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Input
 
 
-def colours(encoder_input, frames):
-    """What the network of an Encoder is given."""
-    return common.Encoder(torch.nn.Identity(), Propagation(size="full", l2=False), encoder_input)(
+def colours(name, frames):
+    """What the network of a system is given."""
+    return common.Encoder(torch.nn.Identity(), Propagation(size="full", l2=False), find_system(name))(
         torch.from_numpy(frames)
     )
 
@@ -387,7 +388,7 @@ def test_lightness_is_opencvs_for_every_colour():
     green, blue = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8), indexing="ij")
     for red in range(0, 256, 17):
         frame = np.stack([np.full_like(green, red), green, blue], -1)[None]
-        got = (colours("lightness", frame)[0, 0] * STD[0] + MEAN[0]) * 256
+        got = (colours("uvc", frame)[0, 0] * STD[0] + MEAN[0]) * 256
         assert torch.equal(got.round(), torch.from_numpy(cv2.cvtColor(frame[0], cv2.COLOR_RGB2LAB)[..., 0]).float())
         assert (got - got.round()).abs().max() < 1e-3
 
@@ -398,9 +399,9 @@ def test_spot_checks_of_the_colours():
         g for g in range(256) if cv2.cvtColor(np.full((1, 1, 3), g, np.uint8), cv2.COLOR_RGB2LAB)[0, 0, 0] == 128
     )
     frame = np.full((1, 1, 1, 3), grey, np.uint8)
-    assert colours("lightness", frame).flatten().tolist() == pytest.approx([0.0655, 0.1964, 0.4178], abs=1e-4)
+    assert colours("uvc", frame).flatten().tolist() == pytest.approx([0.0655, 0.1964, 0.4178], abs=1e-4)
     white = np.array([255, 0], np.uint8)[None, None, :, None].repeat(3, 3)
-    assert (colours("lab", white)[0, :, 0].T - torch.tensor([[1.0, 0, 0], [-1, 0, 0]])).abs().max() < 1e-4
+    assert (colours("mast", white)[0, :, 0].T - torch.tensor([[1.0, 0, 0], [-1, 0, 0]])).abs().max() < 1e-4
 
 
 def test_lab_is_opencvs_to_its_interpolation():
@@ -408,7 +409,7 @@ def test_lab_is_opencvs_to_its_interpolation():
     frame = np.random.default_rng(1).integers(0, 256, (1, 300, 300, 3), dtype=np.uint8)
     theirs = torch.from_numpy(cv2.cvtColor(frame[0].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)).permute(2, 0, 1)
     ours = (
-        colours("lab", frame)[0] * torch.tensor([50.0, 127, 127])[:, None, None]
+        colours("mast", frame)[0] * torch.tensor([50.0, 127, 127])[:, None, None]
         + torch.tensor([50.0, 0, 0])[:, None, None]
     )
     difference = (ours - theirs).abs().amax((1, 2))
@@ -418,7 +419,7 @@ def test_lab_is_opencvs_to_its_interpolation():
 def test_lightness_after_resizing_is_of_whole_levels():
     """UVC resizes bytes: the resized picture is rounded before its lightness is taken."""
     settings = Propagation(size="32/16", l2=False)
-    encoder = common.Encoder(torch.nn.Identity(), settings, "lightness")
+    encoder = common.Encoder(torch.nn.Identity(), settings, find_system("uvc"))
     got = encoder(torch.from_numpy(FRAMES))
     assert got.shape[2:] == (32, 48) == settings.input_size(40, 64)
     small = F.interpolate(unit(FRAMES), size=(32, 48), mode="bilinear", antialias=True) * 255
@@ -430,7 +431,7 @@ def test_a_size_in_both_directions_is_reached_as_opencv_does():
     frame = np.random.default_rng(0).integers(0, 256, (1, 90, 120, 3), dtype=np.uint8)
     plain = cv2.resize(frame[0].astype(np.float32) / 255, (40, 40), interpolation=cv2.INTER_LINEAR)
     for size, equal in (("40x40", True), ("40", False)):
-        encoder = common.Encoder(torch.nn.Identity(), Propagation(size=size, l2=False), "unit")
+        encoder = common.Encoder(torch.nn.Identity(), Propagation(size=size, l2=False), find_system("corrflow"))
         got = encoder(torch.from_numpy(frame))[0, :, :40, :40].permute(1, 2, 0)
         assert (float((got - torch.from_numpy(plain)).abs().max()) < 1e-5) == equal
 
@@ -439,12 +440,12 @@ def test_grids_of_the_systems():
     """The grids of a 480 x 854 frame (models.md 1c), and rule-64."""
     grids = {"crw": (60, 107), "vfs": (60, 107), "uvc": (60, 104), "mast": (120, 214), "corrflow": (120, 212)}
     for name, grid in grids.items():
-        assert MODELS[name].settings.grid(480, 854) == grid
+        assert find_system(name).settings.grid(480, 854) == grid
     assert preset("timm:vit_small_patch16_224.dino").grid(480, 854) == (30, 52)
     assert preset("timm:vit_small_patch8_224.dino").grid(480, 854) == (60, 104)
     dinov3 = preset("timm:vit_small_patch16_dinov3.lvd1689m")
     assert dinov3.grid(480, 854) == (60, 107) and (dinov3.temperature, dinov3.shape) == (0.2, "circle")
-    uvc = MODELS["uvc"].settings
+    uvc = find_system("uvc").settings
     assert uvc.input_size(480, 910) == (480, 896) and uvc.input_size(910, 480) == (896, 480)
     assert uvc.input_size(720, 1152) == (480, 768) and uvc.input_size(480, 480) == (480, 480)
     assert preset("uvc", "vip").input_size(480, 854) == (560, 560)
@@ -454,9 +455,9 @@ def test_grids_of_the_systems():
 
 @pytest.mark.parametrize("name", ["imagenet", "deepcluster", "corrflow", "uvc", "crw"])
 def test_the_grid_is_that_of_the_features_for_odd_frames(name):
-    settings = MODELS[name].settings
-    net = common.build_net(MODELS[name], settings).eval()
-    encoder = common.Encoder(net, settings, MODELS[name].input)
+    settings = find_system(name).settings
+    net = common.build_net(find_system(name), settings).eval()
+    encoder = common.Encoder(net, settings, find_system(name))
     with torch.inference_mode():
         for size in ((41, 67), (33, 90)):
             assert encoder(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[2:] == settings.grid(*size)
@@ -511,7 +512,8 @@ def test_stripped_names_obey_the_model(tmp_path, capsys):
     bare = {k.removeprefix("module."): v for k, v in content["state_dict"].items()}
     path = save(tmp_path / "w.pth", bare)
     assert recognise(*common.read_weights(path)) == "mast"
-    assert load_encoder("corrflow", path, device="cpu").input == "unit"
+    encoder = load_encoder("corrflow", path, device="cpu")
+    assert encoder.colours is None and not encoder.normalise
     assert "recognised as mast, used as corrflow" in capsys.readouterr().err
     path = save(tmp_path / "bare.pth", R18())
     assert recognise(*common.read_weights(path)) is None
@@ -542,16 +544,16 @@ def test_code_in_a_file_is_refused_but_crws_arguments_are_not(tmp_path):
 
 def test_the_model_of_a_weights_file_sets_the_defaults(tmp_path):
     crw = str(save(tmp_path / "crw.pth", system("crw")[1]))
-    args = parse_args(propagate.Args, ["--weights", crw, "--topk", "3"])
-    assert args.model == "crw" and args.propagation == replace(MODELS["crw"].settings, topk=3)
-    assert parse_args(propagate.Args, ["--weights", crw, "--model", "vfs"]).propagation == MODELS["vfs"].settings
+    args = parse(propagate.Args, ["--weights", crw, "--topk", "3"])
+    assert args.model == "crw" and args.propagation == replace(find_system("crw").settings, topk=3)
+    assert parse(propagate.Args, ["--weights", crw, "--model", "vfs"]).propagation == find_system("vfs").settings
     bare = str(save(tmp_path / "bare.pth", R18(stages=3)))
-    assert parse_args(propagate.Args, ["--weights", bare]).model == "imagenet"
+    assert parse(propagate.Args, ["--weights", bare]).model == "imagenet"
     own = str(save(tmp_path / "own.pth", {"state_dict": {**R18(stages=3)}, "meta": {"task": "torchvision:resnet18"}}))
-    assert parse_args(propagate.Args, ["--weights", own]).model == "torchvision:resnet18"
-    assert parse_args(propagate.Args, []).propagation == MODELS["default"].settings
-    assert parse_args(propagate.Args, []).model == "default"
-    assert preset("crw", "vip") == replace(MODELS["crw"].settings, size="560x560", context=4)
+    assert parse(propagate.Args, ["--weights", own]).model == "torchvision:resnet18"
+    assert parse(propagate.Args, []).propagation == find_system("default").settings
+    assert parse(propagate.Args, []).model == "default"
+    assert preset("crw", "vip") == replace(find_system("crw").settings, size="560x560", context=4)
 
 
 @pytest.fixture
@@ -586,7 +588,9 @@ def test_what_is_fetched_is_checked(nowhere, monkeypatch):
             find_weights(name)
     assert links[0].endswith("resnet18-f37072fd.pth") and not list((nowhere / "hub/checkpoints").iterdir())
     digest = "md5:" + hashlib.md5(b"weights").hexdigest()[:8]
-    monkeypatch.setitem(MODELS, "moco", replace(MODELS["moco"], digest=digest))
+    monkeypatch.setitem(
+        importlib.import_module("systems.moco").SYSTEMS, "moco", replace(find_system("moco"), digest=digest)
+    )
     assert find_weights("moco").read_bytes() == b"weights"
     assert find_weights("deepcluster").name == "deepcluster.pth"  # its link names no hash
 
@@ -698,7 +702,7 @@ def test_list_models(nowhere, cli):
     (nowhere / "weights" / "crw.pth").touch()
     lines = cli(propagate, "--list-models")[1].splitlines()
     rows = {line.split()[0]: line for line in lines[1:]}
-    assert set(MODELS) <= set(rows)
+    assert set(systems()) <= set(rows)
     assert "67.5" in rows["crw"] and "found: weights/crw.pth" in rows["crw"] and "MIT" in rows["crw"]
     assert "res4, post_convolution" in rows["mast"] and "drive.google.com" in rows["mast"]
 
@@ -711,7 +715,7 @@ def test_weights_alone_run_the_system(name, tmp_path, cli):
         cv2.imwrite(str(tmp_path / f"{t}.png"), cv2.resize(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8), (96, 64)))
     mask = np.zeros((64, 96), np.uint8)
     mask[16:48, 24:72] = 1
-    common.write_mask(tmp_path / "masks" / "0.png", mask)
+    propagate.write_mask(tmp_path / "masks" / "0.png", mask)
     path = save(tmp_path / "w.pth", system(name)[1])
     out = tmp_path / "out"
     flags = ("--video", tmp_path / "[0-9].png", "--weights", path, "--out", out, "--device", "cpu")

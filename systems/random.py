@@ -1,0 +1,20 @@
+"""A ResNet-18 with random weights from seed 0, for comparison: what propagation does without any training."""
+
+from pathlib import Path
+
+import torch
+
+from common import STILL, Encoder, Propagation, System, build_net, load_released
+
+
+def load(name: str, weights: Path | None, settings: Propagation) -> Encoder:
+    if weights:
+        return load_released(name, weights, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Encoder(build_net(SYSTEMS["random"], settings), settings)
+
+
+SYSTEMS = {
+    "random": System("resnet18", "no training: random weights from seed 0", **STILL, load=load, licence="-"),
+}

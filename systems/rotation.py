@@ -1,0 +1,21 @@
+"""Rotation prediction: Gidaris, Singh and Komodakis, "Unsupervised Representation Learning by Predicting Image
+Rotations" (ICLR 2018), on a ResNet-18 as the paper trained it. Not released: train_finetune.py trains it.
+"""
+
+from dataclasses import replace
+
+from common import BEST, STILL, System
+
+SYSTEMS = {
+    "rotation": System(
+        "resnet18",
+        "rotation prediction",
+        BEST,
+        **STILL,
+        paper=62.3,
+        mark=r"^fc\.weight 4x512$",
+        source="train_finetune.py makes them",
+        licence="your own",
+    ),
+}
+SYSTEMS["rotation-finetuned"] = replace(SYSTEMS["rotation"], about="rotation prediction, stride fine-tuned", mark="")
