@@ -2,14 +2,16 @@
 
     python evaluate.py --dataset davis --data DAVIS --model imagenet     # a row of the paper's Table 6
     python evaluate.py --dataset davis --data DAVIS --predictions A B    # score any methods' masks side by side
+    python evaluate.py --dataset folder --data MOSE --predictions A      # any folder of masks
     python evaluate.py --data DAVIS --sweep topk=1,5,10 --sweep temperature=0.02,0.05,1
     python evaluate.py --data DAVIS --paper table4                       # paper's figure, ours, the difference
     torchrun --nproc-per-node 4 evaluate.py --data DAVIS                 # sequences shared out over processes
 
 Predictions go to OUT/predictions/<row>, one folder of indexed PNG masks a sequence, where the row's name ends in a
 digest of all its settings: what is there whole is not computed again, and never taken for that of other settings.
-OUT also gets scores.json, scores.csv and report.html. Exit code 0: all scored; 1: some sequences failed, the others
-are scored; 2: nothing could be done.
+They are made again when the annotation or the frames that they depend on have changed. OUT also gets scores.json,
+scores.csv and report.html. Exit code 0: all scored; 1: some sequences failed, the others are scored, or there was
+nothing to score; 2: nothing could be done.
 """
 
 import base64
@@ -637,6 +639,8 @@ def score_jhmdb(seq: Sequence, folder: Path) -> dict:
         raise UserError(
             f"{path}: has {pred.shape[0]} frames x {pred.shape[1]} joints, the annotation {truth.shape[:2]}"
         )
+    if len(truth) < 2:
+        note(f"{seq.name}: has joints in {len(truth)} frame; the first is given, so none is scored")
     shown = (pred[..., 0] >= 0)[..., None]
     low, high = np.where(shown, truth, np.inf).min(1), np.where(shown, truth, -np.inf).max(1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -1398,7 +1402,7 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     count += f" in {esc(args.data.resolve().name)}" if args.data else ""
     told = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
     if any(set(results[row.name]) != shared for row in ran):
-        told += f" over the {len(shared)} sequences that all have" if shared else "? They have no sequence in common"
+        told += f" over the sequences that all have ({len(shared)})" if shared else "? They have no sequence in common"
     about = [f"per cent, mean over {over} of {count}{told}", LEGEND[args.dataset], *unlike(args, rows, scores)]
     text.append(f"<h1>{title}</h1><div class=sub>{'<br>'.join(about)}</div>")
     boxes = {c: percent(overall.get(c)) for c in columns} | {f"{c}, paper": v for c, v in best.paper.items()}

@@ -332,7 +332,7 @@ def test_the_best_row_is_told_by_the_sequences_that_all_have(cli, tmp_path):
     report, rows = (tmp_path / "out/report.html").read_text(), read(tmp_path / "out")["rows"]
     assert code == 1 and rows[0]["overall"]["J&F_M"] > rows[1]["overall"]["J&F_M"]
     assert "val: whole</h1>" in report and "<tr class=best><td>whole" in report
-    assert "the best of 2 rows over the 1 sequences that all have" in report
+    assert "the best of 2 rows over the sequences that all have (1)" in report
 
 
 def truncate(path: Path) -> Path:
@@ -1094,6 +1094,13 @@ def test_a_clip_with_a_frame_missing_is_told(cli, tmp_path):
     argv = ("--predictions", data / "joint_positions", "--out", tmp_path / "out")
     code, _, err = cli(evaluate, "--dataset", "jhmdb", "--data", data, *argv)
     assert code == 0 and read(tmp_path / "out")["overall"]["PCK@0.1"] == 1, err
+
+
+def test_a_clip_of_one_frame_has_nothing_to_score(cli, tmp_path):
+    data = jhmdb(tmp_path / "data", {"clip": grid_of_joints(1)})
+    argv = ("--dataset", "jhmdb", "--data", data, "--predictions", data / "joint_positions", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 1 and "wave/clip: has joints in 1 frame; the first is given, so none is scored" in err, err
 
 
 def test_pck_scale_is_the_box_of_the_joints_shown(tmp_path):
