@@ -704,9 +704,9 @@ def read_ids(path: str | Path) -> np.ndarray:
         with contextlib.suppress(ValueError, isal_zlib.error, struct.error, IndexError):
             return inflate_ids(data)  # about four times as fast as Pillow, which reads and judges the rest
         with Image.open(path) as picture:
-            if picture.mode not in ("P", "L"):
+            if picture.mode not in ("P", "L", "1"):
                 raise UserError(f"{path}: is a {picture.mode} picture; masks are indexed (or grey) PNGs of ids")
-            return np.array(picture)
+            return np.array(picture, np.uint8)  # of one bit: ids 0 and 1
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such mask") from error
     except (OSError, SyntaxError) as error:
