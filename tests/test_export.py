@@ -290,6 +290,13 @@ def test_tensorrt_reads_the_graph(graph, request):
     assert_tensorrt_reads(request.getfixturevalue(graph))
 
 
+@pytest.mark.parametrize(("graph", "opset", "ir"), [("tracker", 18, 8), ("int8", 18, 8), ("half", 20, 9)])
+def test_a_graph_asks_for_no_newer_runtime_than_its_operators_do(graph, opset, ir, request):
+    """ONNX Runtime 1.17 ends at IR version 9, 1.15 at 8."""
+    model = onnx.load(request.getfixturevalue(graph))
+    assert (model.opset_import[0].version, model.ir_version) == (opset, ir)
+
+
 def test_the_walk_finds_what_tensorrt_does_not_read(tracker, tmp_path):
     for change in ("topk", "operator", "float64"):
         model = onnx.load(tracker)
