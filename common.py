@@ -461,7 +461,8 @@ def fit(net: nn.Module, state: dict[str, Tensor]) -> str:
         if key in state and state[key].shape != value.shape:
             return f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
     norms = [key for key in missing if re.search(r"(bn\d|downsample\.1)\.\w+$", key)]
-    if missing == norms and any(re.search(r"(^|\.)(conv\d|downsample\.0)\.bias$", key) for key in state):
+    biases = [key for key in state if re.match(r"(layer\d\.\d+\.)?(conv\d|downsample\.0)\.bias$", key)]
+    if norms and missing == norms and biases:
         return f"its BatchNorm is folded into the convolutions ({norms[0]} is gone)"
     if missing:
         return f"it lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
