@@ -698,6 +698,29 @@ def test_timm_vit(tmp_path):
         load_encoder(f"timm:{arch}", save(tmp_path / "w.pth", R18(stages=3)), settings, "cpu")
 
 
+@torch.inference_mode()
+def test_dino_sees_what_its_own_script_gives_it(tmp_path):
+    """Its deviation of red, and its position embeddings: 14 x 14 to the grid by (side + 0.1) / 14, bicubic, plain."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    arch = "vit_small_patch16_224.dino"
+    vit = timm.create_model(arch, pretrained=False, num_classes=0).eval()
+    vit.pos_embed.normal_()
+    path = save(tmp_path / "dino_deitsmall16_pretrain.pth", vit.state_dict())
+    settings = replace(preset(f"timm:{arch}"), size="full")
+    encoder = load_encoder(f"timm:{arch}", path, settings, "cpu")
+    frames = np.random.default_rng(0).integers(0, 256, (1, 160, 256, 3), dtype=np.uint8)
+    x = (unit(frames) - MEAN[:, None, None]) / torch.tensor([0.228, 0.224, 0.225])[:, None, None]
+    x = F.conv2d(x, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=16).flatten(2).transpose(1, 2)
+    places = vit.pos_embed[:, 1:].reshape(1, 14, 14, 384).permute(0, 3, 1, 2)
+    places = F.interpolate(places, scale_factor=(10.1 / 14, 16.1 / 14), mode="bicubic").flatten(2).transpose(1, 2)
+    x = torch.cat([vit.cls_token, x], 1) + torch.cat([vit.pos_embed[:, :1], places], 1)
+    tokens = vit.norm(vit.blocks(x))[:, 1:].transpose(1, 2)
+    same(encoder(torch.from_numpy(frames)), F.normalize(tokens.unflatten(2, (10, 16))))
+    square = torch.from_numpy(frames[:, :, :160]).repeat(1, 2, 2, 1)[:, :224, :224]
+    assert encoder(square).shape == (1, 384, 14, 14)  # its own size: no resampling
+
+
 @pytest.mark.parametrize("family", ["dinov2", "dinov3"])
 @torch.inference_mode()
 def test_the_files_of_dinov2_and_dinov3_as_they_are_released(family, tmp_path, capsys):
