@@ -58,7 +58,7 @@ class Args:
     out: Path = Path("tracker.onnx")
     """The graph to write."""
     opset: int = 18
-    """ONNX operator set, 18 to 20."""
+    """ONNX operator set, 18 to 20. The oldest ONNX Runtime that ran it: 1.15 for 18, 1.16 for 19, 1.17 for 20."""
     fp16: bool = False
     """Features, affinities and memory in half precision, for GPUs; labels stay float32."""
     int8: bool = False
@@ -378,6 +378,7 @@ def write_onnx(path: Path, args: Args, encoder: common.Encoder, info: dict, scal
         verbose=False,
     )
     graph = program.model_proto
+    graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import)  # an older runtime reads it
     onnx.helper.set_model_props(graph, {"softcopy": json.dumps(info)})
     onnx.save(graph, path)
 

@@ -331,7 +331,7 @@ _scratch = threading.local()
 
 
 def scratch(size: int) -> Tensor:
-    """Memory for `size` floats that a thread has for itself and uses again: new memory would cost as much as a product."""
+    """Memory for `size` floats that a thread has for itself and uses again: new memory costs as much as a product."""
     if getattr(_scratch, "memory", None) is None or len(_scratch.memory) < size:
         with torch.inference_mode(False):
             _scratch.memory = torch.empty(size)
@@ -949,13 +949,17 @@ def need_window() -> None:
 
 
 class Stopwatch(Counter):
-    """Seconds by stage."""
+    """Seconds by stage; a stage inside another counts for itself alone."""
+
+    inside = 0.0
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before, self.inside = time.perf_counter(), self.inside, 0.0
         yield
-        self[stage] += time.perf_counter() - start
+        spent = time.perf_counter() - start
+        self[stage] += spent - self.inside
+        self.inside = before + spent
 
     def each(self, stage: str, items: Iterator) -> Iterator:
         """The same items; waiting for them is `stage`."""
@@ -1090,22 +1094,19 @@ def track(
         current = deque()
 
         def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-            for item, f in clock.each("read and extract", features_of(ahead(video.frames(todo)))):
+            for item, f in clock.each("extract", features_of(clock.each("read", ahead(video.frames(todo))))):
                 current.append(item)
                 yield f
 
         first = [annotated[part[0]], *(each for index, each in annotated.items() if index != part[0])]
         labelled = propagate_video(features(), first, s, recent)
-        while True:
-            start, elsewhere = time.perf_counter(), clock["read and extract"]
-            if (z := next(labelled, None)) is None:
-                break
+        for z in clock.each("propagate", labelled):
             index, frame = current.popleft()
-            if results.points:
-                answer = points_from_labels(z, video.size)
-            else:
-                answer = mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
-            clock["propagate"] += time.perf_counter() - start - (clock["read and extract"] - elsewhere)
+            with clock.time("up-sample"):
+                if results.points:
+                    answer = points_from_labels(z, video.size)
+                else:
+                    answer = mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
             yield index, frame, answer, z
 
 

@@ -11,9 +11,12 @@ from torch import nn
 from common import STILL, Propagation, System, find_system
 
 
-def build(system: System, settings: Propagation) -> nn.Module:
+def build(system: System, settings: Propagation) -> nn.Module | None:
     """The VGG behind its two filters: grey, then the derivatives along x and y."""
-    features = find_system("torchvision:vgg16_bn").build(system, settings).features
+    vgg = find_system("torchvision:vgg16_bn").build(system, settings)
+    if vgg is None:
+        return None
+    features = vgg.features
     features[0] = nn.Conv2d(2, 64, 3, padding=1)
     sobel = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1))
     return nn.Sequential(OrderedDict(sobel=sobel, features=features))

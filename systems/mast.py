@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from common import Propagation, System, build_resnet, cuts
+from common import Propagation, System, cuts, find_system
 
 XYZ = (  # linear sRGB -> X, Y, Z of D65, each over its white
     (0.412453 / 0.950456, 0.357580 / 0.950456, 0.180423 / 0.950456),
@@ -34,11 +34,11 @@ class Lab(nn.Module):
         return torch.stack([(116 * fy - 66) / 50, 500 / 127 * (fx - fy), 200 / 127 * (fy - fz)], 1)
 
 
-def build(system: System, settings: Propagation) -> nn.Module:
+def build(system: System, settings: Propagation) -> nn.Module | None:
     """The ResNet-18 with the slim layer4."""
     net = torchvision.models.resnet18()
     net.layer4 = nn.Sequential(*(torchvision.models.resnet.BasicBlock(256, 256) for _ in range(2)))
-    return build_resnet(system, settings, net)
+    return find_system("torchvision:resnet18").build(system, settings, net)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
