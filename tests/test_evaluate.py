@@ -1490,14 +1490,20 @@ def test_the_report_is_written_before_any_process_leaves(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data/ImageSets/2017/val.txt").write_text("first\nnowhere\nsecond\n")
     slow = tmp_path / "slow.py"
-    lines = "import time, evaluate, functools", "write = evaluate.write_report"
-    lines += ("evaluate.write_report = lambda *args: time.sleep(2) or write(*args)",)
-    lines += ("evaluate.run(evaluate.main, functools.partial(evaluate.parse, evaluate.Args))",)
-    slow.write_text("\n".join(lines))
+    slow.write_text(
+        "import evaluate, functools, os, pathlib, time\n"
+        "write, report = evaluate.write_report, pathlib.Path('out/report.html')\n"
+        "evaluate.write_report = lambda *args: time.sleep(1) or write(*args)\n"
+        "try:\n"
+        "    evaluate.run(evaluate.main, functools.partial(evaluate.parse, evaluate.Args))\n"
+        "finally:\n"
+        "    pathlib.Path('left' + os.environ['RANK']).write_text(str(report.exists()))\n"
+    )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    argv = [*torchrun, str(slow), "--data", str(tmp_path / "data"), *RANDOM, "--out", str(tmp_path / "out")]
-    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1 and (tmp_path / "out/report.html").exists(), done.stderr
+    argv = [*torchrun, "slow.py", "--data", "data", *RANDOM, "--out", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1 and (tmp_path / "left1").read_text() == "True", done.stderr
     assert "(1 of 3 sequences are missing)" in done.stderr and len(read(tmp_path / "out")["per_sequence"]) == 2
 
 
