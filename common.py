@@ -122,9 +122,15 @@ class Propagation:
     def __post_init__(self):
         if not re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?|full)(/[1-9]\d*)?", self.size):
             raise UserError(f"--size {self.size!r}: give the short side (480), height x width (480x854), or full")
-        for flag, least in (("upsample", 1), ("stride", 1), ("topk", 1), ("context", 0), ("radius", 1)):
+        if any(len(number) > 5 for number in re.findall(r"\d+", self.size)):
+            raise UserError(f"--size {self.size}: is more pixels than a video has; give 480, 480x854 or full")
+        bounds = {"upsample": (1, 64), "stride": (1, 64), "topk": (1, 10**6)}
+        bounds |= {"context": (0, 10**5), "radius": (1, 10**4)}
+        for flag, (least, most) in bounds.items():
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag} {getattr(self, flag)}: give {least} or more")
+            if getattr(self, flag) > most:
+                raise UserError(f"--{flag} {getattr(self, flag)}: is too large; give {most} or less")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature {self.temperature}: give a number above 0; affinities are divided by it")
         if self.context < 1 and not self.keep_first:
@@ -539,19 +545,41 @@ def stretch(labels: Tensor) -> Tensor:
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
-def read_picture(path: str | Path) -> np.ndarray:
-    """A JPEG, PNG, ... -> H x W x 3 uint8 RGB. UserError if it is damaged."""
+def read_picture(path: str | Path, reduce: bool = True, page: int = 0) -> np.ndarray:
+    """A JPEG, PNG, ... -> H x W x 3 uint8 RGB. UserError if it is damaged.
+
+    Values of more than 8 bits (16-bit, float) are brought to 0..255 by their own range, or left with reduce=False.
+    page: which picture of a TIFF that holds several.
+    """
     try:
-        data = Path(path).read_bytes()
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
+            raise UserError(f"{path}: is no regular file, so it cannot be read as a picture; replace or remove it")
+        data = Path(path).read_bytes() if not page else b"II*"
         if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9", len(data) // 2) < 0:  # OpenCV would fill it up with grey
             raise UserError(f"{path}: is a JPEG without an end, it breaks off; replace or remove it")
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
+        # To look at the depth costs time: only where there may be more than 8 bits.
+        deep = data[:3] in (b"II*", b"II+", b"MM\0") or data[:2] in (b"P5", b"P6")
+        deep = deep or (data[:4] == b"\x89PNG" and data[24:25] == b"\x10")
+        flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR if deep else cv2.IMREAD_COLOR_RGB
+        if page:
+            picture = next(iter(cv2.imreadmulti(str(path), page, 1, flags=flags)[1]), None)
+        else:
+            picture = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except (OSError, cv2.error) as error:
         why = getattr(error, "strerror", None) or getattr(error, "err", None) or "too large"
         raise UserError(f"{path}: cannot be read as a picture ({why}); replace or remove it") from error
     if picture is None:
         raise UserError(f"{path}: cannot be read as a picture; replace or remove it")
-    return picture
+    if deep:
+        picture = np.stack([picture] * 3, -1) if picture.ndim == 2 else np.ascontiguousarray(picture[..., 2::-1])
+    return to_8_bits(picture) if reduce and picture.dtype != np.uint8 else picture
+
+
+def to_8_bits(picture: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
+    """Values of more than 8 bits -> uint8: `low` to `high`, by default their own range, becomes 0 to 255."""
+    picture = np.nan_to_num(picture.astype(np.float32), posinf=0, neginf=0)
+    low, high = (picture.min(), picture.max()) if low is None else (low, high)
+    return np.clip((picture - low) * (255 / max(high - low, 1e-12)) + 0.5, 0, 255).astype(np.uint8)
 
 
 @contextlib.contextmanager
