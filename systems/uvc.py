@@ -109,12 +109,22 @@ def track(
     return z.view(L, h, w) / n
 
 
-def label_boxes(labels: Tensor, s: Propagation, before: np.ndarray | None = None) -> np.ndarray:
+def label_boxes(
+    labels: Tensor, s: Propagation, before: np.ndarray | None = None, mask: Tensor | None = None
+) -> np.ndarray:
     """The box of each label of a frame (labels L x h x w) for `track`, L x (left, right, top, bottom) in cells: of an
-    annotated frame, or after a frame whose boxes are `before`. nan: there is none, now or before."""
+    annotated frame, or after a frame whose boxes are `before`. nan: there is none, now or before.
+
+    mask: the number of each pixel's label, H x W, of an annotated frame: the box is then that of the mask at the
+    network's input size, as released; without it, of the labels enlarged to that size.
+    """
     (L, h, w), p = labels.shape, s.stride
-    full = F.interpolate((labels if before is None else stretch(labels))[None].float(), scale_factor=p, mode="bilinear")
-    hard = full[0].argmax(0).cpu().numpy()
+    if mask is not None:
+        hard = F.interpolate(mask[None, None].float(), size=(h * p, w * p), mode="nearest-exact")[0, 0]
+    else:
+        labels = labels if before is None else stretch(labels)
+        hard = F.interpolate(labels[None].float(), scale_factor=p, mode="bilinear")[0].argmax(0)
+    hard = hard.cpu().numpy()
     boxes = np.full((L, 4), np.nan)
     boxes[0] = 0, w, 0, h
     for l in range(1, L):

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 
 import common
 import propagate
@@ -822,3 +823,41 @@ def test_files_of_other_networks_are_refused_with_what_they_are(file, message, t
     torch.save(state, tmp_path / "file.pth")
     with pytest.raises(UserError, match=re.escape(message)):
         common.load_encoder("imagenet", tmp_path / "file.pth")
+
+
+def test_uvcs_first_boxes_are_those_of_the_mask_at_the_networks_input_size():
+    """To the pixel (models.md 3.4, step 1), where the labels on the grid would give them to the cell."""
+    uvc = importlib.import_module("systems.uvc")
+    mask = np.zeros((96, 160), np.uint8)
+    mask[30:53, 41:98], mask[60:61, 9:12] = 1, 2  # the second is between the middles of the cells: not on the grid
+    settings = replace(find_system("uvc").settings, size="64x96")
+    labels = propagate.labels_from_mask(torch.from_numpy(mask), [1, 2], (8, 12), "nearest")
+    small = np.array(Image.fromarray(mask).resize((96, 64), Image.Resampling.NEAREST))
+    boxes = uvc.label_boxes(labels, settings, mask=torch.from_numpy(mask))
+    assert boxes[0].tolist() == [0, 12, 0, 8]
+    for number in (1, 2):
+        y, x = np.nonzero(small == number)
+        grown = []
+        for low, high, end in ((x.min(), x.max(), 96), (y.min(), y.max(), 64)):
+            more = 0.3 * (high - low)
+            grown += [max(math.floor(low - more), 0) // 8, min(math.ceil(high + more), end) // 8]
+        assert boxes[number].tolist() == grown
+    assert not labels[2].any() and np.isnan(uvc.label_boxes(labels, settings)[2]).all()
+
+
+def test_the_mask_of_an_annotated_frame_reaches_uvcs_boxes(monkeypatch):
+    seen = []
+
+    def spy(target, features, labels, settings, annotated, ages, boxes):
+        seen.append([each[1].tolist() for each in boxes])
+        return labels[0]
+
+    module, settings = importlib.import_module("systems.uvc"), replace(find_system("uvc").settings, size="64x96")
+    monkeypatch.setitem(module.SYSTEMS, "uvc", replace(find_system("uvc"), localize=spy))
+    mask = torch.zeros(64, 96, dtype=torch.uint8)
+    mask[16:32, 17:47] = 1
+    first = torch.ones(3, 8, 12), propagate.labels_from_mask(mask, [1], (8, 12), "nearest")
+    for item, box in (((*first, mask), [1, 6, 1, 4]), (first, [0, 7, 1, 4])):
+        seen.clear()
+        list(propagate.propagate_video(torch.ones(2, 3, 8, 12), [item], settings))
+        assert [boxes[0] for boxes in seen] == [box, box]
