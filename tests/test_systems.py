@@ -9,6 +9,8 @@ import importlib
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -674,6 +676,41 @@ def test_names_that_are_not_known_are_refused():
     for name in ("nonsense", "torchvision:alexnet", "torchvision:nonsense", "timm:"):
         with pytest.raises(UserError, match=r"model|unknown"):
             load_encoder(name)
+
+
+def test_names_are_known_in_any_case_and_a_slip_is_guessed(tmp_path):
+    assert find_system("CRW") is find_system("crw") and find_system("UVC+") is find_system("uvc+")
+    path = str(save(tmp_path / "w.pth", system("crw")[1]))
+    assert parse(propagate.Args, ["--model", "CRW", "--weights", path]).model == "crw"
+    assert parse(propagate.Args, ["--model", "CRW"]).propagation == find_system("crw").settings
+    for slip, name in (("image-net", "imagenet"), ("Time-Cycle", "timecycle"), ("dafault", "default")):
+        with pytest.raises(UserError, match=rf"unknown model '{slip.lower()}': did you mean {name}\? choose one of"):
+            find_system(slip)
+    with pytest.raises(UserError, match="unknown model 'nonsense': choose one of"):
+        find_system("nonsense")
+
+
+def test_a_system_is_a_file(tmp_path):
+    """One more file in systems/ is one more model of every script; a name imports its own file alone."""
+    root = Path(propagate.__file__).parent
+    shutil.copytree(root / "systems", tmp_path / "systems", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("common.py", "propagate.py"):
+        shutil.copy(root / file, tmp_path)
+    row = 'SYSTEMS = {"mine-r18": System("resnet18", "my own", paper=12.3, source="my disk", licence="my own")}\n'
+    (tmp_path / "systems" / "mine.py").write_text("from common import System\n\n" + row)
+    code = (
+        "import sys, common, propagate\n"
+        "loaded = lambda: sorted(name for name in sys.modules if name.startswith(('systems.', 'torchvision')))\n"
+        "assert common.find_system('crw').padding == 'reflect' and loaded() == ['systems.crw'], loaded()\n"
+        "assert common.find_system('mine-r18').paper == 12.3\n"
+        "assert loaded() == ['systems.crw', 'systems.mine'], loaded()\n"
+        "common.build_net(common.find_system('mine-r18'), common.Propagation())\n"
+        "propagate.list_models()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    line = next(line for line in run.stdout.splitlines() if line.startswith("mine-r18 "))
+    assert "resnet18 res3, L2" in line and "12.3" in line and "not here: my disk; licence: my own" in line
 
 
 def test_timm_vit(tmp_path):
