@@ -10,6 +10,7 @@ Matter" (2022). Words and shapes, the same everywhere:
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import importlib
 import io
@@ -216,15 +217,18 @@ R18, R50 = r"layer1\.0\.conv1\.weight 64x64x3x3", r"layer1\.0\.conv1\.weight 64x
 
 
 def find_system(name: str) -> System:
-    """The row of a name (uvc+), of torchvision:NAME (a ResNet or VGG), or of timm:NAME (a ResNet or ViT)."""
-    file, arch = re.match("[a-z]*", name)[0], name.partition(":")[2]  # uvc+ stands in systems/uvc.py
-    if (SYSTEMS / f"{file}.py").is_file():
-        module = importlib.import_module(f"systems.{file}")
+    """The row of a name (uvc+, in any case), of torchvision:NAME (a ResNet or VGG), of timm:NAME (a ResNet or ViT)."""
+    name = name.lower()
+    path, arch = SYSTEMS / f"{re.match('[a-z]*', name)[0]}.py", name.partition(":")[2]  # uvc+ stands in systems/uvc.py
+    if path.is_file():
+        module = importlib.import_module(f"systems.{path.stem}")
         if arch and hasattr(module, "find"):
             return module.find(arch)
         if name in module.SYSTEMS:
             return module.SYSTEMS[name]
-    raise UserError(f"unknown model {name!r}: choose one of {', '.join(systems())}, torchvision:NAME or timm:NAME")
+    near = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, systems(), 1))
+    known = f"choose one of {', '.join(systems())}, torchvision:NAME or timm:NAME"
+    raise UserError(f"unknown model {name!r}: {near}{known}")
 
 
 def files() -> list[ModuleType]:
@@ -307,7 +311,7 @@ def load_encoder(
     system, device, dtype = find_system(name), pick_device(device), getattr(torch, dtype)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
     load = system.load or find_system(f"torchvision:{system.arch}").load
-    encoder = load(name, weights and Path(weights), settings or system.settings)
+    encoder = load(name.lower(), weights and Path(weights), settings or system.settings)
     fold_batchnorm(encoder.eval().requires_grad_(False))
     return encoder.to(device, dtype).to(memory_format=torch.channels_last)
 
@@ -626,7 +630,8 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(args_type, args=argv, default=default, config=config)
+            args = tyro.cli(args_type, args=argv, default=default, config=config)
+        return replace(args, model=args.model.lower()) if hasattr(args, "propagation") else args
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -349,7 +349,7 @@ def scratch(size: int) -> Tensor:
 
 def propagate_video(
     features: Iterable[Tensor],
-    annotated: Sequence[tuple[Tensor, Tensor]],
+    annotated: Sequence[tuple[Tensor, ...]],
     settings: Propagation,
     recent: Sequence[tuple[Tensor, Tensor]] = (),
     given: dict[int, tuple[Tensor, Tensor]] | None = None,
@@ -357,7 +357,8 @@ def propagate_video(
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
 
     annotated: (features, labels) of the annotated frames. The first is frame 0, and the targets come after it, from
-    frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away.
+    frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away. A third entry, the
+    number of each pixel's label (H x W, full size), gives UVC's boxes to the pixel; without it they are to the cell.
     recent: the last targets and their labels, oldest first, to go on with an earlier run: the last settings.context, or
     all where settings.history.
     given: number of a target -> (labels, which of them the annotation names, L bool): these are laid over what is
@@ -374,9 +375,9 @@ def propagate_video(
     number: dict[int, int] = {}  # slot -> the frame in it
     notes = {}  # slot -> what a system's way to localise keeps of it
 
-    def note(z: Tensor, first: bool = False):
+    def note(z: Tensor, first: bool = False, mask: Tensor | None = None):
         before = None if first else notes[max(number, key=number.get)]
-        return own.note(z, s, before) if own and own.note else None
+        return own.note(z, s, before, mask) if own and own.note else None
 
     def remember(slot: int, t: int, f: Tensor, z: Tensor, about=None) -> None:
         keys[:, :, slot], values[:, :, slot] = f.permute(1, 2, 0), z.permute(1, 2, 0)
@@ -395,7 +396,7 @@ def propagate_video(
         if s.memory == "spaced" and t == 5:
             remember(spaced, t, f, z, about)
 
-    first = [(f, z, note(z, first=True)) for f, z in annotated]
+    first = [(f, z, note(z, True, *mask)) for f, z, *mask in annotated]
     for slot in range(len(first) if s.keep_first else 0):
         remember(slot, kept[slot], *first[slot])
     for i, each in enumerate(first[:1] * s.context if s.pad else () if s.keep_first else first[: s.context]):

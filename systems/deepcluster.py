@@ -1,7 +1,11 @@
 """DeepCluster: Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features" (ECCV 2018).
 
-Code: github.com/facebookresearch/deepcluster. File: vgg16/checkpoint.pth.tar of its authors, CC BY-NC 4.0. A VGG-16
-with BatchNorm on the two derivatives of the grey picture (Sobel filters), whose weights are in the file.
+Code: github.com/facebookresearch/deepcluster. File: vgg16/checkpoint.pth.tar of its authors, CC BY-NC 4.0.
+Names in it: features.module. before torchvision's numbers, and sobel. The classifier and the top_layer are not used.
+Network: a VGG-16 with BatchNorm up to conv10, on the two derivatives of the grey picture; these filters (Sobel) are in
+the file. The grey picture is the mean of the three channels after ImageNet's mean and deviation.
+Settings: the paper's (Table 2: per-frame, k = 5, n = 7), which leaves the temperature open: that of ImageNet is taken.
+Its authors have no program for videos.
 """
 
 from collections import OrderedDict

@@ -9,6 +9,8 @@ import importlib
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 
 import common
 import propagate
@@ -675,6 +678,41 @@ def test_names_that_are_not_known_are_refused():
             load_encoder(name)
 
 
+def test_names_are_known_in_any_case_and_a_slip_is_guessed(tmp_path):
+    assert find_system("CRW") is find_system("crw") and find_system("UVC+") is find_system("uvc+")
+    path = str(save(tmp_path / "w.pth", system("crw")[1]))
+    assert parse(propagate.Args, ["--model", "CRW", "--weights", path]).model == "crw"
+    assert parse(propagate.Args, ["--model", "CRW"]).propagation == find_system("crw").settings
+    for slip, name in (("image-net", "imagenet"), ("Time-Cycle", "timecycle"), ("dafault", "default")):
+        with pytest.raises(UserError, match=rf"unknown model '{slip.lower()}': did you mean {name}\? choose one of"):
+            find_system(slip)
+    with pytest.raises(UserError, match="unknown model 'nonsense': choose one of"):
+        find_system("nonsense")
+
+
+def test_a_system_is_a_file(tmp_path):
+    """One more file in systems/ is one more model of every script; a name imports its own file alone."""
+    root = Path(propagate.__file__).parent
+    shutil.copytree(root / "systems", tmp_path / "systems", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("common.py", "propagate.py"):
+        shutil.copy(root / file, tmp_path)
+    row = 'SYSTEMS = {"mine-r18": System("resnet18", "my own", paper=12.3, source="my disk", licence="my own")}\n'
+    (tmp_path / "systems" / "mine.py").write_text("from common import System\n\n" + row)
+    code = (
+        "import sys, common, propagate\n"
+        "loaded = lambda: sorted(name for name in sys.modules if name.startswith(('systems.', 'torchvision')))\n"
+        "assert common.find_system('crw').padding == 'reflect' and loaded() == ['systems.crw'], loaded()\n"
+        "assert common.find_system('mine-r18').paper == 12.3\n"
+        "assert loaded() == ['systems.crw', 'systems.mine'], loaded()\n"
+        "common.build_net(common.find_system('mine-r18'), common.Propagation())\n"
+        "propagate.list_models()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    line = next(line for line in run.stdout.splitlines() if line.startswith("mine-r18 "))
+    assert "resnet18 res3, L2" in line and "12.3" in line and "not here: my disk; licence: my own" in line
+
+
 def test_timm_vit(tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -822,3 +860,41 @@ def test_files_of_other_networks_are_refused_with_what_they_are(file, message, t
     torch.save(state, tmp_path / "file.pth")
     with pytest.raises(UserError, match=re.escape(message)):
         common.load_encoder("imagenet", tmp_path / "file.pth")
+
+
+def test_uvcs_first_boxes_are_those_of_the_mask_at_the_networks_input_size():
+    """To the pixel (models.md 3.4, step 1), where the labels on the grid would give them to the cell."""
+    uvc = importlib.import_module("systems.uvc")
+    mask = np.zeros((96, 160), np.uint8)
+    mask[30:53, 41:98], mask[60:61, 9:12] = 1, 2  # the second is between the middles of the cells: not on the grid
+    settings = replace(find_system("uvc").settings, size="64x96")
+    labels = propagate.labels_from_mask(torch.from_numpy(mask), [1, 2], (8, 12), "nearest")
+    small = np.array(Image.fromarray(mask).resize((96, 64), Image.Resampling.NEAREST))
+    boxes = uvc.label_boxes(labels, settings, mask=torch.from_numpy(mask))
+    assert boxes[0].tolist() == [0, 12, 0, 8]
+    for number in (1, 2):
+        y, x = np.nonzero(small == number)
+        grown = []
+        for low, high, end in ((x.min(), x.max(), 96), (y.min(), y.max(), 64)):
+            more = 0.3 * (high - low)
+            grown += [max(math.floor(low - more), 0) // 8, min(math.ceil(high + more), end) // 8]
+        assert boxes[number].tolist() == grown
+    assert not labels[2].any() and np.isnan(uvc.label_boxes(labels, settings)[2]).all()
+
+
+def test_the_mask_of_an_annotated_frame_reaches_uvcs_boxes(monkeypatch):
+    seen = []
+
+    def spy(target, features, labels, settings, annotated, ages, boxes):
+        seen.append([each[1].tolist() for each in boxes])
+        return labels[0]
+
+    module, settings = importlib.import_module("systems.uvc"), replace(find_system("uvc").settings, size="64x96")
+    monkeypatch.setitem(module.SYSTEMS, "uvc", replace(find_system("uvc"), localize=spy))
+    mask = torch.zeros(64, 96, dtype=torch.uint8)
+    mask[16:32, 17:47] = 1
+    first = torch.ones(3, 8, 12), propagate.labels_from_mask(mask, [1], (8, 12), "nearest")
+    for item, box in (((*first, mask), [1, 6, 1, 4]), (first, [0, 7, 1, 4])):
+        seen.clear()
+        list(propagate.propagate_video(torch.ones(2, 3, 8, 12), [item], settings))
+        assert [boxes[0] for boxes in seen] == [box, box]
