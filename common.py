@@ -9,8 +9,10 @@ Matter" (2022). Words and shapes, the same everywhere:
 """
 
 import argparse
+import atexit
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import io
@@ -119,6 +121,9 @@ class Propagation:
     """Search annotated frames as a whole, whatever the fixed region (as CRW's code does)."""
     minmax: bool = False
     """Stretch each label to 0..1 over the frame before the arg-max."""
+    refine: float = 0.0
+    """Let the masks' edges follow the picture's: how far, as a share of the object's thickness; 0 is off, as in the
+    paper. It changes what is written, not what is carried on."""
 
     def __post_init__(self):
         if not re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?|full)(/[1-9]\d*)?", self.size):
@@ -134,6 +139,8 @@ class Propagation:
                 raise UserError(f"--{flag} {getattr(self, flag)}: is too large; give {most} or less")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature {self.temperature}: give a number above 0; affinities are divided by it")
+        if not 0 <= self.refine <= 10:
+            raise UserError(f"--refine {self.refine}: give 0 (off) to 10; 0.35 is a good strength")
         if self.context < 1 and not self.keep_first:
             raise UserError(
                 "--context 0 --no-keep-first: nothing is left to copy labels from; give --context 1 or more"
@@ -448,36 +455,42 @@ class Pool:
 
     def __init__(self, workers: int):
         self.workers, self.tasks, self.number = workers, queue.PriorityQueue(), itertools.count()
-        self.local = threading.local()  # a worker knows itself by it, and keeps its buffers there
-        threads = torch.get_num_threads()
-        ready = threading.Barrier(workers + 1)
-        for _ in range(workers):
-            threading.Thread(target=self._work, args=(ready,), daemon=True).start()
+        self.local = threading.local()  # a worker knows itself by it
+        threads, ready = torch.get_num_threads(), threading.Barrier(workers + 1)
+        self.threads = [threading.Thread(target=self._work, args=(ready,), daemon=True) for _ in range(workers)]
+        for thread in self.threads:
+            thread.start()
         ready.wait()
         torch.set_num_threads(threads)  # a worker's own setting is the default of threads to come
+        atexit.register(self.close)  # a thread that is at work while Python ends would abort the process
+
+    def close(self) -> None:
+        for _ in self.threads:
+            self.tasks.put((-math.inf, next(self.number), None, None, ()))
+        for thread in self.threads:
+            thread.join()
 
     def _work(self, ready: threading.Barrier) -> None:
         torch.set_num_threads(1)
         self.local.inside = True
         ready.wait()
-        while True:
-            *_, future, inference, task, args = self.tasks.get()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                with torch.inference_mode(inference), torch.no_grad():
-                    future.set_result(task(*args))
-            except BaseException as error:
-                future.set_exception(error)
-            del future, task, args  # nothing is kept while it waits
+        while (entry := self.tasks.get())[2]:
+            *_, future, task, args = entry
+            if future.set_running_or_notify_cancel():
+                try:
+                    with torch.inference_mode():
+                        future.set_result(task(*args))
+                except BaseException as error:
+                    future.set_exception(error)
+            del entry, future, task, args  # nothing is kept while it waits
 
     def submit(self, task: Callable, *args, order: int = 0) -> Future:
         """The future of task(*args). Called by a task it is computed at once, so that none waits for another."""
-        future, inference = Future(), torch.is_inference_mode_enabled()
+        future = Future()
         if getattr(self.local, "inside", False):
             future.set_result(task(*args))
         else:
-            self.tasks.put((order, next(self.number), future, inference, task, args))
+            self.tasks.put((order, next(self.number), future, task, args))
         return future
 
     def map(self, task: Callable, items: Iterable) -> list:
@@ -490,23 +503,14 @@ class Pool:
                 future.cancel()
 
 
-_pool: Pool | None = None
-
-
 def pool() -> Pool:
     """The pool of this process, made when it is first asked for."""
-    global _pool
-    _pool = _pool or Pool(usable_cpus())
-    return _pool
+    return _pool(os.getpid())  # a forked process has none of the threads
 
 
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # a forked process has none of the threads
+@functools.cache
+def _pool(process: int) -> Pool:
+    return Pool(usable_cpus())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -465,24 +465,129 @@ def labels_from_mask(mask: Tensor, ids: Sequence[int], grid: tuple[int, int], sa
 
 
 def mask_from_labels(
-    labels: Tensor, ids: Sequence[int], size: tuple[int, int], minmax: bool = False, chunk: int = 8
+    labels: Tensor,
+    ids: Sequence[int],
+    size: tuple[int, int],
+    minmax: bool = False,
+    frame: Tensor | None = None,
+    refine: float = 0.0,
+    chunk: int = 8,
 ) -> Tensor:
     """Soft labels L x h x w -> mask H x W uint8: up-sampled bilinearly to full size, then the arg-max (section 4.2).
 
-    minmax stretches each label that occurs to 0..1 over the frame first. Labels are up-sampled `chunk` at a time.
+    minmax stretches each label that occurs to 0..1 over the frame first. refine: then the edges of the labels are
+    moved to those of the frame (H x W x 3 uint8), see guide. Labels are up-sampled `chunk` at a time.
     """
+
+    def full(first: int) -> Tensor:
+        some = F.interpolate(labels[None, first : first + chunk].float(), size=size, mode="bilinear")[0]
+        return stretch(some) if minmax else some
+
+    starts = range(0, len(labels), chunk)
+    winner = largest(full(start) for start in starts)
+    if refine and len(labels) > 1:
+        radius = radii(winner, len(labels), refine)
+        picture = frame.to(labels.device).permute(2, 0, 1).float() / 255  # 3 H W
+        if len(labels) == 2:  # the background is the rest, so one map is enough
+            object_, ground = full(0).flip(0).split(1)
+            winner = (guide(object_ - ground, picture, radius[1:])[0] > 0).long()
+        else:
+            winner = largest(guide(full(start), picture, radius[start : start + chunk]) for start in starts)
+    return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
+
+
+def largest(chunks: Iterable[Tensor]) -> Tensor:
+    """The number of the largest of many maps, which come some at a time (each K x H x W): H x W."""
     best = winner = None
-    for start in range(0, len(labels), chunk):
-        full = F.interpolate(labels[None, start : start + chunk].float(), size=size, mode="bilinear")[0]
-        if minmax:
-            full = stretch(full)
-        value, index = full.max(0)
+    first = 0
+    for chunk in chunks:
+        value, index = chunk.max(0)
         if best is None:
             best, winner = value, index
         else:
-            winner = torch.where(value > best, index + start, winner)
+            winner = torch.where(value > best, index + first, winner)
             best = torch.maximum(value, best)
-    return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
+        first += len(chunk)
+    return winner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks that follow the picture: a guided filter (He, Sun, Tang, TPAMI 2013) on the up-sampled labels, its coefficients
+# computed on a small picture (He, Sun, "Fast Guided Filter", 2015)
+
+FLAT = 1e-5  # eps: differences of colour (in 0..1) well below its root are no edges (benchmarks/tuning.md)
+WIDEST = 4  # cells of the small picture
+
+
+def reduction(size: tuple[int, int]) -> int:
+    """How many pixels of a frame (H, W) make a cell of the small picture: 4, or more so that it has about 120 rows."""
+    return max(4, round(min(size) / 120))
+
+
+def radii(winner: Tensor, count: int, strength: float) -> Tensor:
+    """The filter's radius for each of `count` labels by the hard labels `winner` (H x W), in cells of the small
+    picture; 0 leaves a label alone.
+
+    It is strength x thickness, where thickness = area / outline in pixels: w / 2 for a strip of width w. What is less
+    than half a pixel is 0. The background takes the smallest radius of the objects that have one.
+    """
+    edge = torch.zeros_like(winner, dtype=torch.bool)  # the right or lower neighbour is another label
+    edge[:, :-1] |= winner[:, :-1] != winner[:, 1:]
+    edge[:-1] |= winner[:-1] != winner[1:]
+    area, outline = (torch.bincount(x.flatten(), minlength=count).float() for x in (winner, winner[edge]))
+    pixels = (strength * area / outline.clamp_min(1)).round() * (outline > 0)
+    cells, widest = (
+        reduction(winner.shape),
+        max(1, min(WIDEST, round(min(winner.shape) / 30 / reduction(winner.shape)))),
+    )
+    radius = (pixels / cells).round().clamp(1, widest) * (pixels >= 1)
+    own = radius[1:]
+    radius[0] = torch.where(own > 0, own, math.inf).amin() if (own > 0).any() else 0
+    return radius.long()
+
+
+def guide(maps: Tensor, picture: Tensor, radius: Tensor) -> Tensor:
+    """The guided filter of maps (K x H x W) by a picture (3 x H x W in 0..1), each with a radius of its own (K), in cells
+    of the small picture; those of radius 0 come back as they are."""
+    size = maps.shape[1:]
+    small = [math.ceil(side / reduction(size)) for side in size]
+    p, guiding = (F.interpolate(x[None], size=small, mode=how)[0] for x, how in ((maps, "bilinear"), (picture, "area")))
+    out = maps.clone()
+    for r in radius.unique().tolist():
+        if r:
+            own = radius == r
+            a, b = coefficients(p[own], guiding, r)
+            a, b = (F.interpolate(x, size=size, mode="bilinear") for x in (a, b[None]))
+            out[own] = (a * picture).sum(1) + b[0]
+    return out
+
+
+def coefficients(p: Tensor, picture: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """In each window of (2r + 1)^2 cells the a, b for which a . picture + b is nearest to p, averaged over the windows
+    that a cell is in. p K x h x w, picture 3 x h x w -> K x 3 x h x w, K x h x w."""
+
+    def box(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x[None], 2 * r + 1, 1, r, count_include_pad=False)[0]
+
+    R, G, B = picture
+    mean, mean_p = box(picture), box(p)
+    r_, g_, b_ = mean
+    rr, rg, rb, gg, gb, bb = box(torch.stack([R * R, R * G, R * B, G * G, G * B, B * B])) - torch.stack(
+        [r_ * r_, r_ * g_, r_ * b_, g_ * g_, g_ * b_, b_ * b_]
+    )
+    rr, gg, bb = rr + FLAT, gg + FLAT, bb + FLAT
+    # The inverse of the symmetric 3 x 3 covariance: its adjugate over its determinant.
+    i, j, k = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
+    l, m, n = rr * bb - rb * rb, rg * rb - rr * gb, rr * gg - rg * rg
+    determinant = rr * i + rg * j + rb * k
+    x, y, z = (box(p * colour) - mean_p * own for colour, own in zip(picture, mean, strict=True))
+    a = torch.stack([i * x + j * y + k * z, j * x + l * y + m * z, k * x + m * y + n * z], 1) / determinant
+    b = mean_p - (a * mean).sum(1)
+    return box(a.flatten(0, 1)).view_as(a), box(b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Points
 
 
 def labels_from_points(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -1536,7 +1641,9 @@ def track(
                     answer = shifted(points_from_labels(z, video.size), shift, video.size)
                 else:
                     rest_of = z * ~given[index].named.to(device)[:, None, None] if index in given else z
-                    answer = mask_from_labels(rest_of, results.ids, video.size, s.minmax).cpu().numpy()
+                    picture = torch.from_numpy(frame)
+                    mask = mask_from_labels(rest_of, results.ids, video.size, s.minmax, picture, s.refine)
+                    answer = mask.cpu().numpy()
                 if index in given:  # at full size, what is given is exactly as given
                     own = given[index].known
                     answer = np.where(own >= 0 if results.points else own > 0, own, answer)
