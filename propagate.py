@@ -667,8 +667,11 @@ def film_writer(
             picture.pts, picture.time_base = last, tick
             film.mux(stream.encode(picture))
 
-        yield append
-        film.mux(stream.encode())
+        try:
+            yield append
+            film.mux(stream.encode())
+        except av.error.FFmpegError as error:  # frames that are half a day apart
+            raise UserError(f"{path}: cannot be written ({error.strerror}); --no-film leaves it out") from error
 
 
 def write_mask(path: Path, mask: np.ndarray, palette: np.ndarray = PALETTE) -> None:

@@ -1513,13 +1513,18 @@ def test_what_never_ends_or_takes_too_much(small_clip, tmp_path, cli):
 
 
 def test_a_film_of_a_frame_in_hours(small_clip, tmp_path, cli):
-    with propagate.film_writer(tmp_path / "slow.mkv", 25, (96, 160)) as append:
-        for i, (_, frame) in enumerate(Video(small_clip / "clip.mp4").frames(range(3))):
-            append(frame, 20000 * i)
-    job = [*RANDOM, "--video", tmp_path / "slow.mkv", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
-    code, _, err = cli(propagate, *job)
+    frames = dict(Video(small_clip / "clip.mp4").frames(range(3)))
+    for name, fps in (("slow.mp4", 1 / 20000), ("gaps.mkv", 25)):
+        with propagate.film_writer(tmp_path / name, fps, (96, 160)) as append:
+            for i, frame in frames.items():
+                append(frame, 20000 * i)
+    job = [*RANDOM, "--mask", small_clip / "f0.png", "--out", tmp_path / "o", "--overwrite"]
+    code, _, err = cli(propagate, *job, "--video", tmp_path / "slow.mp4")
     assert code == 0, err
     assert np.allclose(Video(tmp_path / "o/overlay.mp4").times, [0, 20000, 40000])
+    code, _, err = cli(propagate, *job, "--video", tmp_path / "gaps.mkv")
+    assert code == 2 and "overlay.mp4: cannot be written" in err and "--no-film leaves it out" in err
+    assert cli(propagate, *job, "--video", tmp_path / "gaps.mkv", "--no-film")[0] == 0
 
 
 def test_soft_labels_are_saved(small_clip, tmp_path, cli, monkeypatch):
