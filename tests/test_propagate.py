@@ -957,8 +957,15 @@ def test_a_mask_is_drawn_by_hand(small_clip, tmp_path, monkeypatch, capsys):
         draw_mask.main()
     film = draw_mask.read_frame(small_clip / "clip.mp4", 7).astype(int)  # the frame that is asked for
     assert np.abs(film - dict(Video(small_clip / "clip.mp4").frames([7]))[7]).mean() < 2
-    with pytest.raises(SystemExit, match="cannot be read"):
-        draw_mask.read_frame(small_clip / "clip.mp4", 700)
+    for video, number in ((small_clip / "clip.mp4", 700), (small_clip / "f0.png", 3), (small_clip / "truth", -1)):
+        with pytest.raises(SystemExit, match="2"):
+            draw_mask.read_frame(video, number)
+        assert f"frame {number} cannot be read" in capsys.readouterr().err
+    grey = first.astype(np.uint16) * 50 + 900
+    cv2.imwrite(str(tmp_path / "deep.png"), grey)
+    assert draw_mask.read_frame(tmp_path / "deep.png", 0).max() == 255
+    Image.fromarray(grey).save(tmp_path / "stack.tif", save_all=True, append_images=[Image.fromarray(grey[::-1])])
+    assert (draw_mask.read_frame(tmp_path / "stack.tif", 1)[..., 0] == 85 * first[::-1]).all()
 
 
 def test_show(small_clip, tmp_path, cli, monkeypatch):
