@@ -902,6 +902,8 @@ def read_points(path: Path, size: tuple[int, int]) -> dict[int | None, dict[str,
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file, skipinitialspace=True)
             columns, rows = list(table.fieldnames or ()), list(table)
+        if missing := {"id", "x", "y"} - set(columns):
+            raise KeyError(sorted(missing)[0])
         if unknown := set(columns) - {"frame", "id", "x", "y"}:
             raise UserError(f"{path}: column {sorted(unknown)[0]!r} is not known; give id,x,y and, if you like, frame")
         whole = [row for row in rows if row["x"] != "" or row["y"] != ""]
