@@ -890,8 +890,11 @@ def film_writer(
             picture.pts, picture.time_base = last, tick
             film.mux(stream.encode(picture))
 
-        yield append
-        film.mux(stream.encode())
+        try:
+            yield append
+            film.mux(stream.encode())
+        except av.error.FFmpegError as error:  # frames that are half a day apart
+            raise UserError(f"{path}: cannot be written ({error.strerror}); --no-film leaves it out") from error
 
 
 def write_mask(path: Path, mask: np.ndarray, palette: np.ndarray = PALETTE) -> None:
@@ -1122,6 +1125,8 @@ def read_points(path: Path, size: tuple[int, int]) -> dict[int | None, dict[str,
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file, skipinitialspace=True)
             columns, rows = list(table.fieldnames or ()), list(table)
+        if missing := {"id", "x", "y"} - set(columns):
+            raise KeyError(sorted(missing)[0])
         if unknown := set(columns) - {"frame", "id", "x", "y"}:
             raise UserError(f"{path}: column {sorted(unknown)[0]!r} is not known; give id,x,y and, if you like, frame")
         whole = [row for row in rows if row["x"] != "" or row["y"] != ""]
