@@ -58,7 +58,7 @@ class Args:
     out: Path = Path("tracker.onnx")
     """The graph to write."""
     opset: int = 18
-    """ONNX operator set, 18 to 20. The oldest ONNX Runtime that ran it: 1.15 for 18, 1.16 for 19, 1.17 for 20."""
+    """ONNX operator set, 18 to 20. The oldest ONNX Runtime that ran them: 1.15 for 18, 1.16 for 19, 1.17 for 20."""
     fp16: bool = False
     """Features, affinities and memory in half precision, for GPUs; labels stay float32."""
     int8: bool = False
@@ -82,7 +82,7 @@ class Args:
 
 
 class Step(nn.Module):
-    """What the graph computes: common.propagate_labels and what stands around it, in operators that runtimes have.
+    """What the graph computes: propagate.propagate_labels and what stands around it, in operators that runtimes have.
 
     Every shape is fixed when it is built. A tile of target cells meets the context cells that the regions of its
     cells cover; the keys of all frames at these cells are gathered, so the (h w) x (n h w) affinity is never formed.
@@ -293,8 +293,19 @@ def check_args(args: Args) -> None:
         raise UserError(
             f"--objects {args.objects}: give 1 to 255; a mask has one byte a pixel, and 0 is the background"
         )
-    if min(args.height, args.width) < 16:
-        raise UserError(f"--height {args.height} --width {args.width}: give 16 pixels or more")
+    if min(args.height, args.width) < 16 or max(args.height, args.width) > 8192:
+        raise UserError(f"--height {args.height} --width {args.width}: give 16 pixels or more, and at most 8192")
+    if args.frames is not None and not 2 <= args.frames <= 10_000:
+        raise UserError(f"--frames {args.frames}: give 2 or more, at most 10000; the first one is given")
+    if s.radius > 8192:
+        raise UserError(f"--radius {s.radius}: no grid is as large; give at most 8192, or --localization none")
+    if max(input_size := s.input_size(args.height, args.width)) > 8192:
+        what = f"--size {s.size} --upsample {s.upsample}"
+        raise UserError(f"{what}: makes an input of {'x'.join(map(str, input_size))}; give at most 8192 pixels a side")
+    cells = math.prod(s.grid(args.height, args.width))
+    if (1 + s.context) * cells * 256 > 2**31:
+        most = 2**31 // (256 * cells) - 1
+        raise UserError(f"--context {s.context}: a memory of over 2^31 numbers, no runtime takes it; {most} at most")
     if args.int8 and args.fp16:
         raise UserError("--int8 and --fp16: give one of the two; what --int8 leaves stays float32")
     if args.int8 and not args.video:
@@ -802,8 +813,6 @@ def main(args: Args) -> None:
     check_args(args)
     check_packages(args)
     frames = args.propagation.context + 6 if args.frames is None else args.frames
-    if frames < 2:
-        raise UserError(f"--frames {frames}: give 2 or more; the first one is given")
     clip, mask = read_clip(args, frames)
     if len(clip) < 2:
         raise UserError(f"{args.video}: holds one frame; a check needs 2 or more")

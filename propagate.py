@@ -547,19 +547,19 @@ def radii(winner: Tensor, count: int, strength: float) -> Tensor:
 
 
 def guide(maps: Tensor, picture: Tensor, radius: Tensor) -> Tensor:
-    """The guided filter of maps (K x H x W) by a picture (3 x H x W in 0..1), each with a radius of its own (K), in cells
-    of the small picture; those of radius 0 come back as they are."""
-    size = maps.shape[1:]
-    small = [math.ceil(side / reduction(size)) for side in size]
-    p, guiding = (F.interpolate(x[None], size=small, mode=how)[0] for x, how in ((maps, "bilinear"), (picture, "area")))
-    out = maps.clone()
-    for r in radius.unique().tolist():
-        if r:
-            own = radius == r
-            a, b = coefficients(p[own], guiding, r)
-            a, b = (F.interpolate(x, size=size, mode="bilinear") for x in (a, b[None]))
-            out[own] = (a * picture).sum(1) + b[0]
-    return out
+    """The guided filter of maps (K x H x W) by a picture (3 x H x W in 0..1), each with a radius of its own (K), in
+    cells of the small picture; those of radius 0 come back as they are."""
+    cells, (H, W) = reduction(maps.shape[1:]), maps.shape[1:]
+    p, small = (F.avg_pool2d(x[None], cells, ceil_mode=True)[0] for x in (maps, picture))  # K h w, 3 h w
+    for r in filter(None, radius.unique().tolist()):
+        own = (radius == r).nonzero()[:, 0]
+        for k, *some in zip(own.tolist(), *coefficients(p[own], small, r), strict=True):
+            ab = torch.cat([some[0], some[1][None]])[None]  # 1 4 h w
+            a, b = F.interpolate(ab, scale_factor=cells, mode="bilinear")[0, :, :H, :W].split([3, 1])
+            maps[k] = torch.addcmul(
+                torch.addcmul(torch.addcmul(b[0], a[0], picture[0]), a[1], picture[1]), a[2], picture[2]
+            )
+    return maps
 
 
 def coefficients(p: Tensor, picture: Tensor, r: int) -> tuple[Tensor, Tensor]:
