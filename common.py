@@ -472,6 +472,7 @@ class Pool:
 
     def _work(self, ready: threading.Barrier) -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()  # torch reads it in each thread when first asked: now, before __init__ sets it back
         self.local.inside = True
         ready.wait()
         while (entry := self.tasks.get())[2]:

@@ -484,15 +484,16 @@ def mask_from_labels(
         return stretch(some) if minmax else some
 
     starts = range(0, len(labels), chunk)
-    winner = largest(full(start) for start in starts)
-    if refine and len(labels) > 1:
-        radius = radii(winner, len(labels), refine)
-        picture = frame.to(labels.device).permute(2, 0, 1).float() / 255  # 3 H W
-        if len(labels) == 2:  # the background is the rest, so one map is enough
-            object_, ground = full(0).flip(0).split(1)
-            winner = (guide(object_ - ground, picture, radius[1:])[0] > 0).long()
-        else:
-            winner = largest(guide(full(start), picture, radius[start : start + chunk]) for start in starts)
+    if not refine or len(labels) == 1:
+        winner = largest(full(start) for start in starts)
+    elif len(labels) == 2:  # the background is the rest, so one map is enough
+        background, own = full(0)
+        lead = own.sub_(background)[None]
+        picture, radius = frame.to(labels.device), radii((lead[0] > 0).long(), 2, refine)
+        winner = (guide(lead, picture, radius[1:])[0] > 0).long()
+    else:
+        picture, radius = frame.to(labels.device), radii(largest(map(full, starts)), len(labels), refine)
+        winner = largest(guide(full(start), picture, radius[start : start + chunk]) for start in starts)
     return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
 
 
@@ -546,19 +547,21 @@ def radii(winner: Tensor, count: int, strength: float) -> Tensor:
     return radius.long()
 
 
-def guide(maps: Tensor, picture: Tensor, radius: Tensor) -> Tensor:
-    """The guided filter of maps (K x H x W) by a picture (3 x H x W in 0..1), each with a radius of its own (K), in
-    cells of the small picture; those of radius 0 come back as they are."""
-    cells, (H, W) = reduction(maps.shape[1:]), maps.shape[1:]
-    p, small = (F.avg_pool2d(x[None], cells, ceil_mode=True)[0] for x in (maps, picture))  # K h w, 3 h w
+def guide(maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:
+    """The guided filter of maps (K x H x W) by a frame (H x W x 3 uint8), each with a radius of its own (K), in cells of
+    the small picture; those of radius 0 come back as they are."""
+    size = maps.shape[1:]
+    small = [math.ceil(side / reduction(size)) for side in size]
+    picture = frame.permute(2, 0, 1).float()  # 3 H W
+    p, guiding = (F.interpolate(x[None], size=small, mode="bilinear")[0] for x in (maps, picture))
     for r in filter(None, radius.unique().tolist()):
         own = (radius == r).nonzero()[:, 0]
-        for k, *some in zip(own.tolist(), *coefficients(p[own], small, r), strict=True):
-            ab = torch.cat([some[0], some[1][None]])[None]  # 1 4 h w
-            a, b = F.interpolate(ab, scale_factor=cells, mode="bilinear")[0, :, :H, :W].split([3, 1])
-            maps[k] = torch.addcmul(
-                torch.addcmul(torch.addcmul(b[0], a[0], picture[0]), a[1], picture[1]), a[2], picture[2]
-            )
+        a, b = coefficients(p[own], guiding / 255, r)
+        for k, ab in zip(own.tolist(), torch.cat([a / 255, b[:, None]], 1), strict=True):
+            *a, b = F.interpolate(ab[None], size=size, mode="bilinear")[0]
+            for weight, colour in zip(a, picture, strict=True):
+                b.addcmul_(weight, colour)
+            maps[k] = b
     return maps
 
 
@@ -567,7 +570,9 @@ def coefficients(p: Tensor, picture: Tensor, r: int) -> tuple[Tensor, Tensor]:
     that a cell is in. p K x h x w, picture 3 x h x w -> K x 3 x h x w, K x h x w."""
 
     def box(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x[None], 2 * r + 1, 1, r, count_include_pad=False)[0]
+        for size, pad in (((2 * r + 1, 1), (r, 0)), ((1, 2 * r + 1), (0, r))):  # rows, then columns: less work
+            x = F.avg_pool2d(x, size, 1, pad, count_include_pad=False)
+        return x
 
     R, G, B = picture
     mean, mean_p = box(picture), box(p)
