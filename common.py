@@ -61,7 +61,7 @@ def rank_world() -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The factors
+# The factors; the systems, each a file of systems/
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,6 @@ class Propagation:
         return tuple(math.ceil(side / self.stride) for side in self.input_size(height, width))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Systems, each a file of systems/
-
-
 @dataclass(frozen=True)
 class System:
     """A row of the paper, declared by a file of systems/: a network, its weights, and how its authors propagate."""
@@ -192,7 +188,7 @@ class System:
     licence: str = "none stated"
     keys: tuple[tuple[str, str], ...] = ()  # (regex, replacement), in turn: names in the released file -> torchvision's
     mark: str = ""  # regex that tells its file by its lines: "entry" of the container, "name shape" of tensors
-    load: Callable | None = None  # (name, file or None, settings) -> Encoder, where load_released does not do
+    load: Callable | None = None  # (name, file or None, settings) -> Encoder, where torchvision's does not do
     # A way to localise of its own: propagate_labels by itself, and what it keeps of a frame beside features and labels
     localize: Callable[..., Tensor] | None = None
     note: Callable | None = None
@@ -245,7 +241,7 @@ def preset(name: str, dataset: str = "davis") -> Propagation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Feature extractors
+# Feature extractors and their weights
 
 
 def build_net(system: System, s: Propagation, *whole: nn.Module) -> nn.Module:
@@ -360,14 +356,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if "GLOBAL" in str(error):  # the unpickler's word for a function or class that it will not touch
             why = "refused, it holds pickled code beside tensors; save its state_dict alone"
         raise UserError(f"{path}: {why}") from error
-    rest, content = [], state if isinstance(state, dict) else {}
-    if inner := [key for key in ("state_dict", "model", "teacher", "method") if isinstance(content.get(key), dict)]:
-        state, rest = content[inner[0]], [str(key) for key in content if key != inner[0]]
-        meta = content.get("meta")
-        task = str(meta.get("task")) if isinstance(meta, dict) else ""
-        if task in systems() or task.startswith("torchvision:"):  # of a training script
-            rest[rest.index("meta")] = f"meta {task}"
-    tensors = {key: value for key, value in dict(state).items() if isinstance(value, Tensor)} if content else {}
+    content = state if isinstance(state, dict) else {}
+    inner = next(
+        (key for key in ("state_dict", "model", "teacher", "method") if isinstance(content.get(key), dict)), ""
+    )
+    rest = [str(key) for key in content if inner and key != inner]
+    task = str(content["meta"].get("task")) if isinstance(content.get("meta"), dict) else ""
+    if inner and (task in systems() or task.startswith("torchvision:")):  # of a training script
+        rest[rest.index("meta")] = f"meta {task}"
+    tensors = {key: value for key, value in content.get(inner, content).items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
     return tensors, rest
@@ -411,7 +408,7 @@ def fold_batchnorm(module: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Small things that Algorithm 1 and the systems' own ways to localise share
+# Small things: what Algorithm 1 and the systems' own ways to localise share; files
 
 
 def cuts(length: int, step: int) -> list[tuple[int, int]]:
@@ -448,9 +445,6 @@ def stretch(labels: Tensor) -> Tensor:
     low, high = labels.amin((1, 2), keepdim=True), labels.amax((1, 2), keepdim=True)
     return torch.where(high > 0, (labels - low) / (high - low).clamp_min(1e-12), labels)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
@@ -501,13 +495,12 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
     if hasattr(default, "propagation"):
         if not fixed:
             peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            peek.add_argument("--model")
-            peek.add_argument("--weights", type=Path)
-            peek.add_argument("--dataset", default="davis")
+            for flag in ("--model", "--weights", "--dataset"):
+                peek.add_argument(flag)
             given = peek.parse_known_args(argv)[0]
             name = given.model or default.model
             if given.weights and not given.model:  # without a sign of a system: a ResNet of torchvision's, most likely
-                name = recognise(*read_weights(given.weights)) or "imagenet"
+                name = recognise(*read_weights(Path(given.weights))) or "imagenet"
             fixed = name, preset(name, given.dataset)
         default = replace(default, model=fixed[0], propagation=fixed[1])
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
@@ -515,7 +508,7 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
     try:
         with contextlib.redirect_stderr(said):
             args = tyro.cli(args_type, args=argv, default=default, config=config)
-        return replace(args, model=args.model.lower()) if hasattr(args, "propagation") else args
+        return replace(args, model=args.model.lower()) if fixed else args
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
