@@ -9,23 +9,18 @@ Matter" (2022). Words and shapes, the same everywhere:
 """
 
 import argparse
-import atexit
 import contextlib
 import difflib
-import functools
 import hashlib
 import importlib
 import io
 import itertools
 import math
 import os
-import queue
 import re
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -66,7 +61,7 @@ def rank_world() -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The factors
+# The factors; the systems, each a file of systems/
 
 
 @dataclass(frozen=True)
@@ -182,10 +177,6 @@ class Propagation:
         return tuple(math.ceil(side / self.stride) for side in self.input_size(height, width))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Systems, each a file of systems/
-
-
 @dataclass(frozen=True)
 class System:
     """A row of the paper, declared by a file of systems/: a network, its weights, and how its authors propagate."""
@@ -208,7 +199,7 @@ class System:
     licence: str = "none stated"
     keys: tuple[tuple[str, str], ...] = ()  # (regex, replacement), in turn: names in the released file -> torchvision's
     mark: str = ""  # regex that tells its file by its lines: "entry" of the container, "name shape" of tensors
-    load: Callable | None = None  # (name, file or None, settings) -> Encoder, where load_released does not do
+    load: Callable | None = None  # (name, file or None, settings) -> Encoder, where torchvision's does not do
     # A way to localise of its own: propagate_labels by itself, and what it keeps of a frame beside features and labels
     localize: Callable[..., Tensor] | None = None
     note: Callable | None = None
@@ -261,7 +252,7 @@ def preset(name: str, dataset: str = "davis") -> Propagation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Feature extractors
+# Feature extractors and their weights
 
 
 def build_net(system: System, s: Propagation, *whole: nn.Module) -> nn.Module:
@@ -376,14 +367,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if "GLOBAL" in str(error):  # the unpickler's word for a function or class that it will not touch
             why = "refused, it holds pickled code beside tensors; save its state_dict alone"
         raise UserError(f"{path}: {why}") from error
-    rest, content = [], state if isinstance(state, dict) else {}
-    if inner := [key for key in ("state_dict", "model", "teacher", "method") if isinstance(content.get(key), dict)]:
-        state, rest = content[inner[0]], [str(key) for key in content if key != inner[0]]
-        meta = content.get("meta")
-        task = str(meta.get("task")) if isinstance(meta, dict) else ""
-        if task in systems() or task.startswith("torchvision:"):  # of a training script
-            rest[rest.index("meta")] = f"meta {task}"
-    tensors = {key: value for key, value in dict(state).items() if isinstance(value, Tensor)} if content else {}
+    content = state if isinstance(state, dict) else {}
+    inner = next(
+        (key for key in ("state_dict", "model", "teacher", "method") if isinstance(content.get(key), dict)), ""
+    )
+    rest = [str(key) for key in content if inner and key != inner]
+    task = str(content["meta"].get("task")) if isinstance(content.get("meta"), dict) else ""
+    if inner and (task in systems() or task.startswith("torchvision:")):  # of a training script
+        rest[rest.index("meta")] = f"meta {task}"
+    tensors = {key: value for key, value in content.get(inner, content).items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
     return tensors, rest
@@ -427,95 +419,7 @@ def fold_batchnorm(module: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One pool of single-threaded tasks: nothing waits for a thread that another program keeps from running
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes on this
-    machine; at most OMP_NUM_THREADS."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    group = Path("/sys/fs/cgroup")
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
-        if all((group / file).is_file() for file in files):
-            quota, period = " ".join((group / file).read_text() for file in files).split()
-            if quota not in ("max", "-1"):
-                count = min(count, math.ceil(int(quota) / int(period)))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if processes > 1:  # torchrun sets OMP_NUM_THREADS=1 unasked
-        return max(1, count // processes)
-    most = os.environ.get("OMP_NUM_THREADS", "")
-    return min(count, int(most)) if most.isdecimal() and int(most) else count
-
-
-class Pool:
-    """Threads that run tasks, each with one intra-op thread: many small operators never wait for one another.
-
-    Tasks of the lowest `order` go first, those of the same order as they came.
-    """
-
-    def __init__(self, workers: int):
-        self.workers, self.tasks, self.number = workers, queue.PriorityQueue(), itertools.count()
-        self.local = threading.local()  # a worker knows itself by it
-        threads, ready = torch.get_num_threads(), threading.Barrier(workers + 1)
-        self.threads = [threading.Thread(target=self._work, args=(ready,), daemon=True) for _ in range(workers)]
-        for thread in self.threads:
-            thread.start()
-        ready.wait()
-        torch.set_num_threads(threads)  # a worker's own setting is the default of threads to come
-        atexit.register(self.close)  # a thread that is at work while Python ends would abort the process
-
-    def close(self) -> None:
-        for _ in self.threads:
-            self.tasks.put((-math.inf, next(self.number), None, None, ()))
-        for thread in self.threads:
-            thread.join()
-
-    def _work(self, ready: threading.Barrier) -> None:
-        torch.set_num_threads(1)
-        torch.get_num_threads()  # torch reads it in each thread when first asked: now, before __init__ sets it back
-        self.local.inside = True
-        ready.wait()
-        while (entry := self.tasks.get())[2]:
-            *_, future, task, args = entry
-            if future.set_running_or_notify_cancel():
-                try:
-                    with torch.inference_mode():
-                        future.set_result(task(*args))
-                except BaseException as error:
-                    future.set_exception(error)
-            del entry, future, task, args  # nothing is kept while it waits
-
-    def submit(self, task: Callable, *args, order: int = 0) -> Future:
-        """The future of task(*args). Called by a task it is computed at once, so that none waits for another."""
-        future = Future()
-        if getattr(self.local, "inside", False):
-            future.set_result(task(*args))
-        else:
-            self.tasks.put((order, next(self.number), future, task, args))
-        return future
-
-    def map(self, task: Callable, items: Iterable) -> list:
-        """[task(item) for item in items], shared out. What is left is cancelled where one raises."""
-        futures = [self.submit(task, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-
-
-def pool() -> Pool:
-    """The pool of this process, made when it is first asked for."""
-    return _pool(os.getpid())  # a forked process has none of the threads
-
-
-@functools.cache
-def _pool(process: int) -> Pool:
-    return Pool(usable_cpus())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Small things that Algorithm 1 and the systems' own ways to localise share
+# Small things: what Algorithm 1 and the systems' own ways to localise share; files
 
 
 def cuts(length: int, step: int) -> list[tuple[int, int]]:
@@ -547,9 +451,6 @@ def stretch(labels: Tensor) -> Tensor:
     low, high = labels.amin((1, 2), keepdim=True), labels.amax((1, 2), keepdim=True)
     return torch.where(high > 0, (labels - low) / (high - low).clamp_min(1e-12), labels)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
@@ -622,13 +523,12 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
     if hasattr(default, "propagation"):
         if not fixed:
             peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            peek.add_argument("--model")
-            peek.add_argument("--weights", type=Path)
-            peek.add_argument("--dataset", default="davis")
+            for flag in ("--model", "--weights", "--dataset"):
+                peek.add_argument(flag)
             given = peek.parse_known_args(argv)[0]
             name = given.model or default.model
             if given.weights and not given.model:  # without a sign of a system: a ResNet of torchvision's, most likely
-                name = recognise(*read_weights(given.weights)) or "imagenet"
+                name = recognise(*read_weights(Path(given.weights))) or "imagenet"
             fixed = name, preset(name, given.dataset)
         default = replace(default, model=fixed[0], propagation=fixed[1])
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
@@ -636,7 +536,7 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
     try:
         with contextlib.redirect_stderr(said):
             args = tyro.cli(args_type, args=argv, default=default, config=config)
-        return replace(args, model=args.model.lower()) if hasattr(args, "propagation") else args
+        return replace(args, model=args.model.lower()) if fixed else args
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 import common
 import propagate
-from common import Propagation, UserError, pick_device, usable_cpus
-from propagate import Box, Video, compute_masks
+from common import Propagation, UserError, pick_device
+from propagate import Box, Video, compute_masks, usable_cpus
 
 
 @dataclass

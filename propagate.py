@@ -12,8 +12,10 @@ runs through it again.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
+import functools
 import glob
 import hashlib
 import itertools
@@ -21,6 +23,7 @@ import json
 import math
 import os
 import platform
+import queue
 import re
 import shutil
 import struct
@@ -31,7 +34,7 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from fractions import Fraction
@@ -57,7 +60,6 @@ from common import (
     atomic,
     cuts,
     localizer,
-    pool,
     products,
     read_picture,
     stretch,
@@ -163,9 +165,10 @@ def propagate_labels(
     """
     s = settings
     n, _, h, w = features.shape
+    share = pool().map if target.is_cpu else map_here
     if own := localizer(s.localization):
         ages = list(range(n, 0, -1)) if ages is None else ages
-        return own.localize(target, features, labels, s, annotated, ages, notes)
+        return own.localize(target, features, labels, s, annotated, ages, notes, share)
     query = target.permute(1, 2, 0)  # h w C
     if s.norm != "topk":
         query = query / s.temperature
@@ -182,12 +185,13 @@ def propagate_labels(
         z[tile.top : tile.bottom, tile.left : tile.right] = label_tile(query, parts, values, s, tile)
 
     boxes = tiles(parts, s, (h, w))
-    if target.is_cpu:
-        pool().map(fill, boxes)
-    else:
-        for tile in boxes:
-            fill(tile)
+    share(fill, boxes)
     return z.permute(2, 0, 1)
+
+
+def map_here(task: Callable, items: Iterable) -> list:
+    """What Pool.map does, without a pool: a GPU has its own."""
+    return [task(item) for item in items]
 
 
 def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation, tile: Box) -> Tensor:
@@ -448,6 +452,94 @@ def lay_over(z: Tensor, labels: Tensor, named: Tensor) -> Tensor:
     freed = (z * named).sum(0)  # where a named object was predicted and is not
     z = torch.cat([z[:1] + freed, z[1:]]) * ~named
     return z * (1 - labels.sum(0)) + labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One pool of single-threaded tasks: nothing waits for a thread that another program keeps from running
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes on this
+    machine; at most OMP_NUM_THREADS."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    group = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        if all((group / file).is_file() for file in files):
+            quota, period = " ".join((group / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                count = min(count, math.ceil(int(quota) / int(period)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1:  # torchrun sets OMP_NUM_THREADS=1 unasked
+        return max(1, count // processes)
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    return min(count, int(most)) if most.isdecimal() and int(most) else count
+
+
+class Pool:
+    """Threads that run tasks, each with one intra-op thread: many small operators never wait for one another.
+
+    Tasks of the lowest `order` go first, those of the same order as they came.
+    """
+
+    def __init__(self, workers: int):
+        self.workers, self.tasks, self.number = workers, queue.PriorityQueue(), itertools.count()
+        self.local = threading.local()  # a worker knows itself by it
+        threads, ready = torch.get_num_threads(), threading.Barrier(workers + 1)
+        self.threads = [threading.Thread(target=self._work, args=(ready,), daemon=True) for _ in range(workers)]
+        for thread in self.threads:
+            thread.start()
+        ready.wait()
+        torch.set_num_threads(threads)  # a worker's own setting is the default of threads to come
+        atexit.register(self.close)  # a thread that is at work while Python ends would abort the process
+
+    def close(self) -> None:
+        for _ in self.threads:
+            self.tasks.put((-math.inf, next(self.number), None, None, ()))
+        for thread in self.threads:
+            thread.join()
+
+    def _work(self, ready: threading.Barrier) -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # torch reads it in each thread when first asked: now, before __init__ sets it back
+        self.local.inside = True
+        ready.wait()
+        while (entry := self.tasks.get())[2]:
+            *_, future, task, args = entry
+            if future.set_running_or_notify_cancel():
+                try:
+                    with torch.inference_mode():
+                        future.set_result(task(*args))
+                except BaseException as error:
+                    future.set_exception(error)
+            del entry, future, task, args  # nothing is kept while it waits
+
+    def submit(self, task: Callable, *args, order: int = 0) -> Future:
+        """The future of task(*args). Called by a task it is computed at once, so that none waits for another."""
+        future = Future()
+        if getattr(self.local, "inside", False):
+            future.set_result(task(*args))
+        else:
+            self.tasks.put((order, next(self.number), future, task, args))
+        return future
+
+    def map(self, task: Callable, items: Iterable) -> list:
+        """[task(item) for item in items], shared out. What is left is cancelled where one raises."""
+        futures = [self.submit(task, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def pool() -> Pool:
+    """The pool of this process, made when it is first asked for."""
+    return _pool(os.getpid())  # a forked process has none of the threads
+
+
+@functools.cache
+def _pool(process: int) -> Pool:
+    return Pool(usable_cpus())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
