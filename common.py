@@ -10,27 +10,30 @@ Matter" (2022). Words and shapes, the same everywhere:
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import importlib
 import io
 import itertools
 import math
 import os
+import queue
 import re
 import sys
 import textwrap
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 import tyro
 from torch import Tensor, nn
 
@@ -48,9 +51,8 @@ def run(main, parse) -> None:
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(
-            print("interrupted: what is written is whole; the same command goes on from here", file=sys.stderr) or 130
-        )
+        said = "interrupted: what is written is whole; the same command goes on from here"
+        sys.exit(print(said, file=sys.stderr) or 130)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():  # by start_training
             torch.distributed.destroy_process_group()
@@ -74,9 +76,8 @@ class Propagation:
     """
 
     size: str = "480"
-    """Network input: short side in pixels (never enlarging), HxW exactly, or full (section 4.2). With /M the long
-    side is rounded down to a multiple of M (480/64: UVC). Larger frames are reduced with anti-aliasing, but to HxW
-    plainly, as the protocols do."""
+    """Network input: short side in pixels (never enlarging), reached with anti-aliasing; HxW exactly and plainly, as
+    the protocols do; or full (section 4.2). /M rounds the long side down to a multiple of M (480/64: UVC)."""
     upsample: int = 1
     """Enlarge the input this many times for a finer grid (Table 6c)."""
     layer: Literal["res2", "res3", "res4", "conv10", "conv13", "last"] = "res3"
@@ -106,12 +107,10 @@ class Propagation:
     pad: bool = False
     """Begin with a full context: copies of the first annotated frame (CRW, TimeCycle)."""
     carry: Literal["soft", "minmax", "hard"] = "soft"
-    """Labels enter the context as predicted, stretched to 0..1 over the frame (TimeCycle), or as the arg-max (CorrFlow,
-    MAST)."""
+    """Labels enter the context as predicted, stretched to 0..1 (TimeCycle), or as the arg-max (CorrFlow, MAST)."""
     localization: Literal["none", "fixed", "window", "predicted", "track"] = "fixed"
-    """Where to search: the whole frame; a fixed region around the target cell (section 4.3); window, the square region
-    with the softmax over it (CorrFlow); predicted, in frames more than 15 back the square is centred by a coarse
-    search (MAST); track, a box for each object limits where its label comes from and goes to (UVC)."""
+    """Where to search: the whole frame; a fixed region around the target cell (section 4.3); a square window, with the
+    softmax over it (CorrFlow), whose place is predicted in frames far back (MAST); boxes of the objects (UVC)."""
     shape: Literal["circle", "square"] = "circle"
     """Fixed region: distance < radius, or |dx|, |dy| <= radius."""
     radius: int = 12
@@ -124,9 +123,15 @@ class Propagation:
     def __post_init__(self):
         if not re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?|full)(/[1-9]\d*)?", self.size):
             raise UserError(f"--size {self.size!r}: give the short side (480), height x width (480x854), or full")
-        for flag, least in (("upsample", 1), ("stride", 1), ("topk", 1), ("context", 0), ("radius", 1)):
+        if any(len(number) > 5 for number in re.findall(r"\d+", self.size)):
+            raise UserError(f"--size {self.size}: is more pixels than a video has; give 480, 480x854 or full")
+        bounds = {"upsample": (1, 64), "stride": (1, 64), "topk": (1, 10**6)}
+        bounds |= {"context": (0, 10**5), "radius": (1, 10**4)}
+        for flag, (least, most) in bounds.items():
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag} {getattr(self, flag)}: give {least} or more")
+            if getattr(self, flag) > most:
+                raise UserError(f"--{flag} {getattr(self, flag)}: is too large; give {most} or less")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature {self.temperature}: give a number above 0; affinities are divided by it")
         if self.context < 1 and not self.keep_first:
@@ -207,29 +212,33 @@ STILL = {  # still-image features, Tables 7b and 8
     "jhmdb": {"size": "240x240", "context": 7, "localization": "none"},
 }
 BEST = Propagation(topk=5, temperature=1.0)  # Table 6b: overall, circle of 12 cells, n = 20
+SYSTEMS = Path(__file__).parent / "systems"
 R18, R50 = r"layer1\.0\.conv1\.weight 64x64x3x3", r"layer1\.0\.conv1\.weight 64x64x1x1"  # which ResNet a file holds
 
 
 def find_system(name: str) -> System:
-    """The row of a name (uvc+), of torchvision:NAME (a ResNet or VGG), or of timm:NAME (a ResNet or ViT)."""
-    arch = name.partition(":")[2]
-    file = re.match("[a-z]*", name)[0]  # uvc+ stands in systems/uvc.py
-    if (SYSTEMS / f"{file}.py").is_file():
-        module = importlib.import_module(f"systems.{file}")
+    """The row of a name (uvc+, in any case), of torchvision:NAME (a ResNet or VGG), of timm:NAME (a ResNet or ViT)."""
+    name = name.lower()
+    path, arch = SYSTEMS / f"{re.match('[a-z]*', name)[0]}.py", name.partition(":")[2]  # uvc+ stands in systems/uvc.py
+    if path.is_file():
+        module = importlib.import_module(f"systems.{path.stem}")
         if arch and hasattr(module, "find"):
             return module.find(arch)
         if name in module.SYSTEMS:
             return module.SYSTEMS[name]
-    raise UserError(f"unknown model {name!r}: choose one of {', '.join(systems())}, torchvision:NAME or timm:NAME")
+    near = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, systems(), 1))
+    known = f"choose one of {', '.join(systems())}, torchvision:NAME or timm:NAME"
+    raise UserError(f"unknown model {name!r}: {near}{known}")
+
+
+def files() -> list[ModuleType]:
+    """The files of systems/, imported."""
+    return [importlib.import_module(f"systems.{path.stem}") for path in sorted(SYSTEMS.glob("[a-z]*.py"))]
 
 
 def systems() -> dict[str, System]:
     """All rows with a name of their own."""
-    files = sorted(SYSTEMS.glob("[a-z]*.py"))
-    return {k: v for path in files for k, v in importlib.import_module(f"systems.{path.stem}").SYSTEMS.items()}
-
-
-SYSTEMS = Path(__file__).parent / "systems"
+    return {name: row for module in files() for name, row in module.SYSTEMS.items()}
 
 
 def localizer(name: str) -> System | None:
@@ -248,43 +257,13 @@ def preset(name: str, dataset: str = "davis") -> Propagation:
 # Feature extractors
 
 
-def build_net(system: System, s: Propagation) -> nn.Module:
+def build_net(system: System, s: Propagation, *whole: nn.Module) -> nn.Module:
     """The network of a row up to s.layer, the stages beyond s.stride no longer reducing (section 4.2). UserError if it
-    has no such layer at such a stride."""
-    return (system.build or build_resnet)(system, s)
-
-
-def build_resnet(system: System, s: Propagation, net: nn.Module | None = None) -> nn.Module:
-    """build_net for ResNets. net: the whole network, if it is there already."""
-    parts = dict((net or torchvision.models.get_model(system.arch)).named_children())  # conv1, bn1, ..., layer1, ...
-    layer = "layer4" if s.layer == "last" else s.layer.replace("res", "layer")
-    if layer not in parts:
-        raise unfit(system, s)
-    parts = dict(list(parts.items())[: list(parts).index(layer) + 1])
-    reduction = 4
-    if s.stride < 8:
-        parts.pop("maxpool")
-        reduction = 2
-    for stage in (parts[name][0] for name in ("layer2", "layer3", "layer4") if name in parts):
-        if reduction < s.stride:
-            reduction *= 2
-            continue
-        for part in stage.modules():
-            if isinstance(part, nn.Conv2d):
-                part.stride = (1, 1)
-            elif isinstance(part, nn.AvgPool2d):  # timm's shortcuts
-                part.kernel_size = part.stride = 1
-    if reduction != s.stride:
-        raise unfit(system, s)
-    net = nn.Sequential(OrderedDict(parts | (system.head() if s.layer == system.settings.layer else {})))
-    for conv in net.modules():
-        if isinstance(conv, nn.Conv2d) and any(conv.padding):
-            conv.padding_mode = system.padding
-    return net
-
-
-def unfit(system: System, s: Propagation) -> UserError:
-    return UserError(
+    has no such layer at such a stride. whole: the whole network, if it is there already."""
+    build = system.build or find_system(f"torchvision:{system.arch}").build
+    if net := build(system, s, *whole):
+        return net
+    raise UserError(
         f"--layer {s.layer} --stride {s.stride}: not to be had of {system.arch}; ResNets have res2 to res4 at stride "
         "4, 8, 16 and 32, VGGs conv1, conv2, ... at 1 to 32, ViTs last at the size of their patches"
     )
@@ -331,51 +310,10 @@ def load_encoder(
     """
     system, device, dtype = find_system(name), pick_device(device), getattr(torch, dtype)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
-    encoder = (system.load or load_released)(name, weights and Path(weights), settings or system.settings)
+    load = system.load or find_system(f"torchvision:{system.arch}").load
+    encoder = load(name.lower(), weights and Path(weights), settings or system.settings)
     fold_batchnorm(encoder.eval().requires_grad_(False))
     return encoder.to(device, dtype).to(memory_format=torch.channels_last)
-
-
-def load_released(name: str, weights: Path | None, settings: Propagation) -> Encoder:
-    """The extractor with the weights of a released file."""
-    system, path = find_system(name), weights or find_weights(name)
-    released, rest = read_weights(path)
-    guess, state = recognise(released, rest), {}
-    for key, value in released.items():
-        key = key.removeprefix("module.")
-        for pattern, replacement in system.keys:
-            key = re.sub(pattern, replacement, key)
-        state[key] = value.squeeze(2) if value.dim() == 5 else value  # convolutions over time of one frame
-    with torch.device("meta"):  # no initial weights, the file has them
-        net = build_net(system, settings)
-    encoder = Encoder(net.to_empty(device="cpu"), settings, system)
-    if why := fit(encoder.net, state):
-        hint = ""
-        if guess and guess != name:
-            hint = f"; it looks like {guess} ({find_system(guess).arch}): say --model {guess}"
-        if guess and guess != name:
-            hint = f"; it looks like {guess} ({find_system(guess).arch}): say --model {guess}"
-        elif patches := [value for key, value in state.items() if key.endswith("patch_embed.proj.weight")]:
-            width, patch = len(patches[0]), patches[0].shape[-1]
-            size = {384: "small", 768: "base", 1024: "large"}.get(width, "SIZE")
-            kind = "dinov2.lvd142m" if patch == 14 else "224.dino"
-            kind = "dinov3.lvd1689m" if any("storage_tokens" in key for key in state) else kind
-            hint = f"; it is a ViT: say --model timm:vit_{size}_patch{patch}_{kind}"
-        elif settings.layer in ("res4", "last") and "such as layer4." in why:
-            hint = "; it ends at layer3: say --layer res3"
-        elif path.name == "last.pth":
-            hint = "; give weights.pth, beside it"
-        elif " as well" in why:
-            hint = "; a deeper network: say --model torchvision:NAME"
-        raise UserError(f"{path}: does not fit {name} ({system.arch} up to {settings.layer}): {why}{hint}")
-    if weights:
-        wanted = encoder.net.state_dict()
-        unused = Counter(key.split(".")[0] for key in state if key not in wanted)
-        ignored = [*(f"{key} ({count})" for key, count in unused.items()), *rest]
-        what = f"recognised as {guess}" if guess else "names no system"
-        what += f", used as {name}" if guess != name else ""
-        print(f"note: {path}: {what}; ignored: {', '.join(ignored) or 'nothing'}", file=sys.stderr)
-    return encoder
 
 
 def pick_device(name: str) -> torch.device:
@@ -385,45 +323,38 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        reason = textwrap.shorten(str(error).splitlines()[0], 100)
-        raise UserError(f"--device {name}: cannot be used here ({reason}); take auto, cpu or cuda") from error
+        why = textwrap.shorten(str(error).splitlines()[0], 100)
+        raise UserError(f"--device {name}: cannot be used here ({why}); take auto, cpu or cuda") from error
 
 
 def find_weights(name: str, fetch: bool = True) -> Path | None:
     """The weights file of a model, under its released name or NAME.pth: in weights/, torch hub's cache, or fetched
     (with progress, and its hash checked). None if it is not here and not to be fetched."""
-    system = find_system(name)
+    system, hub = find_system(name), Path(torch.hub.get_dir()) / "checkpoints"
     link = system.source if re.fullmatch(r"https://\S+\.(pth|tar)", system.source) else ""
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    file = Path(link).name if link and not link.endswith("/checkpoint.pth.tar") else f"{name}.pth"
+    file = f"{name}.pth" if link.endswith("/checkpoint.pth.tar") else Path(link).name  # a name that says nothing
     for folder in (Path("weights"), Path(__file__).parent / "weights", hub):
         for path in (folder / file, folder / f"{name}.pth", folder / f"{name}.pth.tar"):
             if path.is_file():
                 return path
-    if not fetch or name == "random" or name.startswith("timm:"):  # timm fetches its own
+    if not fetch or not system.source:
         return None
     if not link:
-        raise UserError(
-            f"weights of {name}: neither in weights/ nor in {hub}; get them ({system.source}) and give --weights FILE"
-        )
+        how = f"get them ({system.source}) and give --weights FILE"
+        raise UserError(f"weights of {name}: neither in weights/ nor in {hub}; {how}")
     print(f"fetching the weights of {name} from {link} (licence: {system.licence})", file=sys.stderr)
     suffix = re.search(r"-([0-9a-f]{8})\.pth$", file)
     algorithm, _, digits = (system.digest or f"sha256:{suffix[1] if suffix else ''}").partition(":")
-    path, part = hub / file, hub / f"{file}.{os.getpid()}.part"  # torchrun's processes may all be at it
     try:
-        hub.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(link, str(part))
-        got = hashlib.new(algorithm, part.read_bytes()).hexdigest()
-        if not got.startswith(digits):
-            raise OSError(f"its {algorithm} is {got[: len(digits)]}..., not {digits}...")
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"weights of {name}: could not be fetched ({error}); download {link} to weights/ or give --weights FILE"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+        with atomic(hub / file) as part:  # torchrun's processes may all be at it
+            torch.hub.download_url_to_file(link, str(part))
+            got = hashlib.new(algorithm, part.read_bytes()).hexdigest()
+            if not got.startswith(digits):
+                raise UserError(f"its {algorithm} is {got[: len(digits)]}..., not {digits}...")
+    except (UserError, OSError, RuntimeError) as error:
+        how = f"download {link} to weights/ or give --weights FILE"
+        raise UserError(f"weights of {name}: could not be fetched ({error}); {how}") from error
+    return hub / file
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -434,50 +365,46 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # CRW's file keeps its arguments
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        why = "is not a PyTorch checkpoint, or is damaged; download it again"
         if "GLOBAL" in str(error):  # the unpickler's word for a function or class that it will not touch
-            raise UserError(
-                f"{path}: refused, it holds pickled code beside tensors; save its state_dict alone"
-            ) from error
-        raise UserError(f"{path}: is not a PyTorch checkpoint, or is damaged; download it again") from error
-    rest = []
-    for key in ("state_dict", "model", "teacher", "method"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            rest = [str(other) for other in state if other != key]
-            task = meta.get("task", "") if isinstance(meta := state.get("meta"), dict) else ""
-            if task in systems() or str(task).startswith("torchvision:"):  # of a training script
-                rest[rest.index("meta")] = f"meta {task}"
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+            why = "refused, it holds pickled code beside tensors; save its state_dict alone"
+        raise UserError(f"{path}: {why}") from error
+    rest, content = [], state if isinstance(state, dict) else {}
+    if inner := [key for key in ("state_dict", "model", "teacher", "method") if isinstance(content.get(key), dict)]:
+        state, rest = content[inner[0]], [str(key) for key in content if key != inner[0]]
+        meta = content.get("meta")
+        task = str(meta.get("task")) if isinstance(meta, dict) else ""
+        if task in systems() or task.startswith("torchvision:"):  # of a training script
+            rest[rest.index("meta")] = f"meta {task}"
+    tensors = {key: value for key, value in dict(state).items() if isinstance(value, Tensor)} if content else {}
+    if not tensors:
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, rest
+    return tensors, rest
 
 
 def fit(net: nn.Module, state: dict[str, Tensor]) -> str:
     """Load those of the weights that the net has a place for. "", or what is wrong with them."""
     wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
-    missing = [key for key in wanted if key not in state]
     for key, value in wanted.items():
         if key in state and state[key].shape != value.shape:
             return f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+    others = net.load_state_dict(state, strict=False).unexpected_keys
+    missing = [key for key in wanted if key not in state]
     norms = [key for key in missing if re.search(r"(bn\d|downsample\.1)\.\w+$", key)]
-    if missing == norms and any(re.search(r"(^|\.)(conv\d|downsample\.0)\.bias$", key) for key in state):
+    if norms and missing == norms and any(re.search(r"^(layer.*)?(conv\d|downsample\.0)\.bias$", k) for k in others):
         return f"its BatchNorm is folded into the convolutions ({norms[0]} is gone)"
     if missing:
         return f"it lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
-    stages = {key.split(".")[0] for key in wanted}
-    for key in state:  # ResNet-34's stages begin as ResNet-18's
-        if re.match(r"layer\d\.\d+\.\w+\.weight$", key) and key.split(".")[0] in stages and key not in wanted:
+    for key in others:  # ResNet-34's stages begin as ResNet-18's
+        if re.match(r"layer\d\.\d+\.\w+\.weight$", key) and any(each.startswith(key[:7]) for each in wanted):
             return f"it has {key} as well"
-    net.load_state_dict(state, strict=False)
     return ""
 
 
 def recognise(state: dict[str, Tensor], rest: Sequence[str] = ()) -> str | None:
     """The system that a released file is of, by its entries; None where these do not tell."""
-    entries = {key: value.squeeze(2) if value.dim() == 5 else value for key, value in state.items()}
-    lines = [*rest, *(f"{key} {'x'.join(map(str, value.shape))}" for key, value in entries.items())]
-    text = "\n".join(lines)
+    shapes = {key: value.squeeze(2).shape if value.dim() == 5 else value.shape for key, value in state.items()}
+    text = "\n".join([*rest, *(f"{key} {'x'.join(map(str, shape))}" for key, shape in shapes.items())])
     if own := re.search(r"^meta (.+)$", text, re.M):
         return own[1]
     return next((name for name, row in systems().items() if row.mark and re.search(row.mark, text, re.M)), None)
@@ -493,6 +420,96 @@ def fold_batchnorm(module: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One pool of single-threaded tasks: nothing waits for a thread that another program keeps from running
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes on this
+    machine; at most OMP_NUM_THREADS."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    group = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        if all((group / file).is_file() for file in files):
+            quota, period = " ".join((group / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                count = min(count, math.ceil(int(quota) / int(period)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1:  # torchrun sets OMP_NUM_THREADS=1 unasked
+        return max(1, count // processes)
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    return min(count, int(most)) if most.isdecimal() and int(most) else count
+
+
+class Pool:
+    """Threads that run tasks, each with one intra-op thread: many small operators never wait for one another.
+
+    Tasks of the lowest `order` go first, those of the same order as they came.
+    """
+
+    def __init__(self, workers: int):
+        self.workers, self.tasks, self.number = workers, queue.PriorityQueue(), itertools.count()
+        self.local = threading.local()  # a worker knows itself by it, and keeps its buffers there
+        threads = torch.get_num_threads()
+        ready = threading.Barrier(workers + 1)
+        for _ in range(workers):
+            threading.Thread(target=self._work, args=(ready,), daemon=True).start()
+        ready.wait()
+        torch.set_num_threads(threads)  # a worker's own setting is the default of threads to come
+
+    def _work(self, ready: threading.Barrier) -> None:
+        torch.set_num_threads(1)
+        self.local.inside = True
+        ready.wait()
+        while True:
+            *_, future, inference, task, args = self.tasks.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                with torch.inference_mode(inference), torch.no_grad():
+                    future.set_result(task(*args))
+            except BaseException as error:
+                future.set_exception(error)
+            del future, task, args  # nothing is kept while it waits
+
+    def submit(self, task: Callable, *args, order: int = 0) -> Future:
+        """The future of task(*args). Called by a task it is computed at once, so that none waits for another."""
+        future, inference = Future(), torch.is_inference_mode_enabled()
+        if getattr(self.local, "inside", False):
+            future.set_result(task(*args))
+        else:
+            self.tasks.put((order, next(self.number), future, inference, task, args))
+        return future
+
+    def map(self, task: Callable, items: Iterable) -> list:
+        """[task(item) for item in items], shared out. What is left is cancelled where one raises."""
+        futures = [self.submit(task, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+_pool: Pool | None = None
+
+
+def pool() -> Pool:
+    """The pool of this process, made when it is first asked for."""
+    global _pool
+    _pool = _pool or Pool(usable_cpus())
+    return _pool
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)  # a forked process has none of the threads
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Small things that Algorithm 1 and the systems' own ways to localise share
 
 
@@ -502,7 +519,7 @@ def cuts(length: int, step: int) -> list[tuple[int, int]]:
     return [(i * length // pieces, (i + 1) * length // pieces) for i in range(pieces)]
 
 
-# MKL leaves out AVX-512 on AMD's processors: there oneDNN multiplies twice as fast, as a 1x1 convolution.
+# MKL leaves out AVX-512 on AMD's processors: there oneDNN, which torch has for linear layers, is faster.
 ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -511,20 +528,13 @@ ONEDNN = (
 
 
 def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
-    """Dot products of keys (cells x C) and queries (q x C), into out (cells x q)."""
-    small = out.numel() < 2**15  # the call would cost what it saves
-    if small or not (ONEDNN and keys.is_cpu and keys.dtype == torch.float32):
+    """Dot products of keys (cells x C) and queries (q x C) into out (cells x q)."""
+    if ONEDNN and keys.is_cpu and keys.dtype == torch.float32:
+        out.copy_(torch.ops.mkldnn._linear_pointwise(keys, queries, None, "none", [], ""))
+    elif keys.dtype == out.dtype:
         torch.mm(keys, queries.T, out=out)
-        return
-    kernels = queries[..., None, None]
-    some = max(1, 2**20 // len(queries))  # more at a time would be memory that is new each time
-    for part, place in zip(keys.split(some), out.split(some), strict=True):
-        picture = part.view(1, 1, *part.shape).permute(0, 3, 1, 2)  # 1 C 1 cells, channels last
-        # F.conv2d would take another path with one thread, and round to bfloat16 under autocast.
-        answer = torch.mkldnn_convolution(
-            picture, kernels, None, padding=(0, 0), stride=(1, 1), dilation=(1, 1), groups=1
-        )
-        place.copy_(answer[0, :, 0].T)
+    else:
+        out.copy_(keys @ queries.T)
 
 
 def stretch(labels: Tensor) -> Tensor:
@@ -539,19 +549,41 @@ def stretch(labels: Tensor) -> Tensor:
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
-def read_picture(path: str | Path) -> np.ndarray:
-    """A JPEG, PNG, ... -> H x W x 3 uint8 RGB. UserError if it is damaged."""
+def read_picture(path: str | Path, reduce: bool = True, page: int = 0) -> np.ndarray:
+    """A JPEG, PNG, ... -> H x W x 3 uint8 RGB. UserError if it is damaged.
+
+    Values of more than 8 bits (16-bit, float) are brought to 0..255 by their own range, or left with reduce=False.
+    page: which picture of a TIFF that holds several.
+    """
     try:
-        data = Path(path).read_bytes()
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
+            raise UserError(f"{path}: is no regular file, so it cannot be read as a picture; replace or remove it")
+        data = Path(path).read_bytes() if not page else b"II*"
         if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9", len(data) // 2) < 0:  # OpenCV would fill it up with grey
             raise UserError(f"{path}: is a JPEG without an end, it breaks off; replace or remove it")
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
+        # To look at the depth costs time: only where there may be more than 8 bits.
+        deep = data[:3] in (b"II*", b"II+", b"MM\0") or data[:2] in (b"P5", b"P6")
+        deep = deep or (data[:4] == b"\x89PNG" and data[24:25] == b"\x10")
+        flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR if deep else cv2.IMREAD_COLOR_RGB
+        if page:
+            picture = next(iter(cv2.imreadmulti(str(path), page, 1, flags=flags)[1]), None)
+        else:
+            picture = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except (OSError, cv2.error) as error:
         why = getattr(error, "strerror", None) or getattr(error, "err", None) or "too large"
         raise UserError(f"{path}: cannot be read as a picture ({why}); replace or remove it") from error
     if picture is None:
         raise UserError(f"{path}: cannot be read as a picture; replace or remove it")
-    return picture
+    if deep:
+        picture = np.stack([picture] * 3, -1) if picture.ndim == 2 else np.ascontiguousarray(picture[..., 2::-1])
+    return to_8_bits(picture) if reduce and picture.dtype != np.uint8 else picture
+
+
+def to_8_bits(picture: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
+    """Values of more than 8 bits -> uint8: `low` to `high`, by default their own range, becomes 0 to 255."""
+    picture = np.nan_to_num(picture.astype(np.float32), posinf=0, neginf=0)
+    low, high = (picture.min(), picture.max()) if low is None else (low, high)
+    return np.clip((picture - low) * (255 / max(high - low, 1e-12)) + 0.5, 0, 255).astype(np.uint8)
 
 
 @contextlib.contextmanager
@@ -560,9 +592,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another --out"
-        ) from error
+        why = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({why}); free space or choose another --out") from error
 
 
 @contextlib.contextmanager
@@ -599,7 +630,8 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(args_type, args=argv, default=default, config=config)
+            args = tyro.cli(args_type, args=argv, default=default, config=config)
+        return replace(args, model=args.model.lower()) if hasattr(args, "propagation") else args
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

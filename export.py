@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 import common
 import propagate
-from common import Propagation, UserError, pick_device
-from propagate import Video
+from common import Propagation, UserError, pick_device, usable_cpus
+from propagate import Box, Video, compute_masks
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Args:
     out: Path = Path("tracker.onnx")
     """The graph to write."""
     opset: int = 18
-    """ONNX operator set, 18 to 20. The oldest ONNX Runtime that ran them: 1.15 for 18, 1.16 for 19, 1.17 for 20."""
+    """ONNX operator set, 18 to 20. The oldest ONNX Runtime that ran it: 1.15 for 18, 1.16 for 19, 1.17 for 20."""
     fp16: bool = False
     """Features, affinities and memory in half precision, for GPUs; labels stay float32."""
     int8: bool = False
@@ -125,7 +125,9 @@ class Step(nn.Module):
                 for *_, local in self.parts:
                     cells, outside = everywhere, None
                     if local:
-                        outside = propagate.beyond(s, (y0, y1, x0, x1), (0, h, 0, w), "cpu").T  # Q cells
+                        outside = (
+                            ~compute_masks(s, Box(0, h, 0, w), Box(y0, y1, x0, x1), "cpu").flatten(0, 1).T
+                        )  # Q cells
                         if self.norm != "frame":
                             cells = everywhere[~outside.all(0)]
                             outside = outside[:, ~outside.all(0)]
@@ -295,8 +297,6 @@ def check_args(args: Args) -> None:
         raise UserError(f"--height {args.height} --width {args.width}: give 16 pixels or more, and at most 8192")
     if args.frames is not None and not 2 <= args.frames <= 10_000:
         raise UserError(f"--frames {args.frames}: give 2 or more, at most 10000; the first one is given")
-    if s.radius > 8192:
-        raise UserError(f"--radius {s.radius}: no grid is as large; give at most 8192, or --localization none")
     if max(input_size := s.input_size(args.height, args.width)) > 8192:
         what = f"--size {s.size} --upsample {s.upsample}"
         raise UserError(f"{what}: makes an input of {'x'.join(map(str, input_size))}; give at most 8192 pixels a side")
@@ -569,7 +569,8 @@ class OnnxEngine:
         order = [each for each in order if each[0] in onnxruntime.get_available_providers()]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = usable_cpus()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside other programs it would wait
         options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time
         options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI
         self.session = None

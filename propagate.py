@@ -19,13 +19,16 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +36,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import av
 import cv2
@@ -54,10 +57,12 @@ from common import (
     atomic,
     cuts,
     localizer,
+    pool,
     products,
     read_picture,
     stretch,
     systems,
+    to_8_bits,
     writing,
 )
 
@@ -73,11 +78,14 @@ class Args:
     video: str = ""
     """A film, a folder or a quoted glob of pictures, or the number of a camera."""
     mask: Annotated[list[Path], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Picture of an annotated frame's objects: indexed PNG, grey ids, black and white, or one colour an object."""
+    """Picture of an annotated frame's objects: indexed PNG, grey ids, black and white, or one colour an object.
+    MASK=2 gives its one object the id 2. Several masks of one frame are merged. A folder: masks named as the frames."""
     mask_frame: Annotated[list[int], tyro.conf.UseAppendAction] = field(default_factory=list)
     """The frame of the video that each --mask (or --points) belongs to; default: the first one used."""
     points: Annotated[list[Path], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Track key points instead: a CSV file with the columns id,x,y (pixels)."""
+    """Track key points instead: a CSV file with the columns id,x,y (pixels), and frame if not all are of one."""
+    partial: bool = False
+    """A later mask (or table) says nothing of the ids that it does not name: these keep what is predicted."""
     out: Path | None = None
     """Output folder; default results/<video name>."""
     overwrite: bool = False
@@ -92,6 +100,9 @@ class Args:
     """Run from the last frame to the first."""
     film: bool = True
     """Make overlay.mp4, for which the whole video is read once more."""
+    save_labels: bool = False
+    """Also write the soft labels of each frame, OUT/labels/*.npz: labels (L x h x w float16, on the grid; the first is
+    the background), ids and size."""
     show: bool = False
     """Show the result in a window as it is made; q stops."""
     device: str = "auto"
@@ -107,6 +118,27 @@ class Args:
 # Algorithm 1
 
 
+class Box(NamedTuple):
+    """Rows top..bottom and columns left..right of the grid."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+
+class Part(NamedTuple):
+    """Context frames that are searched alike: everywhere, or in the fixed region."""
+
+    first: int  # the number of its first frame
+    keys: Tensor  # h w m C
+    fixed: bool
+
+
 def propagate_labels(
     target: Tensor,
     features: Tensor,
@@ -118,130 +150,206 @@ def propagate_labels(
 ) -> Tensor:
     """Algorithm 1 of the paper for one target frame: each cell copies the labels of its k nearest context cells.
 
-    target    C x h x w      features of the target frame
-    features  n x C x h x w  features of the context frames, the `annotated` ones first
-    labels    n x L x h x w  their soft labels
+    target    C x h x w      features of the target frame, g
+    features  n x C x h x w  features of the context frames, F, the `annotated` ones first
+    labels    n x L x h x w  their soft labels, Y
     ages      n              how many frames each lies before the target (default: n, ..., 1)
     notes     n              what a system's way to localise keeps of them (track: boxes; default: from the labels)
-    returns   L x h x w      soft labels of the target frame, float32
+    returns   L x h x w      soft labels of the target frame, z, float32
 
-    Exact, but the (h w) x (n h w) affinity matrix is never formed: a tile of target cells meets only the window of
-    context cells that its search regions cover. Fastest when features are a view of an h x w x n x C tensor, as
-    propagate_video keeps them: then a window is read in place.
+    Exact, but the (n h w) x (h w) affinity matrix is never formed: a tile of target cells meets only the window of
+    context cells that its search regions cover. On a CPU the tiles are shared out over the pool. Fastest when features
+    are a view of an h x w x n x C tensor, as propagate_video keeps them: then they are read in place.
     """
     s = settings
-    n, C, h, w = features.shape
-    ages = list(range(n, 0, -1)) if ages is None else ages
+    n, _, h, w = features.shape
     if own := localizer(s.localization):
+        ages = list(range(n, 0, -1)) if ages is None else ages
         return own.localize(target, features, labels, s, annotated, ages, notes)
-    overall, norm = s.aggregation == "overall", s.norm
     query = target.permute(1, 2, 0)  # h w C
-    keys = features.permute(2, 3, 0, 1).contiguous()  # h w n C: the n frames of a cell side by side
+    if s.norm != "topk":
+        query = query / s.temperature
+    keys = features.permute(2, 3, 0, 1)  # h w n C: the n frames of a cell side by side
     values = labels.permute(2, 3, 0, 1).reshape(h * w * n, -1).float()  # an entry is (cell, frame), cell-major
-
-    # The parts of the context that are searched together: all frames (overall) or each frame (per-frame).
     fixed = s.localization == "fixed"
-    exempt = min(annotated, n) if s.exempt_first and fixed else 0
-    edges = [0, exempt, n] if overall else range(n + 1)
-    parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in itertools.pairwise(edges) if a < b]
-    most = max(part.shape[2] for _, part, _ in parts)
-    cpu = target.device.type == "cpu"
-    again = most > 1 or (cpu and norm == "frame")  # many tiles read the same cells: a copy is worth it
-    parts = [(a, part.contiguous() if again or (cpu and not local) else part, local) for a, part, local in parts]
-    near_only = cpu and overall and fixed and norm != "frame"  # of one frame at a time the products would be too small
-    ty, tx = (30, 8) if near_only else (12, 16) if cpu else (24, 32)  # caches like it small, a GPU few launches
-    while (norm == "frame" or not all(local for *_, local in parts)) and h * w * most * ty * tx > 2**26:
-        ty, tx = math.ceil(ty / 2), math.ceil(tx / 2)  # a window of the whole frame: keep the tile under 256 MiB
-    query = query if norm == "topk" else query / s.temperature
+    edges = [0, min(annotated, n) if s.exempt_first and fixed else 0, n]
+    parts = [
+        Part(a, keys[:, :, a:b].contiguous(), fixed and a >= edges[1]) for a, b in itertools.pairwise(edges) if a < b
+    ]
     z = torch.empty(h, w, values.shape[1], device=target.device)
-    scratch = query.new_empty(0)
-    for y0, y1 in cuts(h, ty):
-        for x0, x1 in cuts(w, tx):
-            q = query[y0:y1, x0:x1].reshape(-1, C)  # q C
-            found = []
-            for first, part, local in parts:
-                reach = s.radius - (s.shape == "circle") if local else max(h, w)
-                ya, yb, xa, xb = max(y0 - reach, 0), min(y1 + reach, h), max(x0 - reach, 0), min(x1 + reach, w)
-                top, bottom, left, right = (0, h, 0, w) if norm == "frame" else (ya, yb, xa, xb)
-                rows, cols, m = bottom - top, right - left, part.shape[2]
-                if scratch.numel() < rows * cols * m * len(q):
-                    scratch = query.new_empty(rows * cols * m * len(q))
-                A = scratch[: rows * cols * m * len(q)].view(rows, cols * m, len(q))
-                if near_only and local:  # Eq. 1
-                    near_products(part, q, s, (y0, y1, x0, x1), (ya, yb, xa, xb), A)
-                elif cpu and cols == w:
-                    products(part[top:bottom].flatten(0, 2), q, out=A.flatten(0, 1))
-                else:
-                    torch.bmm(part[top:bottom, left:right].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)
-                A = A.view(rows, cols, m, len(q)) if norm == "topk" else A.view(rows, cols, m, len(q)).float()
-                near = A[ya - top : yb - top, xa - left : xb - left].flatten(0, 1)  # cells m q
-                outside = beyond(s, (y0, y1, x0, x1), (ya, yb, xa, xb), A.device) if local else None
-                if norm == "region" and local:
-                    near.masked_fill_(outside[:, None], -math.inf)
-                best, cell, frame = nearest(near, outside, s.topk)
-                if norm == "topk":
-                    best = total = best.float() / s.temperature
-                else:
-                    peak = A.amax((0, 1, 2))
-                    total = A.sub_(peak).exp_().sum((0, 1, 2)).log_().add_(peak)[None]  # log-sum-exp
-                found.append((best, ((ya + cell // (xb - xa)) * w + xa + cell % (xb - xa)) * n + first + frame, total))
-            if overall and len(found) > 1:  # the k best of the parts' k best
-                best, entry, total = (torch.cat(each) for each in zip(*found, strict=True))
-                best, order = best.topk(min(s.topk, len(best)), dim=0)
-                found = [(best, entry.gather(0, order), total.logsumexp(0, keepdim=True))]
-            weight = [best.softmax(0) if norm == "topk" else (best - total).exp() for best, _, total in found]
-            weight = torch.cat(weight) / len(found)  # line 36: the mean over the frames searched by themselves
-            entry = torch.cat([entry for _, entry, _ in found])
-            copied = F.embedding_bag(  # the soft copy, line 33
-                entry.T.contiguous(), values, per_sample_weights=weight.T.contiguous(), mode="sum"
-            )
-            z[y0:y1, x0:x1] = copied.view(y1 - y0, x1 - x0, -1)
+
+    def fill(tile: Box) -> None:
+        z[tile.top : tile.bottom, tile.left : tile.right] = label_tile(query, parts, values, s, tile)
+
+    boxes = tiles(parts, s, (h, w))
+    if target.is_cpu:
+        pool().map(fill, boxes)
+    else:
+        for tile in boxes:
+            fill(tile)
     return z.permute(2, 0, 1)
 
 
-def near_products(part: Tensor, q: Tensor, s: Propagation, tile: tuple, window: tuple, out: Tensor) -> None:
-    """The products of a tile's queries (q x C) and the context cells of its window (part: h x w x m x C), row by row of
-    the window and without most of those that the fixed region forbids, whose place in `out` is left as it was.
-    out: rows x (columns m) x q."""
-    (y0, y1, x0, x1), (ya, yb, xa, xb), R, m = tile, window, s.radius, part.shape[2]
-    for y, row in zip(range(ya, yb), out, strict=True):
-        away = max(y0 - y, y - y1 + 1, 0)  # rows to the nearest query
-        near = R if s.shape == "square" else math.isqrt(R**2 - away**2 - 1)
-        rows = slice((max(y - R, y0) - y0) * (x1 - x0), (min(y + R + 1, y1) - y0) * (x1 - x0))
-        left, right = max(x0 - near, xa), min(x1 + near, xb)
-        products(part[y, left:right].flatten(0, 1), q[rows], out=row[(left - xa) * m : (right - xa) * m, rows])
+def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation, tile: Box) -> Tensor:
+    """Lines 14 to 36 of Algorithm 1 for the target cells of one tile: their labels, rows x columns x L.
 
-
-def beyond(s: Propagation, tile: tuple, window: tuple, device) -> Tensor:
-    """Which window cells lie outside the fixed region of each tile cell: window cells x tile cells, bool."""
-    (y0, y1, x0, x1), (ya, yb, xa, xb) = tile, window
-    dy = (torch.arange(ya, yb, device=device)[:, None] - torch.arange(y0, y1, device=device)).square()
-    dx = (torch.arange(xa, xb, device=device)[:, None] - torch.arange(x0, x1, device=device)).square()
-    dy, dx = dy[:, None, :, None], dx[None, :, None, :]
-    outside = dy + dx >= s.radius**2 if s.shape == "circle" else torch.maximum(dy, dx) > s.radius**2
-    return outside.flatten(0, 1).flatten(1, 2)
-
-
-def nearest(A: Tensor, outside: Tensor | None, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest affinities of each query. A: cells x frames x q; outside: cells x q or None. -> value, cell, frame,
-    each k x q.
-
-    The region does not depend on the frame, so the k best entries lie in the k best cells by their best frame: mask
-    and search the cells' maxima, then only the k x frames entries behind the k best.
+    query: h x w x C; values: the context labels, (h w n) x L.
     """
+    h, w, _ = query.shape
+    n = len(values) // (h * w)
+    g = query[tile.top : tile.bottom, tile.left : tile.right].flatten(0, 1)  # q C
+    found = []
+    for first, f, fixed in parts:
+        window = search_window(s, tile, (h, w)) if fixed else Box(0, h, 0, w)
+        seen = Box(0, h, 0, w) if s.norm == "frame" else window
+        A = compute_affinity(f, g, s, tile, seen, fixed and s.norm != "frame")  # rows columns m q
+        near = A[window.top - seen.top : window.bottom - seen.top, window.left - seen.left : window.right - seen.left]
+        M = compute_masks(s, window, tile, A.device) if fixed else None
+        if fixed and s.norm == "region":
+            near.masked_fill_(~M[:, :, None], -math.inf)
+        values_kept, cell, frame = topk(near.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
+        width = window.right - window.left
+        cell = (window.top + cell // width) * w + window.left + cell % width
+        total = None if s.norm == "topk" else logsumexp_(A.flatten(0, 1))  # m q
+        found.append((values_kept, cell * n + first + frame, total))
+    if s.aggregation == "overall":
+        return soft_copy(*merge(found, s), values, s).unflatten(0, tile.shape)
+    return (sum(soft_copy(*each, values, s) for each in found) / n).unflatten(0, tile.shape)  # line 36
+
+
+def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box, fixed: bool) -> Tensor:
+    """Eq. 1, A = f^T g, of the context cells of `seen` (f: h x w x m x C) and the cells of a tile (g: q x C).
+
+    -> rows x columns x m x q. fixed: pairs of rows further apart than the fixed region reaches are left out, and what
+    stands in their place is of no meaning.
+    """
+    m, q = f.shape[2], len(g)
+    rows, columns = seen.shape
+    if not f.is_cpu:
+        A = torch.bmm(f[seen.top : seen.bottom, seen.left : seen.right].flatten(1, 2), g.T.expand(rows, -1, -1))
+        return (A if s.norm == "topk" else A.float()).view(rows, columns, m, q)
+    A = scratch(rows * columns * m * q).view(rows, columns * m, q)
+    reach, width = reach_of(s) if fixed else f.shape[0], tile.right - tile.left
+    for y, place in zip(range(seen.top, seen.bottom), A, strict=True):
+        first, end = max(y - reach, tile.top) - tile.top, min(y + reach + 1, tile.bottom) - tile.top
+        near = slice(first * width, end * width)
+        products(f[y, seen.left : seen.right].flatten(0, 1), g[near], out=place[:, near])
+    return A.view(rows, columns, m, q)
+
+
+def compute_masks(s: Propagation, window: Box, tile: Box, device) -> Tensor:
+    """The mask M of the fixed region: whether a context cell of `window` is searched for a target cell of `tile`.
+
+    -> rows x columns x q, bool. It is the same for all labels and context frames.
+    """
+    dy = torch.arange(window.top, window.bottom, device=device)[:, None] - torch.arange(
+        tile.top, tile.bottom, device=device
+    )
+    dx = torch.arange(window.left, window.right, device=device)[:, None] - torch.arange(
+        tile.left, tile.right, device=device
+    )
+    dy, dx = dy[:, None, :, None], dx[None, :, None, :]  # rows columns rows columns
+    M = dy**2 + dx**2 < s.radius**2 if s.shape == "circle" else (dy.abs() <= s.radius) & (dx.abs() <= s.radius)
+    return M.flatten(2)
+
+
+def topk(A: Tensor, M: Tensor | None, s: Propagation) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines 23 to 26: the k largest masked affinities of each target cell. A: cells x m x q; M: cells x q, or None.
+
+    -> affinity, cell, frame of each: k x q over all m frames, or k x m x q per frame.
+    """
+    cells, m = A.shape[:2]
+    if s.aggregation == "per-frame":
+        A = A if M is None else A.masked_fill(~M[:, None], -math.inf)
+        best, cell = A.topk(min(s.topk, cells), dim=0)
+        return best.float(), cell, torch.arange(m, device=A.device)[:, None]
+    # M does not depend on the frame, so the k best lie in the k best cells by their best frame.
     peak = A.amax(1)  # cells q
-    if outside is not None:
-        peak.masked_fill_(outside, -math.inf)
-    k, frames = min(topk, len(peak)), A.shape[1]
-    peak, cell = peak.topk(k, dim=0)
-    kept = A.gather(0, cell[:, None].expand(-1, frames, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)
-    best, entry = kept.flatten(0, 1).topk(min(topk, k * frames), dim=0)
-    return best, cell.gather(0, entry // frames), entry % frames
+    if M is not None:
+        peak.masked_fill_(~M, -math.inf)
+    peak, cell = peak.topk(min(s.topk, cells), dim=0)  # k q
+    A = A.gather(0, cell[:, None].expand(-1, m, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)  # k m q
+    best, entry = A.flatten(0, 1).topk(min(s.topk, len(cell) * m), dim=0)
+    return best.float(), cell.gather(0, entry // m), entry % m
+
+
+def soft_copy(best: Tensor, entry: Tensor, total: Tensor | None, values: Tensor, s: Propagation) -> Tensor:
+    """Lines 28 to 33: the labels of the k entries kept, weighted by their affinities after the softmax: q x L.
+
+    best, entry: k x q, or k x m x q per frame; total: the log of what their softmax is divided by, None for their own.
+    """
+    weight = (best / s.temperature).softmax(0) if total is None else (best - total).exp()
+    weight, entry = (x.flatten(0, -2).T.contiguous() for x in (weight, entry))
+    return F.embedding_bag(entry, values, per_sample_weights=weight, mode="sum")
+
+
+def merge(found: list[tuple], s: Propagation) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The k best of the k best of several parts."""
+    best, entry, total = zip(*found, strict=True)
+    total = None if total[0] is None else torch.cat(total).logsumexp(0)
+    if len(found) == 1:
+        return best[0], entry[0], total
+    best, order = torch.cat(best).topk(min(s.topk, sum(map(len, best))), dim=0)
+    return best, torch.cat(entry).gather(0, order), total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How memory is walked
+
+
+def tiles(parts: list[Part], s: Propagation, grid: tuple[int, int]) -> list[Box]:
+    """The grid cut into tiles whose affinities fit 32 MiB (on a GPU, which likes few launches, 256 MiB)."""
+    h, w = grid
+    cpu = parts[0].keys.is_cpu
+    most = 2**23 if cpu else 2**26
+    ty, tx = (30, 8) if cpu else (24, 32)  # tall: most rows of a window then meet only target rows that they may
+    while ty * tx > 1 and affinities(parts, s, grid, ty, tx) > most:
+        ty, tx = (ty // 2, tx) if ty > tx else (ty, tx // 2)
+    return [Box(*rows, *columns) for rows in cuts(h, ty) for columns in cuts(w, tx)]
+
+
+def affinities(parts: list[Part], s: Propagation, grid: tuple[int, int], ty: int, tx: int) -> int:
+    """The most affinities that a tile of ty x tx needs at a time."""
+    most = 0
+    for part in parts:
+        reach = reach_of(s) if part.fixed and s.norm != "frame" else max(grid)
+        rows, columns = min(ty + 2 * reach, grid[0]), min(tx + 2 * reach, grid[1])
+        most = max(most, rows * columns * part.keys.shape[2] * ty * tx)
+    return most
+
+
+def reach_of(s: Propagation) -> int:
+    """How many rows or columns away the fixed region reaches."""
+    return s.radius - (s.shape == "circle")
+
+
+def search_window(s: Propagation, tile: Box, grid: tuple[int, int]) -> Box:
+    """The context cells that the fixed regions of a tile's cells reach."""
+    reach = reach_of(s)
+    top, left = max(tile.top - reach, 0), max(tile.left - reach, 0)
+    return Box(top, min(tile.bottom + reach, grid[0]), left, min(tile.right + reach, grid[1]))
+
+
+def logsumexp_(A: Tensor) -> Tensor:
+    """A.logsumexp(0), in the memory of A."""
+    peak = A.amax(0)
+    return A.sub_(peak).exp_().sum(0).log_().add_(peak)
+
+
+_scratch = threading.local()
+
+
+def scratch(size: int) -> Tensor:
+    """Memory for `size` floats that a thread has for itself and uses again: new memory costs as much as a product."""
+    if getattr(_scratch, "memory", None) is None or len(_scratch.memory) < size:
+        with torch.inference_mode(False):
+            _scratch.memory = torch.empty(size)
+    return _scratch.memory[:size]
 
 
 def propagate_video(
     features: Iterable[Tensor],
-    annotated: Sequence[tuple[Tensor, Tensor]],
+    annotated: Sequence[tuple[Tensor, ...]],
     settings: Propagation,
     recent: Sequence[tuple[Tensor, Tensor]] = (),
     given: dict[int, tuple[Tensor, Tensor]] | None = None,
@@ -249,7 +357,8 @@ def propagate_video(
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
 
     annotated: (features, labels) of the annotated frames. The first is frame 0, and the targets come after it, from
-    frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away.
+    frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away. A third entry, the
+    number of each pixel's label (H x W, full size), gives UVC's boxes to the pixel; without it they are to the cell.
     recent: the last targets and their labels, oldest first, to go on with an earlier run: the last settings.context, or
     all where settings.history.
     given: number of a target -> (labels, which of them the annotation names, L bool): these are laid over what is
@@ -266,9 +375,9 @@ def propagate_video(
     number: dict[int, int] = {}  # slot -> the frame in it
     notes = {}  # slot -> what a system's way to localise keeps of it
 
-    def note(z: Tensor, first: bool = False):
+    def note(z: Tensor, first: bool = False, mask: Tensor | None = None):
         before = None if first else notes[max(number, key=number.get)]
-        return own.note(z, s, before) if own and own.note else None
+        return own.note(z, s, before, mask) if own and own.note else None
 
     def remember(slot: int, t: int, f: Tensor, z: Tensor, about=None) -> None:
         keys[:, :, slot], values[:, :, slot] = f.permute(1, 2, 0), z.permute(1, 2, 0)
@@ -287,7 +396,7 @@ def propagate_video(
         if s.memory == "spaced" and t == 5:
             remember(spaced, t, f, z, about)
 
-    first = [(f, z, note(z, first=True)) for f, z in annotated]
+    first = [(f, z, note(z, True, *mask)) for f, z, *mask in annotated]
     for slot in range(len(first) if s.keep_first else 0):
         remember(slot, kept[slot], *first[slot])
     for i, each in enumerate(first[:1] * s.context if s.pad else () if s.keep_first else first[: s.context]):
@@ -312,6 +421,24 @@ def propagate_video(
             z = lay_over(z, *given[t])
         yield z
         remember_target(t, f, z)
+
+
+def encode_ahead(encode: Callable, frames: Iterable) -> Iterator[tuple]:
+    """(frame, encode(frame)) for each of `frames`, in order. Up to workers + 1 frames are encoded ahead by tasks of the
+    pool, which come after the tiles of the frame that is being labelled."""
+    coming = deque()
+    try:
+        for frame in frames:
+            coming.append((frame, pool().submit(encode, frame, order=1)))
+            if len(coming) > pool().workers + 1:
+                frame, features = coming.popleft()
+                yield frame, features.result()
+        while coming:
+            frame, features = coming.popleft()
+            yield frame, features.result()
+    finally:
+        for _, features in coming:
+            features.cancel()
 
 
 def lay_over(z: Tensor, labels: Tensor, named: Tensor) -> Tensor:
@@ -399,28 +526,36 @@ for _bit in range(8):
 
 
 class Video:
-    """Frames of a film, or of a folder or glob of pictures, by index and in either direction.
+    """Frames of a film, of a folder or glob of pictures, or of a TIFF of several, by index and in either direction.
 
     names: one for each frame (file stems of pictures, else 00000, 00001, ...); times: when each is shown, in seconds;
-    fps; size (H, W). Memory does not depend on the length: no frame is kept, but for a block of at most 32 when
-    reading backwards. A film that breaks off gives the frames before the break; `broken` then says where and why.
-    Raises UserError where there is nothing to read or the frame size changes.
+    fps; size (H, W); aspect: width of a pixel over its height. Memory does not depend on the length: no frame is kept,
+    but for a block of at most 32 when reading backwards. A film that breaks off gives the frames before the break;
+    `broken` then says where and why. Frames of more than 8 bits (16-bit, float) are brought to 8 by one range for the
+    whole video. Raises UserError where there is nothing to read or the frame size changes.
     """
 
     def __init__(self, source: str | Path):
         self.source, self.fps, self.broken, self.names, self.times = str(source), 25.0, None, [], []
+        self.aspect, self.range, self.pages = Fraction(1), None, 1
         path, self.pictures = Path(source), []
+        found = [path]
         if path.is_dir():
-            self.pictures = [p for p in path.glob("[!.]*") if p.suffix.lower() in PICTURES]  # macOS keeps ._00000.jpg
+            found = list(path.glob("[!.]*"))  # macOS keeps ._00000.jpg
         elif glob.has_magic(self.source) and not path.exists():
             folder = glob.escape(str(path.parent)) if path.parent.is_dir() else path.parent  # brackets in its name
-            found = glob.glob(str(Path(folder) / path.name))
-            self.pictures = [Path(p) for p in found if Path(p).suffix.lower() in PICTURES]
+            found = [Path(p) for p in glob.glob(str(Path(folder) / path.name))]
         elif not path.is_file():
-            raise UserError(f"{source}: no such video on disk; give a film, a folder or a glob of pictures")
-        elif path.suffix.lower() in PICTURES:
-            self.pictures = [path]
-        if self.pictures:  # natural order: 2.jpg before 10.jpg
+            what = "is no regular file" if path.exists() else "no such video on disk"
+            raise UserError(f"{source}: {what}; give a film, a folder or a glob of pictures")
+        self.pictures = [p for p in found if p.suffix.lower() in PICTURES]
+        if self.pictures == [path]:
+            self.pages = max(cv2.imcount(str(path)), 1)
+        if self.pages > 1:
+            if path.suffix.lower() not in (".tif", ".tiff"):
+                raise UserError(f"{source}: holds {self.pages} pictures in one; save each as a file of its own")
+            self.pictures, self.names = [], [f"{i:05d}" for i in range(self.pages)]
+        elif self.pictures:  # natural order: 2.jpg before 10.jpg
             self.pictures.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)])
             self.names = [p.stem for p in self.pictures]
             if len(set(self.names)) < len(self.names):
@@ -429,8 +564,30 @@ class Video:
             self._index(path)
         self.times = self.times or [i / self.fps for i in range(len(self))]
         if not len(self):
+            other = sorted(p.name for p in found if p.is_file())
+            if other:
+                raise UserError(f"{source}: holds no pictures, but {other[0]}; if that is a film, name it")
             raise UserError(f"{source}: holds no pictures; give a film, or a folder of {', '.join(PICTURES[:3])}, ...")
-        self.size = next(self.frames([0]))[1].shape[:2]
+        first = next(self._read([0]))[1]
+        self.size = first.shape[:2]
+        if self.aspect != 1 and first.shape[1] != self._width:  # on its side
+            self.aspect = 1 / self.aspect
+        if first.dtype != np.uint8:
+            self._find_range(first.dtype)
+
+    def _find_range(self, dtype: np.dtype) -> None:
+        """One range for all frames of more than 8 bits: cameras of 12 or 14 bits use a small part of 16."""
+        some = sorted({round(i) for i in np.linspace(0, len(self) - 1, 8)})
+        frames = [frame for i in some for _, frame in self._read([i])]
+        ends = [np.percentile(frame[np.isfinite(frame)], (0.1, 99.9)) for frame in frames if np.isfinite(frame).any()]
+        low, high = np.array(ends or [(0, 1)]).T
+        low, high = float(low.min()), float(high.max())  # a few dead or hot pixels do not count
+        print(
+            f"note: {self.source}: is {dtype}; {low:g} to {high:g}, the range of {len(some)} of its frames, becomes 0 "
+            "to 255 in all of them",
+            file=sys.stderr,
+        )
+        self.range = low, high
 
     def __len__(self) -> int:
         return len(self.names)
@@ -445,6 +602,7 @@ class Video:
                     raise UserError(f"{path}: holds no video stream; give a film with pictures")
                 stream = film.streams.video[0]
                 self.fps = float(stream.average_rate or stream.guessed_rate or 25)
+                self.aspect, self._width = stream.sample_aspect_ratio or Fraction(1), stream.width
                 tick = stream.time_base
                 # A truncated film promises more frames than it has packets; in mp4 an edit list leaves only these.
                 promised = len(stream.index_entries) if "mp4" in film.format.name else stream.frames
@@ -466,25 +624,47 @@ class Video:
             self._pts = sorted(stamp for stamp in stamps if stamp >= packets[start][0])  # others lean on frames before
             self.times = [float((stamp - self._pts[0]) * tick) for stamp in self._pts]
         self.names = [f"{i:05d}" for i in range(len(self._pts))]
+        if film.format.name == "avi" and packets:  # a place without a packet shows the frame before it once more
+            promised -= max(stamp or 0 for stamp, *_ in packets) + 1 - len(packets)
         if promised > len(packets):
             self.broken = f"{path}: breaks off after {len(packets)} of {promised} frames; the frames before are kept"
 
+    def check(self, indices: Sequence[int]) -> None:
+        """Look at the headers of these pictures before any long work. UserError as frames, and where a file holds
+        several."""
+        usual = None
+        for index in indices if self.pictures else ():
+            path = self.pictures[index]
+            header = picture_header(path)
+            usual = usual or header
+            if header and header[1] > 1:
+                raise UserError(f"{path}: holds {header[1]} pictures, where one frame is wanted; save each as a file")
+            if not header or header != usual:
+                for _ in self.frames([index]):
+                    pass
+
     def frames(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """(index, frame) for each of `indices`, which must all rise or all fall."""
-        size = getattr(self, "size", None)
         for index, frame in self._read(indices):
-            size = size or frame.shape[:2]
-            if frame.shape[:2] != size:
+            if frame.shape[:2] != self.size:
                 raise UserError(
                     f"{self.source}: frame {self.names[index]} is {frame.shape[1]}x{frame.shape[0]}, the first is "
-                    f"{size[1]}x{size[0]}; cut the video there (--end {index}) or bring it to one size"
+                    f"{self.size[1]}x{self.size[0]}; cut the video there (--end {index}) or bring it to one size"
                 )
-            yield index, frame
+            if (frame.dtype == np.uint8) != (self.range is None):
+                raise UserError(
+                    f"{self.source}: frame {self.names[index]} is {frame.dtype}, the first is not; use one depth"
+                )
+            yield index, to_8_bits(frame, *self.range) if self.range else frame
 
     def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """As frames, in the depth that they have."""
         if self.pictures:
             for index in indices:
-                yield index, read_picture(self.pictures[index])
+                yield index, read_picture(self.pictures[index], reduce=False)
+        elif self.pages > 1:
+            for index in indices:
+                yield index, read_picture(self.source, reduce=False, page=index)
         elif len(indices) < 2 or indices[0] < indices[-1]:
             yield from self._decode(indices)
         else:  # backwards: blocks of frames, each decoded forwards
@@ -521,8 +701,9 @@ class Video:
                         done = index
                     if index in left:
                         left.remove(index)
-                        frame = picture.to_ndarray(format="rgb24")
-                        yield index, np.ascontiguousarray(np.rot90(frame, round(picture.rotation / 90)))
+                        deep = max(part.bits for part in picture.format.components) > 14
+                        frame = picture.to_ndarray(format="rgb48le" if deep else "rgb24")
+                        yield index, upright(frame, picture)
                         if not left:
                             return
         except av.error.FFmpegError as error:
@@ -534,6 +715,39 @@ class Video:
                 self.broken = f"{self.source}: breaks off after frame {done}; the frames up to there are kept"
         if done < 0 and first == 0:
             raise UserError(f"{self.source}: no frame can be decoded; is it whole? Try to play it")
+
+
+def display_matrix(picture: av.VideoFrame) -> tuple[int, int, int, int]:
+    """(a, b, c, d): a pixel at x, y is shown in the direction a x + c y, b x + d y."""
+    matrix = picture.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 1, 0, 0, 1
+    numbers = np.frombuffer(matrix, np.int32)
+    return tuple(int(number) for number in numbers[[0, 1, 3, 4]])
+
+
+def upright(frame: np.ndarray, picture: av.VideoFrame) -> np.ndarray:
+    """The frame turned by quarters and mirrored as its film says, and as players show it."""
+    a, b, c, d = display_matrix(picture)
+    if abs(b) > abs(a):  # on its side
+        frame, a, d = frame.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def picture_header(path: Path) -> tuple[tuple[int, int], int] | None:
+    """Width and height as stored, and how many pictures the file holds, without decoding; None where that is not to be
+    had."""
+    try:
+        if path.is_file():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of large ones
+                picture = Image.open(path)
+            with picture:
+                several = picture.format != "MPO"  # a phone's JPEG, with a preview or a depth map behind it
+                return picture.size, getattr(picture, "n_frames", 1) if several else 1
+    except Exception:  # Pillow raises what it likes
+        pass
+    return None
 
 
 def ahead(items: Iterable, depth: int = 4) -> Iterator:
@@ -549,16 +763,19 @@ def ahead(items: Iterable, depth: int = 4) -> Iterator:
 
 
 @contextlib.contextmanager
-def film_writer(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[..., None]]:
+def film_writer(
+    path: Path, fps: float, size: tuple[int, int], aspect: Fraction = Fraction(1)
+) -> Iterator[Callable[..., None]]:
     """Write an H.264 film that plays in a browser: yields a function that appends a frame, at a time in seconds if one
-    is given; atomic."""
+    is given; atomic. aspect: width of a pixel over its height."""
     height, width = (side - side % 2 for side in size)  # 4:2:0 colour wants even sides
     with atomic(path) as temporary, av.open(str(temporary), "w", options={"movflags": "faststart"}) as film:
-        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream = film.add_stream("libx264", rate=max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001)))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "20", "preset": "veryfast"}
+        stream.codec_context.sample_aspect_ratio = aspect
         stream.codec_context.colorspace = 5  # BT.601, which from_ndarray's conversion follows; untagged HD reads as 709
-        stream.codec_context.time_base = tick = Fraction(1, 90000)
+        stream.codec_context.time_base = tick = Fraction(1, 90000 if fps > 1 else 1000)
         number, last = itertools.count(), -1
 
         def append(frame: np.ndarray, seconds: float | None = None) -> None:
@@ -583,15 +800,15 @@ def write_mask(path: Path, mask: np.ndarray, palette: np.ndarray = PALETTE) -> N
 def read_ids(path: str | Path) -> np.ndarray:
     """Read the ids (H x W uint8) of an indexed or grey PNG as they are stored. UserError if it is none, or broken."""
     try:
+        if not Path(path).is_file():  # a pipe would never end
+            raise UserError(f"{path}: no such mask")
         data = Path(path).read_bytes()
         with contextlib.suppress(ValueError, isal_zlib.error, struct.error, IndexError):
             return inflate_ids(data)  # about four times as fast as Pillow, which reads and judges the rest
         with Image.open(path) as picture:
-            if picture.mode not in ("P", "L"):
+            if picture.mode not in ("P", "L", "1"):
                 raise UserError(f"{path}: is a {picture.mode} picture; masks are indexed (or grey) PNGs of ids")
-            return np.array(picture)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such mask") from error
+            return np.array(picture, np.uint8)  # of one bit: ids 0 and 1
     except (OSError, SyntaxError) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error}); is it whole?") from error
 
@@ -613,25 +830,46 @@ def inflate_ids(data: bytes) -> np.ndarray:
     return rows[:, 1:].copy()
 
 
-def read_mask(path: str | Path, known: dict[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Read a mask: (ids H x W uint8, palette 256 x 3 uint8).
+@dataclass
+class Mask:
+    """A mask as it was read."""
+
+    ids: np.ndarray  # H x W uint8
+    palette: np.ndarray  # 256 x 3 uint8
+    kind: str  # what its values were: ids, black and white, VOC colours, colours, values above 255; or empty
+
+
+def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """The mask of a picture with objects: (ids H x W uint8, palette 256 x 3 uint8), by the rules of load_mask."""
+    mask = load_mask(Path(path), {})
+    if mask.kind == "empty":
+        raise UserError(f"{path}: is empty, all of it is background; paint each object in a value of its own")
+    return mask.ids, mask.palette
+
+
+def load_mask(path: Path, known: dict[int, int]) -> Mask:
+    """Read a mask in whichever way it is painted.
 
     An indexed PNG gives its ids; a grey picture its values; black and white is one object, id 1; in a colour
-    picture black (or transparent) is background and each other colour an object: the id of that colour in PASCAL
-    VOC's palette if all have one, else 1, 2, ... by how much they cover. 255 beside other ids is void, background.
-    known: the ids of colours, and of values above 255, in masks read before; filled up, so that they stay the same.
+    picture black (or what is more than half transparent) is background and each other colour an object: the id of that
+    colour in PASCAL VOC's palette if all have one, else 1, 2, ... by how much they cover. 255 beside other ids is void,
+    background. known: the ids of colours, and of values above 255, in masks read before; filled up, so that they stay
+    the same.
     """
     try:
+        if not path.is_file():  # a pipe would never end
+            raise UserError(f"{path}: no such mask; give the picture of a frame's objects")
         with Image.open(path) as picture:
+            if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+                raise UserError(f"{path}: holds {picture.n_frames} pictures, a mask is one; save the one that is meant")
             picture.load()
             lossy = picture.format in ("JPEG", "MPO")
             ImageOps.exif_transpose(picture, in_place=True)  # as frames are
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such mask; give the picture of the first frame's objects") from error
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a picture; give a PNG mask") from error
-    palette, known = PALETTE.copy(), {} if known is None else known
-    indexed, coloured = picture.mode == "P", False
+    palette, indexed, coloured = PALETTE.copy(), picture.mode == "P", False
     if indexed:
         own = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
         # A palette in another order, as after quantising: the black that is used is not number 0.
@@ -645,42 +883,68 @@ def read_mask(path: str | Path, known: dict[int, int] | None = None) -> tuple[np
             raise UserError(f"{path}: holds values that are no ids (below 0, or no integers); save it as 0, 1, 2, ...")
         ids = ids.astype(np.int64)
     else:
-        r, g, b, alpha = np.asarray(picture.convert("RGBA")).astype(np.int64).transpose(2, 0, 1)
-        coloured = bool(((r != g) | (g != b))[alpha > 0].any())
-        ids = (r << 16 | g << 8 | b if coloured else r) * (alpha > 0)
+        r, g, b, alpha = np.asarray(picture.convert("RGBA")).astype(np.int32).transpose(2, 0, 1)
+        solid = alpha > 127  # the border of a soft edge
+        coloured = bool(((r != g) | (g != b))[solid].any())
+        ids = (r << 16 | g << 8 | b if coloured else r) * solid
     numbers, counts = np.unique(ids, return_counts=True)
     numbers, counts = numbers[numbers != 0], counts[numbers != 0]
     if not indexed:
-        solid = sum(cv2.erode((ids == n).astype(np.uint8), np.ones((3, 3))).any() for n in numbers[:300])
-        white = 0 if coloured else counts[numbers == 255].sum()  # void is a thin border
-        smooth = len(numbers) > 255 or (len(numbers) >= 8 and solid < len(numbers) / 2)
-        if smooth or (lossy and len(numbers) > 1) or counts.sum() > white > counts.sum() / 2:
-            raise UserError(
-                f"{path}: has {len(numbers)} colours beside black, as smoothed edges have (anti-aliased or JPEG); "
-                "save it as PNG without smoothing, one flat colour an object"
-            )
+        refuse_smooth(path, ids, numbers, counts, coloured, lossy)
+    kind, new = "ids", numbers
     if len(numbers) == 0:
-        raise UserError(f"{path}: is empty, all of it is background; paint each object in a value of its own")
-    if coloured or numbers[-1] > 255:
-        voc = {int(r) << 16 | int(g) << 8 | int(b): i for i, (r, g, b) in enumerate(PALETTE)} if coloured else {}
-        unknown = [n for n in (numbers[np.argsort(-counts, kind="stable")] if coloured else numbers) if n not in known]
-        own = [voc.get(n) for n in unknown]
-        if None in own or set(own) & set(known.values()):
-            own = sorted(set(range(1, 256)) - set(known.values()))[: len(unknown)]
-        if len(own) < len(unknown):
-            raise UserError(f"{path}: brings the objects of all masks to more than 255; give fewer")
-        known.update(zip(unknown, own, strict=True))
-        new, names = [known[n] for n in numbers], np.array(list(known))
+        kind = "empty"
+    elif coloured or numbers[-1] > 255:
+        new = number_values(path, numbers, counts, coloured, known)
+        values = np.array(list(known))
         if coloured:
-            palette[list(known.values())] = np.stack([names >> 16, names >> 8 & 255, names & 255], 1)
+            palette[list(known.values())] = np.stack([values >> 16, values >> 8 & 255, values & 255], 1)
+        kind = "values above 255"
+        if coloured:
+            kind = "VOC colours" if (palette[new] == PALETTE[new]).all() else "colours"
     elif len(numbers) == 1 and numbers[0] in (1, 255):
+        kind = "black and white" if numbers[0] == 255 else "ids"
         new = [1]
         palette[1] = palette[numbers[0] if indexed else 1]
     else:
         new = np.where(numbers == 255, 0, numbers)
         if numbers[-1] == 255 and not indexed:
             print(f"note: {path}: 255 beside other values is void, so background; is it an object?", file=sys.stderr)
-    return np.asarray([0, *new], np.uint8)[np.searchsorted(np.array([0, *numbers]), ids)], palette
+    ids = np.asarray([0, *new], np.uint8)[np.searchsorted(np.array([0, *numbers]), ids)]
+    return Mask(ids, palette, kind)
+
+
+def refuse_smooth(path: Path, ids: np.ndarray, numbers: np.ndarray, counts: np.ndarray, coloured: bool, lossy: bool):
+    """UserError for a picture whose values are no ids: those of smoothed edges, too many, or 255 that may be void."""
+    flat = [cv2.erode((ids == n).astype(np.uint8), np.ones((3, 3))).any() for n in numbers[:300]]
+    if len(numbers) > 255 and sum(flat) >= len(flat) / 2:
+        raise UserError(f"{path}: has {len(numbers)} objects; 255 is the most, give fewer")
+    white = 0 if coloured else counts[numbers == 255].sum()  # void is a thin border
+    doubtful = counts.sum() > white > counts.sum() / 2
+    if doubtful and not lossy and all(flat):
+        raise UserError(
+            f"{path}: 255 beside {', '.join(map(str, numbers[:-1][:3]))} would be void, but most of what is painted is "
+            "255; give each object a value from 1 to 254"
+        )
+    smooth = len(numbers) > 255 or (len(numbers) >= 8 and sum(flat) < len(numbers) / 2)
+    if smooth or doubtful or (lossy and len(numbers) > 1):
+        raise UserError(
+            f"{path}: has {len(numbers)} colours beside black, as smoothed edges have (anti-aliased or JPEG); "
+            "save it as PNG without smoothing, one flat colour an object"
+        )
+
+
+def number_values(path: Path, numbers: np.ndarray, counts: np.ndarray, coloured: bool, known: dict[int, int]) -> list:
+    """The ids of colours or of values above 255: those of `known`, which is filled up."""
+    voc = {int(r) << 16 | int(g) << 8 | int(b): i for i, (r, g, b) in enumerate(PALETTE)} if coloured else {}
+    unknown = [int(n) for n in (numbers[np.argsort(-counts, kind="stable")] if coloured else numbers) if n not in known]
+    own = [voc.get(n) for n in unknown]
+    if None in own or set(own) & set(known.values()):
+        own = sorted(set(range(1, 256)) - set(known.values()))[: len(unknown)]
+    if len(own) < len(unknown):
+        raise UserError(f"{path}: brings the objects of all masks to more than 255; give fewer")
+    known.update(zip(unknown, own, strict=True))
+    return [known[n] for n in numbers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -727,36 +991,235 @@ def read_frame(video, index: int) -> np.ndarray:
     raise UserError(f"--mask-frame {index}: cannot be decoded from {video.source}; annotate another frame")
 
 
-def fit_mask(path: Path, size: tuple[int, int], known: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Read a mask and its palette; bring it to the frame's size where the aspect is the same. known: as read_mask."""
-    mask, palette = read_mask(path, known)
-    (H, W), (h, w) = size, mask.shape
+def fit_mask(path: Path, size: tuple[int, int], known: dict[int, int]) -> Mask:
+    """Read a mask and bring it to the frame's size where the aspect is the same. known: as load_mask."""
+    H, W = size
+    header = picture_header(path)
+    if header and max(header[0]) > 8 * max(size):  # it would fill the memory before it is refused
+        w, h = header[0]
+        raise UserError(f"{path}: is {w}x{h}, the frames are {W}x{H}; draw it on a frame of this video")
+    mask = load_mask(path, known)
+    h, w = mask.ids.shape
     if (h, w) != (H, W):
         if abs(w / h * H / W - 1) > 0.02:
             raise UserError(f"{path}: is {w}x{h}, the frames are {W}x{H}; draw it on a frame of this video")
         print(f"note: {path} is {w}x{h}, the frames are {W}x{H}: resized, nearest neighbour", file=sys.stderr)
-        mask = cv2.resize(mask, (W, H), interpolation=cv2.INTER_NEAREST_EXACT)
-    return mask, palette
+        mask.ids = cv2.resize(mask.ids, (W, H), interpolation=cv2.INTER_NEAREST_EXACT)
+    return mask
 
 
-def read_points(path: Path, size: tuple[int, int]) -> dict[str, tuple[float, float]]:
-    """A CSV file with the columns id,x,y -> the position of each id, in pixels."""
+def read_points(path: Path, size: tuple[int, int]) -> dict[int | None, dict[str, tuple[float, float]]]:
+    """A CSV file with the columns id,x,y and maybe frame -> the position of each id in pixels, by frame (None without
+    that column). A line without x and y is a point that is lost, as a run writes it."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no regular file; give a CSV file with the columns id,x,y")
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, skipinitialspace=True))
-        points = {row["id"]: (float(row["x"]), float(row["y"])) for row in rows}
+            table = csv.DictReader(file, skipinitialspace=True)
+            columns, rows = list(table.fieldnames or ()), list(table)
+        if unknown := set(columns) - {"frame", "id", "x", "y"}:
+            raise UserError(f"{path}: column {sorted(unknown)[0]!r} is not known; give id,x,y and, if you like, frame")
+        whole = [row for row in rows if row["x"] != "" or row["y"] != ""]
+        where = [(int(row["frame"]) if "frame" in columns else None, row["id"]) for row in whole]
+        points = {key: (float(row["x"]), float(row["y"])) for key, row in zip(where, whole, strict=True)}
+        if any(None in row for row in rows):
+            raise ValueError("a line has more cells than the header")
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give a CSV file with the columns id,x,y"
         ) from error
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: is not a table id,x,y with a header line and numbers ({error})") from error
-    if not points or len(points) < len(rows):
-        raise UserError(f"{path}: " + ("holds no points" if not points else "names an id twice") + "; one line a point")
-    for name, (x, y) in points.items():
+    if not points:
+        raise UserError(f"{path}: holds no points; one line a point")
+    if len(points) < len(whole):
+        raise UserError(f"{path}: names an id twice" + " in a frame" * ("frame" in columns) + "; one line a point")
+    frames: dict = {}
+    for (index, name), (x, y) in points.items():
         if not (0 <= x < size[1] and 0 <= y < size[0]):
             raise UserError(f"{path}: point {name} at {x:g},{y:g} lies outside the frame ({size[1]}x{size[0]} pixels)")
-    return points
+        frames.setdefault(index, {})[name] = (x, y)
+    return frames
+
+
+@dataclass
+class Annotations:
+    """What is annotated, of all masks or tables together."""
+
+    frames: dict[int, np.ndarray]  # frame -> mask H x W, or points J x 2, -1 where a table does not name one
+    ids: list
+    palette: np.ndarray = field(default_factory=PALETTE.copy)
+    renamed: dict[str, int] = field(default_factory=dict)  # a mask's colour, or value above 255 -> its id
+
+    def named(self, index: int) -> list[bool]:
+        """Which of the ids the annotation of a frame names."""
+        known = self.frames[index]
+        return np.isin(self.ids, known).tolist() if known.dtype == np.uint8 else (known[:, 0] >= 0).tolist()
+
+
+def annotate(args: Args, video, order: Sequence[int]) -> Annotations:
+    """Read what is annotated."""
+    if bool(args.mask) == bool(args.points):
+        raise UserError(
+            "--mask or --points: give one of them, to say what to track; no mask yet? Draw one: "
+            f"python examples/draw_mask.py {args.video} mask.png"
+        )
+    files = place_files(args, video, order)
+    return read_tables(args, video, files) if args.points else read_masks(args, video, files)
+
+
+def place_files(args: Args, video, order: Sequence[int]) -> list[tuple[Path, int]]:
+    """(file, frame) for each mask or table: that of --mask-frame, the first one, or in a folder the frame of its
+    name."""
+    given, frames = args.mask or args.points, args.mask_frame
+    names = getattr(video, "names", [])  # a camera has none
+    pictures = {os.path.realpath(path) for path in getattr(video, "pictures", ()) if args.mask}
+    pictures |= {str(Path(path).parent) for path in pictures}
+    for path in given:
+        if os.path.realpath(split_id(path)[0]) in pictures:
+            raise UserError(f"{path}: lies among the frames of --video and would be one; move it elsewhere")
+    index = {name: i for i, name in enumerate(names)}
+    if any(path.is_dir() for path in given):
+        if len(given) > 1 or frames or args.points:
+            raise UserError(f"{given[0]}: a folder holds the masks of all frames, by their names; give it alone")
+        pictures = [p for p in sorted(given[0].glob("[!.]*")) if p.suffix.lower() in PICTURES]
+        index = {int(name): i for name, i in index.items() if name.isdecimal()} | index
+        places = [(p, index.get(p.stem, index.get(int(p.stem) if p.stem.isdecimal() else None))) for p in pictures]
+        used = set(order) if names else ()
+        files = [(path, place) for path, place in places if place in used]
+        if not files:
+            raise UserError(f"{given[0]}: no mask in it is named as a frame that is used; give it the frame's name")
+        if left := [path.name for path, place in places if place not in used]:
+            print(f"note: {given[0]}: {len(left)} of its masks are of no frame used: {brief(left)}", file=sys.stderr)
+        return files
+    if frames and len(frames) != len(given):
+        raise UserError(f"--mask-frame: {len(frames)} frame(s) for {len(given)} mask(s) or table(s); give one for each")
+    files = list(zip(given, frames or [order[0]] * len(given), strict=True))
+    for path, frame in files:
+        if index.get(path.stem, frame) != frame and frame < len(names):
+            other = index[path.stem]
+            print(
+                f"note: {path}: is named as frame {other}, but laid on frame {frame} ({names[frame]}); --mask-frame "
+                f"{other} lays it there",
+                file=sys.stderr,
+            )
+    return files
+
+
+def brief(words: Sequence, most: int = 8) -> str:
+    return ", ".join([str(word) for word in words[:most]] + ["..."] * (len(words) > most))
+
+
+def read_tables(args: Args, video, files: list[tuple[Path, int]]) -> Annotations:
+    """The key points. One that a table does not name is lost in its frame."""
+    frames: dict[int, dict] = {}
+    for path, place in files:
+        for own, points in read_points(path, video.size).items():
+            if own is not None and args.mask_frame:
+                raise UserError(f"--mask-frame: {path} has a column `frame`; leave one of them away")
+            index = place if own is None else own
+            if index in frames:
+                raise UserError(f"{path}: frame {index} has a table already; give one for each frame")
+            frames[index] = points
+    ids = list(dict.fromkeys(name for points in frames.values() for name in points))
+    places = {index: np.array([points.get(name, (-1, -1)) for name in ids]) for index, points in frames.items()}
+    return Annotations(places, ids)
+
+
+def read_masks(args: Args, video, files: list[tuple[Path, int]]) -> Annotations:
+    """The masks, several of one frame merged. An object has one id in all masks, and the last palette all their
+    colours."""
+    frames, known, kinds, palette, plain = {}, {}, {}, PALETTE.copy(), {}
+    for path, index in files:
+        path, number = split_id(path)
+        mask = fit_mask(path, video.size, known)
+        kinds.setdefault(mask.kind, path)
+        merged = frames.setdefault(index, np.zeros_like(mask.ids))
+        objects = [int(n) for n in np.unique(mask.ids) if n]
+        if number and len(objects) > 1:
+            raise UserError(f"{path}={number}: holds {len(objects)} objects; an id can be given to a mask of one")
+        if mask.kind == "black and white":
+            number = number or next(n for n in range(1, 256) if not (merged == n).any())
+            plain[path] = number
+        else:
+            palette = mask.palette
+        if number and objects:
+            mask.ids[mask.ids > 0] = number
+            objects = [number]
+        twice = [n for n in objects if (merged == n).any()]
+        if twice:
+            raise UserError(
+                f"{path}: object {twice[0]} of frame {index} is in another mask too; --mask {path}=ID renames it"
+            )
+        if lost := int(((merged > 0) & (mask.ids > 0)).sum()):
+            print(f"note: {path}: covers {lost} pixels of the masks given before it for this frame", file=sys.stderr)
+        np.copyto(merged, mask.ids, where=mask.ids > 0)
+    kinds.pop("empty", None)
+    if not kinds:
+        raise UserError(f"{files[0][0]}: is empty, all of it is background; paint each object in a value of its own")
+    for numbered, alike in (("colours", {"colours", "VOC colours"}), ("values above 255", {"values above 255"})):
+        other = [path for kind, path in kinds.items() if kind not in alike]
+        if numbered in kinds and other:
+            raise UserError(
+                f"{kinds[numbered]}: has {numbered}, which get ids of their own, but {other[0]} has not; save both in "
+                "one way, so that an object has one id"
+            )
+    if len(plain) > 1 or (plain and len(kinds) > 1):
+        which = brief([f"{path} is object {number}" for path, number in plain.items()])
+        print(f"note: black and white masks: {which}; --mask FILE=ID gives another id", file=sys.stderr)
+    renamed = {f"#{value:06x}" if "colours" in kinds else str(value): n for value, n in known.items()}
+    renamed = renamed if "VOC colours" not in kinds or "colours" in kinds else {}
+    if renamed:
+        which = brief([f"{value} is {number}" for value, number in renamed.items()])
+        print(f"note: the masks' {'colours' if 'colours' in kinds else 'values'} get ids: {which}", file=sys.stderr)
+    ids = sorted({int(n) for mask in frames.values() for n in np.unique(mask)} - {0})
+    if kinds.keys() == {"black and white"} and len(ids) == 1:
+        palette[ids] = 255  # black and white gives black and white
+    return Annotations(frames, ids, palette, renamed)
+
+
+def split_id(path: Path) -> tuple[Path, int | None]:
+    """mask.png=2 -> the file and the id that is given to its object."""
+    found = re.fullmatch(r"(.+)=(\d+)", str(path))
+    if not found or path.exists():
+        return path, None
+    if not 1 <= int(found[2]) <= 255:
+        raise UserError(f"--mask {path}: an id is a number from 1 to 255")
+    return Path(found[1]), int(found[2])
+
+
+def introduce(mask: np.ndarray, index: int, name: str, s: Propagation) -> None:
+    """Say what a mask holds, and what of it looks like a mistake."""
+    ids, pixels = np.unique(mask[mask > 0], return_counts=True)
+    found = ", ".join(f"{number} ({count} pixels)" for number, count in zip(ids, pixels, strict=True))
+    name = f" ({name})" if name else ""
+    print(f"objects in frame {index}{name}: {found or 'none'}", file=sys.stderr)
+    cell = mask.size / math.prod(s.grid(*mask.shape))
+    whole = s.input_size(*mask.shape)[0] >= s.upsample * mask.shape[0]  # --size never enlarges
+    more = f"--upsample {2 * s.upsample}" if whole else "a larger --size"
+    for number, count in zip(ids, pixels, strict=True):
+        if all((edge == number).any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])):
+            print(f"note: object {number} touches all four borders: is it the background, or all?", file=sys.stderr)
+        elif count < cell:
+            print(f"note: object {number} is less than a cell of the grid; {more} keeps it", file=sys.stderr)
+
+
+def introduce_all(annotations: Annotations, order: Sequence[int], video, args: Args) -> None:
+    """Say what is annotated where, and what a later annotation leaves out."""
+    before: list = []
+    for index in sorted(annotations.frames, key=order.index):
+        if not args.points:
+            name = video.pictures[index].name if getattr(video, "pictures", None) else ""
+            introduce(annotations.frames[index], index, name, args.propagation)
+        names = [number for number, is_named in zip(annotations.ids, annotations.named(index), strict=True) if is_named]
+        missing = [number for number in before if number not in names]
+        if missing and not args.partial:
+            print(
+                f"note: the annotation of frame {index} leaves out {brief(missing)}, which is gone from there on; "
+                "--partial keeps what it does not name",
+                file=sys.stderr,
+            )
+        before += [number for number in names if number not in before]
 
 
 def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> None:
@@ -767,13 +1230,31 @@ def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> 
     cells = h * w
     if settings.localization == "fixed":
         r = min(settings.radius, max(h, w))
-        region = ~beyond(settings, (r, r + 1, r, r + 1), (0, 2 * r + 1, 0, 2 * r + 1), "cpu")
+        region = compute_masks(settings, Box(0, 2 * r + 1, 0, 2 * r + 1), Box(r, r + 1, r, r + 1), "cpu")
         cells = min(cells, int(region.sum()))
     frames = annotated + settings.context if settings.aggregation == "overall" else 1
     if settings.topk > cells * frames:
         raise UserError(
             f"--topk {settings.topk}: only {cells} cells of {frames} context frame(s) are searched; "
             f"give {cells * frames} or less"
+        )
+
+
+def check_memory(s: Propagation, size: tuple[int, int], annotated: int, objects: int) -> None:
+    """Refuse a grid that is too coarse, or more than this machine's memory holds."""
+    (H, W), (h, w) = s.input_size(*size), s.grid(*size)
+    if min(h, w) < 2:
+        raise UserError(f"--size {s.size}: is a grid of {h}x{w} cells, too coarse to follow anything; give more")
+    frames = annotated + s.context + (s.memory == "spaced")
+    need = h * w * frames * (256 + objects + 1) * 4 + H * W * 64 * 4  # the context, and the first stage of a ResNet
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return
+    if need > memory:
+        raise UserError(
+            f"--size {s.size} --upsample {s.upsample} --context {s.context}: an input of {H}x{W} and {frames} frames "
+            f"of {h}x{w} cells take about {need / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}; give less"
         )
 
 
@@ -785,7 +1266,7 @@ def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> dict:
         before = record["job"]
     except (OSError, ValueError, KeyError):
         before = None
-    for name in ("masks", "points.csv", *["frames"] * live) if before is None else ():
+    for name in ("masks", "points.csv", "labels", *["frames"] * live) if before is None else ():
         if (out / name).exists():  # drawn by hand, maybe: never deleted
             raise UserError(f"{out / name}: is there already and not of a run (no run.json); choose another --out")
     if live or (before is not None and before != job):
@@ -796,6 +1277,8 @@ def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> dict:
             raise UserError(f"{out}: has results of another run ({changed}); add --overwrite or choose another --out")
         for name in ("masks", ".state") + ("frames",) * live:
             shutil.rmtree(out / name, ignore_errors=True)
+        for path in (out / "labels").glob("*.npz"):
+            path.unlink()
         for name in ("points.csv", "overlay.mp4", "contact_sheet.jpg"):
             (out / name).unlink(missing_ok=True)
     if before != job:
@@ -832,13 +1315,17 @@ def need_window() -> None:
 
 
 class Stopwatch(Counter):
-    """Seconds by stage."""
+    """Seconds by stage; a stage inside another counts for itself alone."""
+
+    inside = 0.0
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before, self.inside = time.perf_counter(), self.inside, 0.0
         yield
-        self[stage] += time.perf_counter() - start
+        spent = time.perf_counter() - start
+        self[stage] += spent - self.inside
+        self.inside = before + spent
 
     def each(self, stage: str, items: Iterator) -> Iterator:
         """The same items; waiting for them is `stage`."""
@@ -855,12 +1342,29 @@ Answer = tuple[int, np.ndarray, np.ndarray, torch.Tensor | None]  # index, frame
 
 class Results:
     """What whole frames got, written by a thread: a mask or points, and the soft labels of the latest `keep` frames
-    (in .state/), from which a stopped run goes on exactly as if it had not stopped."""
+    and of those in `always` (in .state/), from which a stopped run goes on exactly as if it had not stopped.
 
-    def __init__(self, out: Path, names: list[str], keep: int, ids: list, palette: np.ndarray, points: bool):
-        self.out, self.names, self.keep, self.ids, self.palette, self.points = out, names, keep, ids, palette, points
+    size: H, W of the frames; labels: whether the soft labels are written for the user too.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        names: list[str],
+        keep: int,
+        annotations: Annotations,
+        size: tuple[int, int],
+        points: bool,
+        labels: bool = False,
+        always: Iterable[int] = (),
+    ):
+        self.out, self.names, self.keep, self.size, self.points, self.labels = out, names, keep, size, points, labels
+        self.ids, self.palette = annotations.ids, annotations.palette
+        ids = self.ids
         self.pool, self.pending, self.csv = ThreadPoolExecutor(1), deque(), out / "points.csv"
-        self.states = deque(sorted((out / ".state").glob("*.npy"), key=lambda path: path.stat().st_mtime_ns))
+        states = sorted((out / ".state").glob("*.npy"), key=lambda path: path.stat().st_mtime_ns)
+        self.always = {self.state_path(index) for index in always}
+        self.states = deque(path for path in states if path not in self.always)
         self.table: dict[int, np.ndarray] = {}  # frame -> J x 2 positions, -1 where lost
         if points and self.csv.is_file():
             lines = self.csv.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
@@ -871,30 +1375,44 @@ class Results:
         if points:
             self.write_points(self.table)
 
+    def name(self, index: int) -> str:
+        return self.names[index] if self.names else f"{index:05d}"
+
     def mask_path(self, index: int) -> Path:
-        return self.out / "masks" / f"{self.names[index] if self.names else f'{index:05d}'}.png"
+        return self.out / "masks" / f"{self.name(index)}.png"
+
+    def labels_path(self, index: int) -> Path:
+        return self.out / "labels" / f"{self.name(index)}.npz"
 
     def state_path(self, index: int) -> Path:
         return self.out / ".state" / f"{index:05d}.npy"
 
     def has(self, index: int) -> bool:
+        if self.labels and not self.labels_path(index).is_file():
+            return False
         return index in self.table if self.points else self.mask_path(index).is_file()
 
     def read(self, index: int) -> np.ndarray:
         return self.table[index] if self.points else read_ids(self.mask_path(index))
 
-    def add(self, index: int, answer: np.ndarray, labels: torch.Tensor | None = None) -> None:
-        """Write what a frame got: its mask (H x W) or points (J x 2), and its soft labels."""
+    def add(self, index: int, answer: np.ndarray, labels: torch.Tensor | None, annotated: bool = False) -> None:
+        """Write what a frame got: its mask (H x W) or points (J x 2), and its soft labels, unless an engine keeps
+        them."""
         labels = None if labels is None else labels.float().cpu().numpy()
-        self.pending.append(self.pool.submit(self._write, index, answer, labels))
+        self.pending.append(self.pool.submit(self._write, index, answer, labels, annotated))
         while len(self.pending) > 4:
             self.pending.popleft().result()
 
-    def _write(self, index: int, answer: np.ndarray, labels: np.ndarray | None) -> None:
-        if labels is not None and self.keep:
-            with atomic(self.state_path(index)) as temporary, temporary.open("wb") as file:
+    def _write(self, index: int, answer: np.ndarray, labels: np.ndarray | None, annotated: bool) -> None:
+        if self.labels:
+            with atomic(self.labels_path(index)) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, labels=labels.astype(np.float16), ids=np.array(self.ids), size=self.size)
+        if labels is not None and self.keep and not annotated:
+            path = self.state_path(index)
+            with atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, labels)
-            self.states.append(self.state_path(index))
+            if path not in self.always:
+                self.states.append(path)
             while len(self.states) > self.keep + 1:  # one more: a frame's answer comes after its state
                 self.states.popleft().unlink(missing_ok=True)
         if self.points:
@@ -935,18 +1453,43 @@ def segments(order: list[int], annotated: Iterable[int]) -> list[list[int]]:
     return ([order[places[0] :: -1]] if places[0] else []) + onwards
 
 
+def soft_labels(annotations: Annotations, index: int, size: tuple[int, int], s: Propagation) -> torch.Tensor:
+    """The labels of an annotated frame on the grid, L x h x w."""
+    known, grid = annotations.frames[index], s.grid(*size)
+    if known.dtype == np.uint8:
+        return labels_from_mask(torch.from_numpy(known), annotations.ids, grid, s.sampling)
+    return labels_from_points(known, size, grid)
+
+
+@dataclass
+class Given:
+    """A later annotation of which only some ids are known (--partial), in the middle of a stretch."""
+
+    labels: torch.Tensor  # L x h x w
+    named: torch.Tensor  # L bool
+    known: np.ndarray  # H x W, or J x 2
+
+
 def track(
-    s: Propagation, video, stretches: list, annotations: dict[int, torch.Tensor], results: Results, encoder, clock
+    s: Propagation, video, stretches: list, labels: dict, given: dict, annotations: Annotations, results, encoder, clock
 ) -> Iterator[Answer]:
-    """Label every frame that has no result yet. annotations: frame -> soft labels L x h x w."""
+    """Label every frame that has no result yet.
+
+    labels: annotated frame that a stretch starts from -> soft labels L x h x w. given: other annotated frame -> Given.
+    """
     device = encoder.mean.device
 
     def encode(frame: np.ndarray) -> torch.Tensor:
-        with clock.time("extract"):
-            features = encoder(torch.from_numpy(frame).to(device)[None])[0]
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return features
+        return encoder(torch.from_numpy(frame).to(device)[None])[0]
+
+    def features_of(frames: Iterator) -> Iterator[tuple]:
+        """((index, frame), features) of each; ahead of time where the frames are there and a CPU encodes them."""
+        if device.type == "cpu" and not isinstance(video, Camera):
+            return encode_ahead(lambda item: encode(item[1]), frames)
+        return ((item, encode(item[1])) for item in frames)
+
+    def state(index: int) -> torch.Tensor:
+        return torch.from_numpy(np.load(results.state_path(index))).to(device)
 
     annotated = {}
     for part in stretches:
@@ -955,39 +1498,69 @@ def track(
         if done == len(rest):
             continue
         if not annotated:  # every annotated frame stays in the context of all stretches for good
-            for index, labels in annotations.items():
-                annotated[index] = encode(read_frame(video, index)), labels.to(device)
+            for index, z in labels.items():
+                annotated[index] = encode(read_frame(video, index)), z.to(device)
         latest = rest[max(0, done - s.context) : done]
         back = rest[:done] if s.history else latest
-        if not all(results.state_path(index).is_file() for index in back):
-            back, done = [], 0  # its soft labels are gone: run this stretch from its annotated frame
+        early = [index for index in rest[: done - len(back)] if index in given and s.keep_first]
+        if not all(results.state_path(index).is_file() for index in [*early, *back]):
+            back, early, done = [], [], 0  # its soft labels are gone: run this stretch from its annotated frame
         # Of all that came before, propagate_video looks again at the labels, but only at these frames' features.
-        again = [index for index in back if index in latest or index in rest[4:5]]
+        again = [i for i in rest[:done] if i in early or (i in back and (i in latest or i in rest[4:5] or i in given))]
         known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
-        other = annotated[next(iter(annotations))][0]
-        recent = [
-            (known.get(index, other), torch.from_numpy(np.load(results.state_path(index))).to(device)) for index in back
-        ]
+        other = annotated[next(iter(labels))][0]
+        recent = [(known.get(index, other), state(index)) for index in back]
+        later = {
+            t: (given[index].labels.to(device), given[index].named.to(device))
+            for t, index in enumerate([*back, *rest[done:]], 1)
+            if index in given
+        }
         current = deque()
 
         def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-            for item in clock.each("read", ahead(video.frames(todo))):
+            for item, f in clock.each("extract", features_of(clock.each("read", ahead(video.frames(todo))))):
                 current.append(item)
-                yield encode(item[1])
+                yield f
 
         first = [annotated[part[0]], *(each for index, each in annotated.items() if index != part[0])]
-        labelled = propagate_video(features(), first, s, recent)
-        while True:
-            start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
-            if (z := next(labelled, None)) is None:
-                break
+        first += [(known[index], state(index)) for index in early]
+        labelled = propagate_video(features(), first, s, recent, later)
+        shift = (
+            shift_of_points(annotations, [*annotated, part[0], *rest[:done]], video.size, s) if results.points else 0
+        )
+        for z in clock.each("propagate", labelled):
             index, frame = current.popleft()
-            if results.points:
-                answer = points_from_labels(z, video.size)
-            else:
-                answer = mask_from_labels(z, results.ids, video.size, s.minmax).cpu().numpy()
-            clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
+            with clock.time("up-sample"):
+                if results.points:
+                    shift = shift_of_points(annotations, [index], video.size, s, shift)
+                    answer = shifted(points_from_labels(z, video.size), shift, video.size)
+                else:
+                    rest_of = z * ~given[index].named.to(device)[:, None, None] if index in given else z
+                    answer = mask_from_labels(rest_of, results.ids, video.size, s.minmax).cpu().numpy()
+                if index in given:  # at full size, what is given is exactly as given
+                    own = given[index].known
+                    answer = np.where(own >= 0 if results.points else own > 0, own, answer)
             yield index, frame, answer, z
+
+
+def shift_of_points(
+    annotations: Annotations, frames: list[int], size: tuple[int, int], s: Propagation, before: np.ndarray | None = None
+) -> np.ndarray:
+    """Where each point lies from what its labels on the grid give back (J x 2, pixels): by the last of `frames` that
+    names it, else as `before`. So a point keeps its place within its cell."""
+    shift = np.zeros((len(annotations.ids), 2)) if before is None else before
+    for index in frames:
+        if index in annotations.frames:
+            known = annotations.frames[index]
+            coarse = points_from_labels(labels_from_points(known, size, s.grid(*size)), size)
+            shift = np.where(known >= 0, known - coarse, shift)
+    return shift
+
+
+def shifted(points: np.ndarray, shift: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The points (J x 2) moved by `shift`, within the frame; a lost one (-1, -1) stays so."""
+    moved = np.clip(points + shift, 0, np.array(size[::-1]) - 1)
+    return np.where(points >= 0, moved, points)
 
 
 def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dict, ids: list) -> None:
@@ -1007,6 +1580,8 @@ def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dic
             raise UserError(f"--{flag} {value}: is fixed in {args.engine} ({own}); leave it away or export anew")
     if args.points:
         raise UserError(f"--points: {args.engine} follows masks; give --mask, or run without --engine")
+    if args.save_labels:
+        raise UserError(f"--save-labels: {args.engine} gives masks alone; run without --engine")
     if len(annotations) > 1:
         raise UserError(f"--mask: {args.engine} starts from one annotated frame, not {len(annotations)}; give one")
     if size != (info["height"], info["width"]):
@@ -1066,7 +1641,8 @@ def overlay(frame: np.ndarray, mask: np.ndarray, palette: np.ndarray = PALETTE, 
 def draw(frame: np.ndarray, answer: np.ndarray, results: Results) -> np.ndarray:
     """The frame with its objects tinted, or its key points as dots."""
     if not results.points:
-        return overlay(frame, answer, results.palette)
+        white = (results.palette[results.ids] == 255).all()  # it would be hard to see
+        return overlay(frame, answer, PALETTE if white else results.palette)
     picture, radius = frame.copy(), max(3, min(frame.shape[:2]) // 90)
     for number, (x, y) in enumerate(answer, 1):
         if x >= 0:
@@ -1086,8 +1662,9 @@ def make_pictures(out: Path, video: Video, order: list[int], results: Results, f
     """contact_sheet.jpg of twelve frames, and overlay.mp4 of all in the order of `order`, at their times."""
     chosen = {order[round(i)] for i in np.linspace(0, len(order) - 1, min(12, len(order)))}
     H, W = video.size
+    wide = float(video.aspect) * W / H  # as it is shown
     thumbs, width = [], min(480, W)
-    writer = film_writer(out / "overlay.mp4", video.fps, video.size)
+    writer = film_writer(out / "overlay.mp4", video.fps, video.size, video.aspect)
     if not film:
         (out / "overlay.mp4").unlink(missing_ok=True)
         writer, order = contextlib.nullcontext(lambda *_: None), [index for index in order if index in chosen]
@@ -1096,12 +1673,12 @@ def make_pictures(out: Path, video: Video, order: list[int], results: Results, f
             picture = draw(frame, results.read(index), results)
             append(picture, abs(video.times[index] - video.times[order[0]]))
             if index in chosen:
-                thumb = cv2.resize(picture, (width, max(1, round(width * H / W))), interpolation=cv2.INTER_AREA)
+                thumb = cv2.resize(picture, (width, max(1, round(width / wide))), interpolation=cv2.INTER_AREA)
                 name = video.names[index][-((width - 10) // 11) :]  # the end tells the frames apart
                 cv2.rectangle(thumb, (0, 0), (11 * len(name) + 10, 24), (0, 0, 0), -1)
                 cv2.putText(thumb, name, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255))
                 thumbs.append(thumb)
-    columns = 4 if W >= H else 6
+    columns = 4 if wide >= 1 else 6
     thumbs += [np.full_like(thumbs[0], 255)] * (-len(thumbs) % columns if len(thumbs) > columns else 0)
     rows = [np.concatenate(thumbs[i : i + columns], 1) for i in range(0, len(thumbs), columns)]
     sheet = cv2.cvtColor(np.concatenate(rows), cv2.COLOR_RGB2BGR)
@@ -1124,50 +1701,13 @@ def list_models() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def annotate(args: Args, video, first: int) -> tuple[dict[int, np.ndarray], list, np.ndarray]:
-    """Read what is annotated: frame -> mask H x W or points J x 2; the ids; the palette."""
-    if bool(args.mask) == bool(args.points):
-        raise UserError(
-            "--mask or --points: give one of them, to say what to track; no mask yet? Draw one: "
-            f"python examples/draw_mask.py {args.video} mask.png"
-        )
-    frames, files = args.mask_frame or [first], len(args.mask or args.points) or 1
-    if len(set(frames)) < len(frames):
-        raise UserError(f"--mask-frame {max(frames, key=frames.count)}: is given twice; a frame has one mask")
-    if len(frames) != files:
-        raise UserError(f"--mask-frame: {len(frames)} frame(s) for {files} mask(s) or table(s); give one for each")
-    if args.points:  # a point that a table does not name is lost in its frame
-        tables = [read_points(path, video.size) for path in args.points]
-        ids = list(dict.fromkeys(name for table in tables for name in table))
-        places = [np.array([table.get(name, (-1, -1)) for name in ids]) for table in tables]
-        return dict(zip(frames, places, strict=True)), ids, PALETTE
-    known = {}  # an object has one id in all masks, and the last palette all their colours
-    read = [fit_mask(path, video.size, known) for path in args.mask]
-    masks, palette = dict(zip(frames, (mask for mask, _ in read), strict=True)), read[-1][1]
-    ids = [int(number) for number in np.unique(np.concatenate([np.unique(mask) for mask in masks.values()])) if number]
-    return masks, ids, palette
-
-
-def introduce(mask: np.ndarray, index: int, s: Propagation) -> None:
-    """Say what a mask holds, and what of it looks like a mistake."""
-    ids, pixels = np.unique(mask[mask > 0], return_counts=True)
-    found = ", ".join(f"{number} ({count} pixels)" for number, count in zip(ids, pixels, strict=True))
-    print(f"objects in frame {index}: {found or 'none'}", file=sys.stderr)
-    cell = mask.size / math.prod(s.grid(*mask.shape))
-    for number, count in zip(ids, pixels, strict=True):
-        if all((edge == number).any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])):
-            print(f"note: object {number} touches all four borders: is it the background, or all?", file=sys.stderr)
-        elif count < cell:
-            print(f"note: object {number} is less than a cell of the grid; a larger --size keeps it", file=sys.stderr)
-
-
 def main(args: Args) -> None:
     if args.list_models:
         return list_models()
     if not args.video:
         raise UserError("--video: missing; give a film, a folder of pictures or the number of a camera (see --help)")
     live = args.video.isdigit() and not Path(args.video).exists()
-    path = Path(args.video).resolve()
+    path = Path(os.path.realpath(args.video))
     pattern = glob.has_magic(path.name) and not path.exists()
     name = f"camera{args.video}" if live else path.parent.name if pattern else path.name if path.is_dir() else path.stem
     out = args.out or Path("results") / name
@@ -1182,13 +1722,10 @@ def main(args: Args) -> None:
     if live and args.end is not None and args.end < 2:
         raise UserError(f"--end {args.end}: give 2 or more, or stop the camera with q")
     video = Camera(int(args.video), out / "frames") if live else Video(args.video)
-    frames = set() if live or not args.mask else {picture.resolve() for picture in video.pictures}
-    for mask in args.mask:
-        if mask.resolve() in frames:
-            raise UserError(f"{mask}: lies among the frames of --video and would be one; move it elsewhere")
     order = range(args.end or 10**9) if live else choose_frames(args, len(video))
-    annotations, ids, palette = annotate(args, video, order[0])
-    for index in annotations:
+    annotations = annotate(args, video, order)
+    ids = annotations.ids
+    for index in annotations.frames:
         if index not in order:
             used = f"{min(order)} to {max(order)}" + (f", every {args.every}" if args.every > 1 else "")
             raise UserError(f"--mask-frame {index}: is not among the frames used ({used})")
@@ -1198,17 +1735,22 @@ def main(args: Args) -> None:
     if args.engine:
         import export  # it imports this module
 
-        check_engine(args, export.engine_info(args.engine), video.size, annotations, ids)
+        check_engine(args, export.engine_info(args.engine), video.size, annotations.frames, ids)
         engine = export.load_engine(args.engine, args.device)
     else:
-        check_topk(args.propagation, video.size, len(annotations))
+        check_memory(args.propagation, video.size, len(annotations.frames), len(ids))
+        check_topk(args.propagation, video.size, len(annotations.frames))
         encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
+        if not live:  # the pool does the work; a camera cannot be read ahead, so all threads encode its frame
+            torch.set_num_threads(1)
+    if not live:
+        video.check(order)
     weights = None if engine else args.weights or common.find_weights(args.model, fetch=False)
     job = {
         "video": video.source if live else str(path),
         "content": None if live else describe(video),
         "frames": [args.start, args.every, *(["from", args.end] if args.reverse else [])],  # a later --end adds to it
-        "annotations": {str(k): hashlib.sha256(v.tobytes()).hexdigest()[:16] for k, v in annotations.items()},
+        "annotations": {str(k): hashlib.sha256(v.tobytes()).hexdigest()[:16] for k, v in annotations.frames.items()},
         "ids": ids,
         "model": engine.info["model"] if engine else args.model,
         "weights": digest(weights),
@@ -1217,31 +1759,40 @@ def main(args: Args) -> None:
     }
     if engine:
         job["engine"] = digest(args.engine)
+    if annotations.renamed:
+        job["renamed"] = annotations.renamed
+    if args.partial and len(annotations.frames) > 1:
+        job["partial"] = True
     record = open_job(out, job, args.overwrite, live)
-    for index, mask in annotations.items() if not args.points else ():
-        introduce(mask, index, args.propagation)
+    introduce_all(annotations, order, video, args)
 
+    starts = list(annotations.frames)
+    if args.partial:  # only the first one starts a stretch
+        starts = [min(starts, key=order.index)]
     keep = 0 if live else len(order) if args.propagation.history else args.propagation.context
-    results = Results(out, [] if live else video.names, keep, ids, palette, points=bool(args.points))
+    labels = {index: soft_labels(annotations, index, video.size, args.propagation) for index in annotations.frames}
+    given = {
+        index: Given(labels.pop(index), torch.tensor([False, *annotations.named(index)]), known)
+        for index, known in annotations.frames.items()
+        if index not in starts
+    }
+    names = [] if live else video.names
+    results = Results(out, names, keep, annotations, video.size, bool(args.points), args.save_labels, given)
     clock, start = Stopwatch(), time.perf_counter()
-    grid, labels = args.propagation.grid(*video.size), {}
-    for index, known in annotations.items():
-        if args.points:
-            labels[index] = labels_from_points(known, video.size, grid)
-        else:
-            labels[index] = labels_from_mask(torch.from_numpy(known), ids, grid, args.propagation.sampling)
+    for index in starts:
         if not results.has(index):
-            results.add(index, known)
+            results.add(index, annotations.frames[index], labels[index], annotated=True)
     results.flush()
-    before = len(annotations) if live else sum(map(results.has, order))
-    stretches = segments(order, annotations)
+    before = len(starts) if live else sum(map(results.has, order))
+    stretches = segments(order, starts)
     bar = tqdm(total=None if live else len(order), initial=before, unit="frame", desc=video.source)
     try:
         with torch.inference_mode():
             if engine:
-                answers = track_engine(video, stretches, annotations, results, engine, clock)
+                answers = track_engine(video, stretches, annotations.frames, results, engine, clock)
             else:
-                answers = track(args.propagation, video, stretches, labels, results, encoder, clock)
+                s = args.propagation
+                answers = track(s, video, stretches, labels, given, annotations, results, encoder, clock)
             follow(answers, results, bar, args.show, clock)
     except KeyboardInterrupt:
         if not live:  # a camera is stopped this way

@@ -440,6 +440,8 @@ def test_kinds_of_masks(small_clip, tmp_path, cli, kind):
         picture = Image.fromarray(np.dstack([truth] * 3))
     elif kind == "black and white":
         picture, expected = Image.fromarray(np.where(truth > 0, 255, 0).astype(np.uint8)), (truth > 0).astype(np.uint8)
+        palette = PALETTE.copy()
+        palette[1] = 255  # black and white comes back
     elif kind == "colour":
         picture, expected = Image.fromarray(colours[truth]), np.array([0, *by_size], np.uint8)[truth]
         palette = PALETTE.copy()
@@ -700,14 +702,20 @@ def test_a_truncated_film_gives_the_frames_before_the_break(small_clip, tmp_path
     assert code == 2 and "cannot be decoded from" in err.splitlines()[-1]
 
 
-def test_a_frame_size_that_changes_stops_there_and_keeps_what_was_made(small_clip, tmp_path, cli):
+def test_a_frame_size_that_changes_is_told_before_the_work(small_clip, tmp_path, cli):
     (tmp_path / "frames").mkdir()
     for index, frame in Video(small_clip / "clip.mp4").frames(range(6)):
         Image.fromarray(frame[:80] if index == 4 else frame).save(tmp_path / f"frames/{index}.png")
     argv = [*RANDOM, "--video", tmp_path / "frames", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
     code, _, err = cli(propagate, *argv)
     assert code == 2 and "frame 4 is 160x80, the first is 160x96" in err.splitlines()[-1]
-    assert list(masks_in(tmp_path / "o")) == ["0.png", "1.png", "2.png", "3.png"]
+    assert not (tmp_path / "o").exists()
+    assert cli(propagate, *argv, "--end", 4)[0] == 0
+    (tmp_path / "frames/4.png").write_bytes(b"no picture")
+    assert "4.png: cannot be read" in refused(cli, *argv)
+    (tmp_path / "frames/4.png").unlink()
+    os.mkfifo(tmp_path / "frames/4.png")
+    assert "4.png: is no regular file" in refused(cli, *argv)
 
 
 def refused(cli, *argv) -> str:
@@ -758,9 +766,10 @@ def test_bad_masks(small_clip, tmp_path, cli):
     assert "anti-aliased" in say(Image.fromarray(smooth))
     smooth = cv2.GaussianBlur(PALETTE[truth], (0, 0), 1)
     assert "anti-aliased" in say(Image.fromarray(smooth))
-    assert "anti-aliased" in say(
-        Image.fromarray(np.where(truth == 1, 255, np.where(truth == 2, 128, 0)).astype(np.uint8))
-    )
+    for values in ((0, 255, 128, 0), (0, 255, 100, 100), (0, 255, 128, 64)):  # flat, and 255 covers most
+        assert "255 beside" in say(Image.fromarray(np.array(values, np.uint8)[np.where(truth == 2, 2, truth > 0)]))
+    flat = np.arange(300).repeat(16).reshape(20, 15, 4, 4).swapaxes(1, 2).reshape(80, 60)
+    assert "has 299 objects; 255 is the most" in say(Image.fromarray(np.pad(flat, (0, 16)).astype(np.uint16)))
     for quality in (90, 95, 98, 100):
         Image.fromarray((truth == 1).astype(np.uint8) * 255).save(tmp_path / "mask.jpg", quality=quality)
         assert "JPEG" in refused(cli, *argv, "--mask", tmp_path / "mask.jpg")
@@ -1150,3 +1159,387 @@ def test_a_correction_is_what_its_stretch_starts_from(small_clip, tmp_path, cli)
     for index in range(6, 12):
         path = Path("masks") / f"{index:05d}.png"
         assert (tmp_path / "both" / path).read_bytes() == (tmp_path / "later" / path).read_bytes()
+
+
+def frames_of(clip: Path, folder: Path, count: int = 12, change=lambda frame: frame) -> Path:
+    """Frames of a film as PNGs in a folder, each changed first."""
+    folder.mkdir(parents=True)
+    for index, frame in Video(clip).frames(range(count)):
+        cv2.imwrite(str(folder / f"{index:05d}.png"), change(frame[..., ::-1]))
+    return folder
+
+
+class TestPartial:
+    """--partial: an id that a later annotation does not name keeps its prediction."""
+
+    @pytest.fixture
+    def job(self, small_clip, tmp_path) -> list:
+        """Object 1 and 3 are in the first mask; object 2 comes in at frame 5, where a mask names it alone."""
+        for name, index, ids in (("a", 0, (1, 3)), ("b", 5, (2,))):
+            mask = read_ids(small_clip / f"truth/{index:05d}.png")
+            write_mask(tmp_path / f"{name}.png", mask * np.isin(mask, ids))
+        (tmp_path / "frames").mkdir()
+        for index, frame in Video(small_clip / "clip.mp4").frames(range(12)):
+            mask = read_ids(small_clip / f"truth/{index:05d}.png")
+            if index < 5:
+                frame[mask == 2] = frame[mask == 0].mean(0)
+            Image.fromarray(frame).save(tmp_path / f"frames/{index:05d}.png")
+        files = ["--mask", tmp_path / "a.png", "--mask-frame", 0, "--mask", tmp_path / "b.png", "--mask-frame", 5]
+        return [*RANDOM, "--video", tmp_path / "frames", *files]
+
+    def test_the_others_go_on(self, small_clip, tmp_path, cli, job):
+        code, _, err = cli(propagate, *job, "--out", tmp_path / "plain")
+        assert code == 0 and "the annotation of frame 5 leaves out 1, 3, which is gone" in err and "--partial" in err
+        code, _, err = cli(propagate, *job, "--partial", "--out", tmp_path / "o")
+        assert code == 0 and "leaves out" not in err
+        masks, truth = masks_in(tmp_path / "o"), masks_in_folder(small_clip / "truth")
+        given = read_ids(tmp_path / "b.png")
+        assert ((masks["00005.png"] == 2) == (given == 2)).all()  # at full size as it was given
+        assert all(not (masks[f"{i:05d}.png"] == 2).any() for i in range(5))
+        for name in ("00005.png", "00008.png", "00011.png"):
+            scores = [jaccard(masks[name] == number, truth[name] == number) for number in (1, 2, 3)]
+            assert min(scores) > 0.3, (name, scores)
+        assert not (masks_in(tmp_path / "plain")["00005.png"] == 1).any()
+        assert "has results of another run" in refused(cli, *job, "--out", tmp_path / "o")
+
+    def test_before_it_the_run_is_as_without_it(self, small_clip, tmp_path, cli, job):
+        first = [*job[:-4], "--out", tmp_path / "first"]
+        assert cli(propagate, *first)[0] == 0
+        assert cli(propagate, *job, "--partial", "--out", tmp_path / "o")[0] == 0
+        for index in range(5):
+            name = f"masks/{index:05d}.png"
+            assert (read_ids(tmp_path / "first" / name) == read_ids(tmp_path / "o" / name)).all()
+
+    @pytest.mark.parametrize("stop", [3, 6, 10])
+    @pytest.mark.parametrize("flags", [(), ("--reverse",), ("--memory", "spaced"), ("--context", "1")])
+    def test_stopped_and_started_again(self, tmp_path, cli, monkeypatch, job, stop, flags):
+        job = [*job, "--partial", *flags]
+        assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
+        calls = interrupt_at(monkeypatch, stop)
+        assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
+        assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0
+        assert len(calls) == 12 and same(tmp_path / "o", tmp_path / "whole")
+
+    def test_backwards_from_the_first_annotated_frame(self, small_clip, tmp_path, cli):
+        for name, index, ids in (("a", 4, (1, 3)), ("b", 8, (2,))):
+            mask = read_ids(small_clip / f"truth/{index:05d}.png")
+            write_mask(tmp_path / f"{name}.png", mask * np.isin(mask, ids))
+        job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", tmp_path / "a.png", "--mask-frame", 4]
+        both = [*job, "--mask", tmp_path / "b.png", "--mask-frame", 8, "--partial"]
+        assert cli(propagate, *job, "--out", tmp_path / "one")[0] == 0
+        assert cli(propagate, *both, "--out", tmp_path / "both")[0] == 0
+        one, both = masks_in(tmp_path / "one"), masks_in(tmp_path / "both")
+        assert len(both) == 12 and all((one[f"{i:05d}.png"] == both[f"{i:05d}.png"]).all() for i in range(8))
+        assert (both["00008.png"] == 2).any() and (both["00008.png"] == 1).any()
+
+    def test_points(self, small_clip, tmp_path, cli):
+        (tmp_path / "p.csv").write_text("frame,id,x,y\n0,ball,40,30\n6,star,90,60\n")
+        job = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "p.csv"]
+        code, _, err = cli(propagate, *job, "--out", tmp_path / "plain")
+        assert code == 0 and "the annotation of frame 6 leaves out ball" in err
+        assert cli(propagate, *job, "--partial", "--out", tmp_path / "o")[0] == 0
+        found = table(tmp_path / "o/points.csv")
+        assert found[0, "ball"] == ("40.00", "30.00") and found[6, "star"] == ("90.00", "60.00")
+        assert all(found[i, "ball"][0] for i in range(12))
+        assert [bool(found[i, "star"][0]) for i in range(12)] == [False] * 6 + [True] * 6
+        found = table(tmp_path / "plain/points.csv")
+        assert found[6, "ball"] == ("", "")
+
+
+def masks_in_folder(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: read_ids(path) for path in sorted(folder.iterdir())}
+
+
+def table(path: Path) -> dict:
+    with path.open() as file:
+        return {(int(row["frame"]), row["id"]): (row["x"], row["y"]) for row in csv.DictReader(file)}
+
+
+def test_a_points_table_says_its_frames(small_clip, tmp_path, cli):
+    """As the table that a run writes does; a column that is not known is not dropped silently."""
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "p.csv", "--out", tmp_path / "o"]
+    (tmp_path / "p.csv").write_text("frame,id,x,y\n3,a,40,30\n7,a,50,40\n7,b,90,60\n8,b,,\n")
+    assert "leave one of them away" in refused(cli, *job, "--mask-frame", 3)
+    assert cli(propagate, *job)[0] == 0
+    found = table(tmp_path / "o/points.csv")
+    assert found[3, "a"] == ("40.00", "30.00") and found[7, "a"] == ("50.00", "40.00") and found[3, "b"] == ("", "")
+    for text, message in (
+        ("frame,id,x,y\n30,a,40,30\n", "is not among the frames used"),
+        ("frame,id,x,y\n1.5,a,40,30\n", "is not a table"),
+        ("frame,id,x,y\n1,a,40,30\n1,a,41,30\n", "names an id twice in a frame"),
+        ("id,x,y,visible\na,4,5,0\n", "column 'visible' is not known"),
+        ("id,x,y\na,4,5,0\n", "more cells than the header"),
+    ):
+        (tmp_path / "p.csv").write_text(text)
+        assert message in refused(cli, *job)
+
+
+def test_points_of_a_film_that_stands_still_stay(small_clip, tmp_path, cli):
+    (tmp_path / "frames").mkdir()
+    frame = next(Video(small_clip / "clip.mp4").frames([0]))[1]
+    for i in range(4):
+        Image.fromarray(frame).save(tmp_path / f"frames/{i}.png")
+    given = {"a": (41.7, 33.2), "b": (90.1, 60.9), "c": (2.5, 93.4)}
+    (tmp_path / "p.csv").write_text("id,x,y\n" + "".join(f"{name},{x},{y}\n" for name, (x, y) in given.items()))
+    job = [*RANDOM, "--video", tmp_path / "frames", "--points", tmp_path / "p.csv"]
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0
+    for (_, name), place in table(tmp_path / "o/points.csv").items():
+        assert np.abs(np.subtract([float(x) for x in place], given[name])).max() < 1, (name, place)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "float", "stack", "film"])
+def test_frames_of_more_than_8_bits_have_one_range(small_clip, tmp_path, cli, kind):
+    """As bright as their 8-bit originals, whatever part of the range is used; a hot pixel does not matter."""
+    frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for _, frame in Video(small_clip / "clip.mp4").frames(range(6))]
+    deep = [frame.astype(np.uint16) * 12 + 700 for frame in frames]  # of a 12-bit camera
+    deep[2][0, 0] = 65535
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    if kind == "film":
+        folder = tmp_path / "deep.mkv"
+        with av.open(str(folder), "w") as film:
+            stream = film.add_stream("ffv1", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 160, 96, "gray16le"
+            for frame in deep:
+                film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray16le")))
+            film.mux(stream.encode())
+    elif kind == "stack":
+        folder = folder / "stack.tif"
+        pictures = [Image.fromarray(frame) for frame in deep]
+        pictures[0].save(folder, save_all=True, append_images=pictures[1:])
+    else:
+        for i, frame in enumerate(deep):
+            if kind == "float":
+                cv2.imwrite(str(folder / f"{i}.tif"), frame.astype(np.float32) / 1000)
+            else:
+                cv2.imwrite(str(folder / f"{i}.{kind}"), frame)
+    job = [*RANDOM, "--mask", small_clip / "f0.png", "--video", folder, "--out", tmp_path / "o"]
+    code, out, err = cli(propagate, *job)
+    assert code == 0 and "6 masks" in out, err
+    assert "becomes 0 to 255 in all of them" in err
+    low, high = (np.percentile(np.stack(frames), share) for share in (0.1, 99.9))
+    for index, frame in Video(folder).frames(range(5, -1, -1)):
+        assert frame.dtype == np.uint8 and frame.shape == (96, 160, 3)
+        wanted = np.clip((frames[index].astype(float) - low) * 255 / (high - low), 0, 255)
+        assert np.abs(frame[1:, :, 0] - wanted[1:]).mean() < 4
+
+
+def test_pictures_of_8_and_16_bits_are_not_mixed(small_clip, tmp_path, cli):
+    frames = frames_of(small_clip / "clip.mp4", tmp_path / "frames", 3)
+    cv2.imwrite(str(frames / "00002.png"), cv2.imread(str(frames / "00002.png")).astype(np.uint16) * 9)
+    job = [*RANDOM, "--video", frames, "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    code, _, err = cli(propagate, *job)
+    assert code == 2 and "frame 00002 is uint16, the first is not" in err
+
+
+def test_a_file_that_holds_several_pictures(small_clip, tmp_path, cli):
+    pictures = [Image.fromarray(frame) for _, frame in Video(small_clip / "clip.mp4").frames(range(5))]
+    (tmp_path / "frames").mkdir()
+    for name in ("one.webp", "frames/0.tif", "mask.tif", "stack.tif"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
+    mask = ("--mask", small_clip / "f0.png", "--out", tmp_path / "o")
+    assert "5 masks" in cli(propagate, *RANDOM, "--video", tmp_path / "stack.tif", *mask)[1]
+    assert (next(Video(tmp_path / "stack.tif").frames([3]))[1] == np.asarray(pictures[3])).all()
+    assert "holds 5 pictures" in refused(cli, *RANDOM, "--video", tmp_path / "one.webp", *mask, "--overwrite")
+    pictures[0].save(tmp_path / "frames/1.tif")
+    assert "0.tif: holds 5 pictures" in refused(cli, *RANDOM, "--video", tmp_path / "frames", *mask, "--overwrite")
+    clip = ("--video", small_clip / "clip.mp4", "--out", tmp_path / "p")
+    assert "mask.tif: holds 5 pictures" in refused(cli, *RANDOM, *clip, "--mask", tmp_path / "mask.tif")
+
+
+def test_an_all_black_later_mask_says_that_the_objects_have_left(small_clip, tmp_path, cli):
+    write_mask(tmp_path / "gone.png", np.zeros((96, 160), np.uint8))
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--mask-frame", 0]
+    job += ["--mask", tmp_path / "gone.png", "--mask-frame", 6, "--out", tmp_path / "o"]
+    code, _, err = cli(propagate, *job)
+    assert code == 0 and "objects in frame 6: none" in err and "leaves out 1, 2, 3" in err
+    assert not masks_in(tmp_path / "o")["00006.png"].any()
+
+
+def test_half_transparent_is_the_border(small_clip, tmp_path, cli):
+    alpha = cv2.GaussianBlur(np.where(read_ids(small_clip / "f0.png") == 1, 255, 0).astype(np.uint8), (0, 0), 3)
+    Image.fromarray(np.dstack([np.full((96, 160, 3), 200, np.uint8), alpha])).save(tmp_path / "mask.png")
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", tmp_path / "mask.png", "--end", 2]
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0
+    assert ((masks_in(tmp_path / "o")["00000.png"] > 0) == (alpha > 127)).all()
+
+
+def test_new_ids_are_told_and_kept_in_the_record(small_clip, tmp_path, cli):
+    truth = read_ids(small_clip / "f0.png")
+    cv2.imwrite(str(tmp_path / "mask.png"), np.array([0, 300, 400, 7], np.uint16)[truth])
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--end", 2, "--mask", tmp_path / "mask.png"]
+    code, _, err = cli(propagate, *job, "--out", tmp_path / "o")
+    assert code == 0 and "7 is 1, 300 is 2, 400 is 3" in err
+    assert json.loads((tmp_path / "o/run.json").read_text())["job"]["renamed"] == {"7": 1, "300": 2, "400": 3}
+
+
+class TestSeveralMasks:
+    """Masks of different kinds, of one frame, or in a folder."""
+
+    @pytest.fixture
+    def job(self, small_clip, tmp_path) -> list:
+        truth = read_ids(small_clip / "f0.png")
+        for number in (1, 2, 3):
+            cv2.imwrite(str(tmp_path / f"bw{number}.png"), np.where(truth == number, 255, 0))
+        write_mask(tmp_path / "ids.png", truth * (truth < 3))
+        cv2.imwrite(str(tmp_path / "colours.png"), np.array([(0, 0, 0), (9, 8, 7), (1, 2, 3), (0, 9, 9)])[truth])
+        return [*RANDOM, "--video", small_clip / "clip.mp4", "--end", 3, "--out", tmp_path / "o"]
+
+    def test_one_object_each(self, small_clip, tmp_path, cli, job):
+        files = [part for number in (1, 2, 3) for part in ("--mask", tmp_path / f"bw{number}.png")]
+        code, _, err = cli(propagate, *job, *files)
+        assert code == 0 and "bw2.png is object 2" in err
+        assert (masks_in(tmp_path / "o")["00000.png"] == read_ids(small_clip / "f0.png")).all()
+
+    def test_an_id_is_given(self, small_clip, tmp_path, cli, job):
+        files = ["--mask", f"{tmp_path}/bw3.png=9", "--mask", tmp_path / "ids.png"]
+        assert cli(propagate, *job, *files)[0] == 0
+        mask, truth = masks_in(tmp_path / "o")["00000.png"], read_ids(small_clip / "f0.png")
+        assert (mask == np.array([0, 1, 2, 9], np.uint8)[truth]).all()
+        assert "holds 2 objects" in refused(cli, *job, "--mask", f"{tmp_path}/ids.png=9")
+        assert "from 1 to 255" in refused(cli, *job, "--mask", f"{tmp_path}/bw1.png=300")
+
+    def test_kinds_that_do_not_mix(self, tmp_path, cli, job):
+        both = [
+            "--mask",
+            tmp_path / "ids.png",
+            "--mask-frame",
+            0,
+            "--mask",
+            tmp_path / "colours.png",
+            "--mask-frame",
+            1,
+        ]
+        assert "colours.png: has colours, which get ids of their own" in refused(cli, *job, *both)
+        same = ["--mask", tmp_path / "ids.png", "--mask", tmp_path / "ids.png"]
+        assert "object 1 of frame 0 is in another mask too" in refused(cli, *job, *same)
+
+    def test_black_and_white_of_two_frames_is_one_object_and_said_so(self, tmp_path, cli, job):
+        both = ["--mask", tmp_path / "bw1.png", "--mask-frame", 0, "--mask", tmp_path / "bw2.png", "--mask-frame", 2]
+        code, _, err = cli(propagate, *job, *both)
+        assert code == 0 and "bw2.png is object 1; --mask FILE=ID" in err
+        written = cv2.imread(str(tmp_path / "o/masks/00002.png"), 0)  # black and white in, black and white out
+        assert set(np.unique(written)) == {0, 255}
+
+    def test_a_folder_and_names(self, small_clip, tmp_path, cli):
+        frames = frames_of(small_clip / "clip.mp4", tmp_path / "frames", 9)
+        for index in (1, 8, 11):
+            (tmp_path / "masks").mkdir(exist_ok=True)
+            shutil.copy(small_clip / f"truth/{index:05d}.png", tmp_path / "masks")
+        job = [*RANDOM, "--video", frames, "--out", tmp_path / "o"]
+        code, _, err = cli(propagate, *job, "--mask", tmp_path / "masks")
+        assert code == 0 and "1 of its masks are of no frame used: 00011.png" in err
+        assert "objects in frame 8 (00008.png): 1 (" in err
+        masks = masks_in(tmp_path / "o")
+        assert all((masks[f"{i:05d}.png"] == read_ids(small_clip / f"truth/{i:05d}.png")).all() for i in (1, 8))
+        assert "give it alone" in refused(cli, *job, "--mask", tmp_path / "masks", "--mask-frame", 1)
+        assert "lies among the frames" in refused(cli, *job, "--mask", frames)
+        code, _, err = cli(propagate, *job, "--mask", tmp_path / "masks/00008.png", "--overwrite")
+        assert code == 0 and "is named as frame 8, but laid on frame 0 (00000)" in err
+
+
+def test_a_mirrored_film_and_one_of_wide_pixels(small_clip, tmp_path, cli):
+    upright = next(Video(small_clip / "clip.mp4").frames([0]))[1]
+    remux(small_clip / "clip.mp4", tmp_path / "plain.mp4")
+    data = (tmp_path / "plain.mp4").read_bytes()
+    one, zero, less, end = b"\0\1\0\0", b"\0\0\0\0", b"\xff\xff\0\0", b"\x40\0\0\0"
+    place = data.index(one + zero * 3 + one + zero * 3 + end, data.index(b"tkhd"))
+    for (a, b, c, d), wanted in (  # the values as ffmpeg turns them
+        ((less, zero, zero, one), upright[:, ::-1]),
+        ((one, zero, zero, less), upright[::-1]),
+        ((less, zero, zero, less), upright[::-1, ::-1]),
+        ((zero, one, one, zero), upright.swapaxes(0, 1)),
+        ((zero, less, less, zero), upright.swapaxes(0, 1)[::-1, ::-1]),
+        ((zero, less, one, zero), np.rot90(upright)),
+    ):
+        matrix = a + b + zero + c + d + zero * 3 + end
+        (tmp_path / "turned.mp4").write_bytes(data[:place] + matrix + data[place + 36 :])
+        assert (next(Video(tmp_path / "turned.mp4").frames([0]))[1] == wanted).all()
+    with propagate.film_writer(tmp_path / "wide.mp4", 25, (96, 160), propagate.Fraction(16, 11)) as append:
+        append(upright)
+        append(upright)
+    job = [*RANDOM, "--video", tmp_path / "wide.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    assert cli(propagate, *job)[0] == 0
+    assert Video(tmp_path / "o/overlay.mp4").aspect == propagate.Fraction(16, 11)
+
+
+def test_an_avi_that_repeats_frames_is_whole(tmp_path):
+    with av.open(str(tmp_path / "gaps.avi"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 9 * i, np.uint8), format="rgb24")
+            frame.pts = 2 * i
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode())
+    video = Video(tmp_path / "gaps.avi")
+    assert len(video) == 12 and video.broken is None
+
+
+def test_small_objects_in_a_small_video(small_clip, tmp_path, cli):
+    mask = np.zeros((96, 160), np.uint8)
+    mask[40:43, 50:53] = 1
+    write_mask(tmp_path / "mask.png", mask)
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", tmp_path / "mask.png", "--end", 2]
+    assert "--upsample 2 keeps it" in cli(propagate, *job, "--out", tmp_path / "a")[2]
+    assert "a larger --size keeps it" in cli(propagate, *job, "--size", 64, "--out", tmp_path / "b")[2]
+
+
+def test_what_never_ends_or_takes_too_much(small_clip, tmp_path, cli):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    Image.new("1", (4000, 4000), 1).save(tmp_path / "huge.png")
+    clip, out = ("--video", small_clip / "clip.mp4"), ("--out", tmp_path / "o")
+    f0 = ("--mask", small_clip / "f0.png")
+    for name in ("pipe.png", "loop.png"):
+        assert "no such mask" in refused(cli, *RANDOM, *clip, *out, "--mask", tmp_path / name)
+        assert name in refused(cli, *RANDOM, "--video", tmp_path / name, *out, *f0)
+        assert name in refused(cli, *RANDOM, *clip, *out, "--points", tmp_path / name)
+    assert "is 4000x4000, the frames are 160x96" in refused(cli, *RANDOM, *clip, *out, "--mask", tmp_path / "huge.png")
+    for flag, value, message in (
+        ("--upsample", 1000000, "too large"),
+        ("--size", "100000x100000", "more pixels than a video has"),
+        ("--size", "99999x99999", "GiB"),
+        ("--size", 1000000000000, "more pixels than a video has"),
+        ("--size", "1x1", "too coarse"),
+        ("--context", 1000000000, "too large"),
+        ("--radius", 1000000000000, "too large"),
+    ):
+        assert message in refused(cli, *RANDOM, *clip, *out, *f0, flag, value)
+    (tmp_path / "films").mkdir()
+    shutil.copy(small_clip / "clip.mp4", tmp_path / "films/a.mp4")
+    for video in (tmp_path / "films", tmp_path / "films/*.mp4"):
+        assert "holds no pictures, but a.mp4" in refused(cli, *RANDOM, "--video", video, *out, *f0)
+
+
+def test_a_film_of_a_frame_in_hours(small_clip, tmp_path, cli):
+    with propagate.film_writer(tmp_path / "slow.mkv", 25, (96, 160)) as append:
+        for i, (_, frame) in enumerate(Video(small_clip / "clip.mp4").frames(range(3))):
+            append(frame, 20000 * i)
+    job = [*RANDOM, "--video", tmp_path / "slow.mkv", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    code, _, err = cli(propagate, *job)
+    assert code == 0, err
+    assert np.allclose(Video(tmp_path / "o/overlay.mp4").times, [0, 20000, 40000])
+
+
+def test_soft_labels_are_saved(small_clip, tmp_path, cli, monkeypatch):
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    calls = interrupt_at(monkeypatch, 5)
+    assert cli(propagate, *job, "--save-labels")[0] == 130
+    assert cli(propagate, *job, "--save-labels")[0] == 0 and len(calls) == 12
+    files = sorted((tmp_path / "o/labels").iterdir())
+    assert [path.name for path in files] == [f"{i:05d}.npz" for i in range(12)]
+    for path in files:
+        saved = np.load(path)
+        labels, ids, (height, width) = saved["labels"], saved["ids"], saved["size"]
+        assert labels.dtype == np.float16 and labels.shape == (4, 12, 20) and ids.tolist() == [1, 2, 3]
+        full = cv2.resize(labels.astype(np.float32).transpose(1, 2, 0), (int(width), int(height)))
+        mask = np.array([0, *ids])[full.argmax(-1)]
+        if path.name != "00000.npz":
+            assert (mask == read_ids(tmp_path / f"o/masks/{path.stem}.png")).mean() > 0.99
+    assert cli(propagate, *job, "--save-labels", "--topk", 3, "--overwrite", "--end", 2)[0] == 0
+    assert len(list((tmp_path / "o/labels").iterdir())) == 2
+    # Asked for after a run without them: they are made.
+    assert cli(propagate, *job[:-1], tmp_path / "later")[0] == 0
+    assert cli(propagate, *job[:-1], tmp_path / "later", "--save-labels")[0] == 0
+    assert len(list((tmp_path / "later/labels").iterdir())) == 12
