@@ -189,7 +189,7 @@ def settle(args: Args) -> Args:
     for flag in ("momentum", "weight_decay", "holdout", "key_momentum", "min_area"):
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 to 1")
-    most = {"epochs": 10**6, "crop": 4096, "lr": 1000, "temperature": 1000, "queue": 2**24, "dim": 2**16}
+    most = {"epochs": 10**6, "crop": 4096, "lr": 1e30, "temperature": 1000, "queue": 2**24, "dim": 2**16}
     check_numbers(args, {"crop": 8, "decay_epochs": 1}, most)
     if moco and args.queue * args.dim > 2**31:
         raise UserError(f"--queue {args.queue} --dim {args.dim}: these keys take more than 8 GiB; give fewer")
