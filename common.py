@@ -10,6 +10,7 @@ Matter" (2022). Words and shapes, the same everywhere:
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import importlib
 import io
@@ -19,18 +20,17 @@ import os
 import re
 import sys
 import textwrap
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 import tyro
 from torch import Tensor, nn
 
@@ -48,9 +48,8 @@ def run(main, parse) -> None:
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(
-            print("interrupted: what is written is whole; the same command goes on from here", file=sys.stderr) or 130
-        )
+        said = "interrupted: what is written is whole; the same command goes on from here"
+        sys.exit(print(said, file=sys.stderr) or 130)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():  # by start_training
             torch.distributed.destroy_process_group()
@@ -62,7 +61,7 @@ def rank_world() -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The factors
+# The factors; the systems, each a file of systems/
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,8 @@ class Propagation:
     """
 
     size: str = "480"
-    """Network input: short side in pixels (never enlarging), HxW exactly, or full (section 4.2). With /M the long
-    side is rounded down to a multiple of M (480/64: UVC). Larger frames are reduced with anti-aliasing, but to HxW
-    plainly, as the protocols do."""
+    """Network input: short side in pixels (never enlarging), reached with anti-aliasing; HxW exactly and plainly, as
+    the protocols do; or full (section 4.2). /M rounds the long side down to a multiple of M (480/64: UVC)."""
     upsample: int = 1
     """Enlarge the input this many times for a finer grid (Table 6c)."""
     layer: Literal["res2", "res3", "res4", "conv10", "conv13", "last"] = "res3"
@@ -106,12 +104,10 @@ class Propagation:
     pad: bool = False
     """Begin with a full context: copies of the first annotated frame (CRW, TimeCycle)."""
     carry: Literal["soft", "minmax", "hard"] = "soft"
-    """Labels enter the context as predicted, stretched to 0..1 over the frame (TimeCycle), or as the arg-max (CorrFlow,
-    MAST)."""
+    """Labels enter the context as predicted, stretched to 0..1 (TimeCycle), or as the arg-max (CorrFlow, MAST)."""
     localization: Literal["none", "fixed", "window", "predicted", "track"] = "fixed"
-    """Where to search: the whole frame; a fixed region around the target cell (section 4.3); window, the square region
-    with the softmax over it (CorrFlow); predicted, in frames more than 15 back the square is centred by a coarse
-    search (MAST); track, a box for each object limits where its label comes from and goes to (UVC)."""
+    """Where to search: the whole frame; a fixed region around the target cell (section 4.3); a square window, with the
+    softmax over it (CorrFlow), whose place is predicted in frames far back (MAST); boxes of the objects (UVC)."""
     shape: Literal["circle", "square"] = "circle"
     """Fixed region: distance < radius, or |dx|, |dy| <= radius."""
     radius: int = 12
@@ -120,6 +116,9 @@ class Propagation:
     """Search annotated frames as a whole, whatever the fixed region (as CRW's code does)."""
     minmax: bool = False
     """Stretch each label to 0..1 over the frame before the arg-max."""
+    refine: float = 0.0
+    """Let the masks' edges follow the picture's: how far, as a share of the object's thickness; 0 is off, as in the
+    paper. It changes what is written, not what is carried on."""
 
     def __post_init__(self):
         if not re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?|full)(/[1-9]\d*)?", self.size):
@@ -135,6 +134,8 @@ class Propagation:
                 raise UserError(f"--{flag} {getattr(self, flag)}: is too large; give {most} or less")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature {self.temperature}: give a number above 0; affinities are divided by it")
+        if not 0 <= self.refine <= 10:
+            raise UserError(f"--refine {self.refine}: give 0 (off) to 10; 0.35 is a good strength")
         if self.context < 1 and not self.keep_first:
             raise UserError(
                 "--context 0 --no-keep-first: nothing is left to copy labels from; give --context 1 or more"
@@ -176,10 +177,6 @@ class Propagation:
         return tuple(math.ceil(side / self.stride) for side in self.input_size(height, width))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Systems, each a file of systems/
-
-
 @dataclass(frozen=True)
 class System:
     """A row of the paper, declared by a file of systems/: a network, its weights, and how its authors propagate."""
@@ -202,7 +199,7 @@ class System:
     licence: str = "none stated"
     keys: tuple[tuple[str, str], ...] = ()  # (regex, replacement), in turn: names in the released file -> torchvision's
     mark: str = ""  # regex that tells its file by its lines: "entry" of the container, "name shape" of tensors
-    load: Callable | None = None  # (name, file or None, settings) -> Encoder, where load_released does not do
+    load: Callable | None = None  # (name, file or None, settings) -> Encoder, where torchvision's does not do
     # A way to localise of its own: propagate_labels by itself, and what it keeps of a frame beside features and labels
     localize: Callable[..., Tensor] | None = None
     note: Callable | None = None
@@ -213,29 +210,33 @@ STILL = {  # still-image features, Tables 7b and 8
     "jhmdb": {"size": "240x240", "context": 7, "localization": "none"},
 }
 BEST = Propagation(topk=5, temperature=1.0)  # Table 6b: overall, circle of 12 cells, n = 20
+SYSTEMS = Path(__file__).parent / "systems"
 R18, R50 = r"layer1\.0\.conv1\.weight 64x64x3x3", r"layer1\.0\.conv1\.weight 64x64x1x1"  # which ResNet a file holds
 
 
 def find_system(name: str) -> System:
-    """The row of a name (uvc+), of torchvision:NAME (a ResNet or VGG), or of timm:NAME (a ResNet or ViT)."""
-    arch = name.partition(":")[2]
-    file = re.match("[a-z]*", name)[0]  # uvc+ stands in systems/uvc.py
-    if (SYSTEMS / f"{file}.py").is_file():
-        module = importlib.import_module(f"systems.{file}")
+    """The row of a name (uvc+, in any case), of torchvision:NAME (a ResNet or VGG), of timm:NAME (a ResNet or ViT)."""
+    name = name.lower()
+    path, arch = SYSTEMS / f"{re.match('[a-z]*', name)[0]}.py", name.partition(":")[2]  # uvc+ stands in systems/uvc.py
+    if path.is_file():
+        module = importlib.import_module(f"systems.{path.stem}")
         if arch and hasattr(module, "find"):
             return module.find(arch)
         if name in module.SYSTEMS:
             return module.SYSTEMS[name]
-    raise UserError(f"unknown model {name!r}: choose one of {', '.join(systems())}, torchvision:NAME or timm:NAME")
+    near = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, systems(), 1))
+    known = f"choose one of {', '.join(systems())}, torchvision:NAME or timm:NAME"
+    raise UserError(f"unknown model {name!r}: {near}{known}")
+
+
+def files() -> list[ModuleType]:
+    """The files of systems/, imported."""
+    return [importlib.import_module(f"systems.{path.stem}") for path in sorted(SYSTEMS.glob("[a-z]*.py"))]
 
 
 def systems() -> dict[str, System]:
     """All rows with a name of their own."""
-    files = sorted(SYSTEMS.glob("[a-z]*.py"))
-    return {k: v for path in files for k, v in importlib.import_module(f"systems.{path.stem}").SYSTEMS.items()}
-
-
-SYSTEMS = Path(__file__).parent / "systems"
+    return {name: row for module in files() for name, row in module.SYSTEMS.items()}
 
 
 def localizer(name: str) -> System | None:
@@ -251,46 +252,16 @@ def preset(name: str, dataset: str = "davis") -> Propagation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Feature extractors
+# Feature extractors and their weights
 
 
-def build_net(system: System, s: Propagation) -> nn.Module:
+def build_net(system: System, s: Propagation, *whole: nn.Module) -> nn.Module:
     """The network of a row up to s.layer, the stages beyond s.stride no longer reducing (section 4.2). UserError if it
-    has no such layer at such a stride."""
-    return (system.build or build_resnet)(system, s)
-
-
-def build_resnet(system: System, s: Propagation, net: nn.Module | None = None) -> nn.Module:
-    """build_net for ResNets. net: the whole network, if it is there already."""
-    parts = dict((net or torchvision.models.get_model(system.arch)).named_children())  # conv1, bn1, ..., layer1, ...
-    layer = "layer4" if s.layer == "last" else s.layer.replace("res", "layer")
-    if layer not in parts:
-        raise unfit(system, s)
-    parts = dict(list(parts.items())[: list(parts).index(layer) + 1])
-    reduction = 4
-    if s.stride < 8:
-        parts.pop("maxpool")
-        reduction = 2
-    for stage in (parts[name][0] for name in ("layer2", "layer3", "layer4") if name in parts):
-        if reduction < s.stride:
-            reduction *= 2
-            continue
-        for part in stage.modules():
-            if isinstance(part, nn.Conv2d):
-                part.stride = (1, 1)
-            elif isinstance(part, nn.AvgPool2d):  # timm's shortcuts
-                part.kernel_size = part.stride = 1
-    if reduction != s.stride:
-        raise unfit(system, s)
-    net = nn.Sequential(OrderedDict(parts | (system.head() if s.layer == system.settings.layer else {})))
-    for conv in net.modules():
-        if isinstance(conv, nn.Conv2d) and any(conv.padding):
-            conv.padding_mode = system.padding
-    return net
-
-
-def unfit(system: System, s: Propagation) -> UserError:
-    return UserError(
+    has no such layer at such a stride. whole: the whole network, if it is there already."""
+    build = system.build or find_system(f"torchvision:{system.arch}").build
+    if net := build(system, s, *whole):
+        return net
+    raise UserError(
         f"--layer {s.layer} --stride {s.stride}: not to be had of {system.arch}; ResNets have res2 to res4 at stride "
         "4, 8, 16 and 32, VGGs conv1, conv2, ... at 1 to 32, ViTs last at the size of their patches"
     )
@@ -337,51 +308,10 @@ def load_encoder(
     """
     system, device, dtype = find_system(name), pick_device(device), getattr(torch, dtype)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
-    encoder = (system.load or load_released)(name, weights and Path(weights), settings or system.settings)
+    load = system.load or find_system(f"torchvision:{system.arch}").load
+    encoder = load(name.lower(), weights and Path(weights), settings or system.settings)
     fold_batchnorm(encoder.eval().requires_grad_(False))
     return encoder.to(device, dtype).to(memory_format=torch.channels_last)
-
-
-def load_released(name: str, weights: Path | None, settings: Propagation) -> Encoder:
-    """The extractor with the weights of a released file."""
-    system, path = find_system(name), weights or find_weights(name)
-    released, rest = read_weights(path)
-    guess, state = recognise(released, rest), {}
-    for key, value in released.items():
-        key = key.removeprefix("module.")
-        for pattern, replacement in system.keys:
-            key = re.sub(pattern, replacement, key)
-        state[key] = value.squeeze(2) if value.dim() == 5 else value  # convolutions over time of one frame
-    with torch.device("meta"):  # no initial weights, the file has them
-        net = build_net(system, settings)
-    encoder = Encoder(net.to_empty(device="cpu"), settings, system)
-    if why := fit(encoder.net, state):
-        hint = ""
-        if guess and guess != name:
-            hint = f"; it looks like {guess} ({find_system(guess).arch}): say --model {guess}"
-        if guess and guess != name:
-            hint = f"; it looks like {guess} ({find_system(guess).arch}): say --model {guess}"
-        elif patches := [value for key, value in state.items() if key.endswith("patch_embed.proj.weight")]:
-            width, patch = len(patches[0]), patches[0].shape[-1]
-            size = {384: "small", 768: "base", 1024: "large"}.get(width, "SIZE")
-            kind = "dinov2.lvd142m" if patch == 14 else "224.dino"
-            kind = "dinov3.lvd1689m" if any("storage_tokens" in key for key in state) else kind
-            hint = f"; it is a ViT: say --model timm:vit_{size}_patch{patch}_{kind}"
-        elif settings.layer in ("res4", "last") and "such as layer4." in why:
-            hint = "; it ends at layer3: say --layer res3"
-        elif path.name == "last.pth":
-            hint = "; give weights.pth, beside it"
-        elif " as well" in why:
-            hint = "; a deeper network: say --model torchvision:NAME"
-        raise UserError(f"{path}: does not fit {name} ({system.arch} up to {settings.layer}): {why}{hint}")
-    if weights:
-        wanted = encoder.net.state_dict()
-        unused = Counter(key.split(".")[0] for key in state if key not in wanted)
-        ignored = [*(f"{key} ({count})" for key, count in unused.items()), *rest]
-        what = f"recognised as {guess}" if guess else "names no system"
-        what += f", used as {name}" if guess != name else ""
-        print(f"note: {path}: {what}; ignored: {', '.join(ignored) or 'nothing'}", file=sys.stderr)
-    return encoder
 
 
 def pick_device(name: str) -> torch.device:
@@ -391,45 +321,38 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        reason = textwrap.shorten(str(error).splitlines()[0], 100)
-        raise UserError(f"--device {name}: cannot be used here ({reason}); take auto, cpu or cuda") from error
+        why = textwrap.shorten(str(error).splitlines()[0], 100)
+        raise UserError(f"--device {name}: cannot be used here ({why}); take auto, cpu or cuda") from error
 
 
 def find_weights(name: str, fetch: bool = True) -> Path | None:
     """The weights file of a model, under its released name or NAME.pth: in weights/, torch hub's cache, or fetched
     (with progress, and its hash checked). None if it is not here and not to be fetched."""
-    system = find_system(name)
+    system, hub = find_system(name), Path(torch.hub.get_dir()) / "checkpoints"
     link = system.source if re.fullmatch(r"https://\S+\.(pth|tar)", system.source) else ""
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    file = Path(link).name if link and not link.endswith("/checkpoint.pth.tar") else f"{name}.pth"
+    file = f"{name}.pth" if link.endswith("/checkpoint.pth.tar") else Path(link).name  # a name that says nothing
     for folder in (Path("weights"), Path(__file__).parent / "weights", hub):
         for path in (folder / file, folder / f"{name}.pth", folder / f"{name}.pth.tar"):
             if path.is_file():
                 return path
-    if not fetch or name == "random" or name.startswith("timm:"):  # timm fetches its own
+    if not fetch or not system.source:
         return None
     if not link:
-        raise UserError(
-            f"weights of {name}: neither in weights/ nor in {hub}; get them ({system.source}) and give --weights FILE"
-        )
+        how = f"get them ({system.source}) and give --weights FILE"
+        raise UserError(f"weights of {name}: neither in weights/ nor in {hub}; {how}")
     print(f"fetching the weights of {name} from {link} (licence: {system.licence})", file=sys.stderr)
     suffix = re.search(r"-([0-9a-f]{8})\.pth$", file)
     algorithm, _, digits = (system.digest or f"sha256:{suffix[1] if suffix else ''}").partition(":")
-    path, part = hub / file, hub / f"{file}.{os.getpid()}.part"  # torchrun's processes may all be at it
     try:
-        hub.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(link, str(part))
-        got = hashlib.new(algorithm, part.read_bytes()).hexdigest()
-        if not got.startswith(digits):
-            raise OSError(f"its {algorithm} is {got[: len(digits)]}..., not {digits}...")
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"weights of {name}: could not be fetched ({error}); download {link} to weights/ or give --weights FILE"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+        with atomic(hub / file) as part:  # torchrun's processes may all be at it
+            torch.hub.download_url_to_file(link, str(part))
+            got = hashlib.new(algorithm, part.read_bytes()).hexdigest()
+            if not got.startswith(digits):
+                raise UserError(f"its {algorithm} is {got[: len(digits)]}..., not {digits}...")
+    except (UserError, OSError, RuntimeError) as error:
+        how = f"download {link} to weights/ or give --weights FILE"
+        raise UserError(f"weights of {name}: could not be fetched ({error}); {how}") from error
+    return hub / file
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -440,50 +363,47 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # CRW's file keeps its arguments
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        why = "is not a PyTorch checkpoint, or is damaged; download it again"
         if "GLOBAL" in str(error):  # the unpickler's word for a function or class that it will not touch
-            raise UserError(
-                f"{path}: refused, it holds pickled code beside tensors; save its state_dict alone"
-            ) from error
-        raise UserError(f"{path}: is not a PyTorch checkpoint, or is damaged; download it again") from error
-    rest = []
-    for key in ("state_dict", "model", "teacher", "method"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            rest = [str(other) for other in state if other != key]
-            task = meta.get("task", "") if isinstance(meta := state.get("meta"), dict) else ""
-            if task in systems() or str(task).startswith("torchvision:"):  # of a training script
-                rest[rest.index("meta")] = f"meta {task}"
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+            why = "refused, it holds pickled code beside tensors; save its state_dict alone"
+        raise UserError(f"{path}: {why}") from error
+    content = state if isinstance(state, dict) else {}
+    inner = next(
+        (key for key in ("state_dict", "model", "teacher", "method") if isinstance(content.get(key), dict)), ""
+    )
+    rest = [str(key) for key in content if inner and key != inner]
+    task = str(content["meta"].get("task")) if isinstance(content.get("meta"), dict) else ""
+    if inner and (task in systems() or task.startswith("torchvision:")):  # of a training script
+        rest[rest.index("meta")] = f"meta {task}"
+    tensors = {key: value for key, value in content.get(inner, content).items() if isinstance(value, Tensor)}
+    if not tensors:
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, rest
+    return tensors, rest
 
 
 def fit(net: nn.Module, state: dict[str, Tensor]) -> str:
     """Load those of the weights that the net has a place for. "", or what is wrong with them."""
     wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
-    missing = [key for key in wanted if key not in state]
     for key, value in wanted.items():
         if key in state and state[key].shape != value.shape:
             return f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+    others = net.load_state_dict(state, strict=False).unexpected_keys
+    missing = [key for key in wanted if key not in state]
     norms = [key for key in missing if re.search(r"(bn\d|downsample\.1)\.\w+$", key)]
-    if missing == norms and any(re.search(r"(^|\.)(conv\d|downsample\.0)\.bias$", key) for key in state):
+    if norms and missing == norms and any(re.search(r"^(layer.*)?(conv\d|downsample\.0)\.bias$", k) for k in others):
         return f"its BatchNorm is folded into the convolutions ({norms[0]} is gone)"
     if missing:
         return f"it lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
-    stages = {key.split(".")[0] for key in wanted}
-    for key in state:  # ResNet-34's stages begin as ResNet-18's
-        if re.match(r"layer\d\.\d+\.\w+\.weight$", key) and key.split(".")[0] in stages and key not in wanted:
+    for key in others:  # ResNet-34's stages begin as ResNet-18's
+        if re.match(r"layer\d\.\d+\.\w+\.weight$", key) and any(each.startswith(key[:7]) for each in wanted):
             return f"it has {key} as well"
-    net.load_state_dict(state, strict=False)
     return ""
 
 
 def recognise(state: dict[str, Tensor], rest: Sequence[str] = ()) -> str | None:
     """The system that a released file is of, by its entries; None where these do not tell."""
-    entries = {key: value.squeeze(2) if value.dim() == 5 else value for key, value in state.items()}
-    lines = [*rest, *(f"{key} {'x'.join(map(str, value.shape))}" for key, value in entries.items())]
-    text = "\n".join(lines)
+    shapes = {key: value.squeeze(2).shape if value.dim() == 5 else value.shape for key, value in state.items()}
+    text = "\n".join([*rest, *(f"{key} {'x'.join(map(str, shape))}" for key, shape in shapes.items())])
     if own := re.search(r"^meta (.+)$", text, re.M):
         return own[1]
     return next((name for name, row in systems().items() if row.mark and re.search(row.mark, text, re.M)), None)
@@ -499,7 +419,7 @@ def fold_batchnorm(module: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Small things that Algorithm 1 and the systems' own ways to localise share
+# Small things: what Algorithm 1 and the systems' own ways to localise share; files
 
 
 def cuts(length: int, step: int) -> list[tuple[int, int]]:
@@ -508,7 +428,7 @@ def cuts(length: int, step: int) -> list[tuple[int, int]]:
     return [(i * length // pieces, (i + 1) * length // pieces) for i in range(pieces)]
 
 
-# MKL leaves out AVX-512 on AMD's processors: there oneDNN multiplies twice as fast, as a 1x1 convolution.
+# MKL leaves out AVX-512 on AMD's processors: there oneDNN, which torch has for linear layers, is faster.
 ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -517,20 +437,13 @@ ONEDNN = (
 
 
 def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
-    """Dot products of keys (cells x C) and queries (q x C), into out (cells x q)."""
-    small = out.numel() < 2**15  # the call would cost what it saves
-    if small or not (ONEDNN and keys.is_cpu and keys.dtype == torch.float32):
+    """Dot products of keys (cells x C) and queries (q x C) into out (cells x q)."""
+    if ONEDNN and keys.is_cpu and keys.dtype == torch.float32:
+        out.copy_(torch.ops.mkldnn._linear_pointwise(keys, queries, None, "none", [], ""))
+    elif keys.dtype == out.dtype:
         torch.mm(keys, queries.T, out=out)
-        return
-    kernels = queries[..., None, None]
-    some = max(1, 2**20 // len(queries))  # more at a time would be memory that is new each time
-    for part, place in zip(keys.split(some), out.split(some), strict=True):
-        picture = part.view(1, 1, *part.shape).permute(0, 3, 1, 2)  # 1 C 1 cells, channels last
-        # F.conv2d would take another path with one thread, and round to bfloat16 under autocast.
-        answer = torch.mkldnn_convolution(
-            picture, kernels, None, padding=(0, 0), stride=(1, 1), dilation=(1, 1), groups=1
-        )
-        place.copy_(answer[0, :, 0].T)
+    else:
+        out.copy_(keys @ queries.T)
 
 
 def stretch(labels: Tensor) -> Tensor:
@@ -538,9 +451,6 @@ def stretch(labels: Tensor) -> Tensor:
     low, high = labels.amin((1, 2), keepdim=True), labels.amax((1, 2), keepdim=True)
     return torch.where(high > 0, (labels - low) / (high - low).clamp_min(1e-12), labels)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
@@ -588,9 +498,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another --out"
-        ) from error
+        why = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({why}); free space or choose another --out") from error
 
 
 @contextlib.contextmanager
@@ -614,20 +523,20 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
     if hasattr(default, "propagation"):
         if not fixed:
             peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            peek.add_argument("--model")
-            peek.add_argument("--weights", type=Path)
-            peek.add_argument("--dataset", default="davis")
+            for flag in ("--model", "--weights", "--dataset"):
+                peek.add_argument(flag)
             given = peek.parse_known_args(argv)[0]
             name = given.model or default.model
             if given.weights and not given.model:  # without a sign of a system: a ResNet of torchvision's, most likely
-                name = recognise(*read_weights(given.weights)) or "imagenet"
+                name = recognise(*read_weights(Path(given.weights))) or "imagenet"
             fixed = name, preset(name, given.dataset)
         default = replace(default, model=fixed[0], propagation=fixed[1])
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(args_type, args=argv, default=default, config=config)
+            args = tyro.cli(args_type, args=argv, default=default, config=config)
+        return replace(args, model=args.model.lower()) if fixed else args
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

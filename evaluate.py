@@ -2,14 +2,16 @@
 
     python evaluate.py --dataset davis --data DAVIS --model imagenet     # a row of the paper's Table 6
     python evaluate.py --dataset davis --data DAVIS --predictions A B    # score any methods' masks side by side
+    python evaluate.py --dataset folder --data MOSE --predictions A      # any folder of masks
     python evaluate.py --data DAVIS --sweep topk=1,5,10 --sweep temperature=0.02,0.05,1
     python evaluate.py --data DAVIS --paper table4                       # paper's figure, ours, the difference
     torchrun --nproc-per-node 4 evaluate.py --data DAVIS                 # sequences shared out over processes
 
 Predictions go to OUT/predictions/<row>, one folder of indexed PNG masks a sequence, where the row's name ends in a
 digest of all its settings: what is there whole is not computed again, and never taken for that of other settings.
-OUT also gets scores.json, scores.csv and report.html. Exit code 0: all scored; 1: some sequences failed, the others
-are scored; 2: nothing could be done.
+They are made again when the annotation or the frames that they depend on have changed. OUT also gets scores.json,
+scores.csv and report.html. Exit code 0: all scored; 1: some sequences failed, the others are scored, or there was
+nothing to score; 2: nothing could be done.
 """
 
 import base64
@@ -24,7 +26,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import warnings
@@ -34,7 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -57,10 +58,13 @@ from common import (
     find_weights,
     load_encoder,
     parse,
+    pick_device,
     preset,
     rank_world,
+    read_picture,
     run,
     systems,
+    writing,
 )
 from propagate import (
     PALETTE,
@@ -84,13 +88,18 @@ FEATURE_FACTORS = ("size", "upsample", "layer", "stride", "l2", "sampling")  # a
 
 @dataclass(frozen=True)
 class Args:
-    dataset: Literal["davis", "davis2016", "vip", "jhmdb"] = "davis"
-    """DAVIS 2017, DAVIS 2016 (one object), VIP (semantic and instance parts) or JHMDB (body joints). vip and jhmdb have
-    other defaults of the factors: see --dataset vip --help."""
+    dataset: Literal["davis", "davis2016", "folder", "vip", "jhmdb"] = "davis"
+    """DAVIS 2017, DAVIS 2016 (one object), any folder of masks (YouTube-VOS, LVOS, MOSE, your own), VIP (semantic
+    and instance parts) or JHMDB (body joints). vip and jhmdb have other defaults of the factors: see --dataset vip
+    --help."""
     data: Path | None = None
-    """Root of the data set in its official layout (default: data/<dataset>)."""
+    """Root of the data set in its official layout (default: data/<dataset>). folder: Annotations/<sequence>/*.png and
+    JPEGImages/<sequence>/, with or without a folder for the resolution between; or <sequence>/*.png at once. Frames
+    may have no mask, objects may come in later."""
     subset: Literal["val", "train", "test-dev"] = "val"
     """test-dev is propagated, not scored: its annotations are not public."""
+    all_frames: bool = False
+    """folder: score the first and the last annotated frame of a sequence, too (as for unsupervised DAVIS)."""
     split: Literal[1, 2, 3] = 1
     """JHMDB: which of the three train/test splits."""
     sequences: str = ""
@@ -126,6 +135,7 @@ class Args:
 PAGES = {
     "davis": "https://davischallenge.org/davis2017/code.html",
     "davis2016": "https://davischallenge.org/davis2016/code.html",
+    "folder": "evaluate.py --help",
     "vip": "https://sysu-hcp.net/lip/overview.php",
     "jhmdb": "http://jhmdb.is.tue.mpg.de/dataset",
 }
@@ -149,40 +159,97 @@ class Sequence:
     truth: dict[str, Path]
     instances: Path | None = None  # VIP
 
+    @cached_property
+    def table(self) -> np.ndarray:
+        """The id that each value 0..255 of the annotation stands for, 0 for background and void."""
+        if self.dataset == "davis2016":
+            return one_object(self.truth.values(), void=True)
+        table = np.arange(256, dtype=np.uint8)
+        table[255] *= self.dataset == "folder"  # there 255 is an id as any other
+        return table
+
+    def ids(self, name: str) -> np.ndarray:
+        """The annotation of a frame, H x W ids."""
+        return self.table[read_ids(self.truth[name])]
+
+    @cached_property
+    def shown(self) -> dict[str, set[int]]:
+        """The ids in each annotated frame that objects are taken from: the first, or any (folder)."""
+        first = next(iter(self.names), "00000")
+        if self.dataset != "folder" and first not in self.truth:
+            folder = next(iter(self.truth.values())).parent if self.truth else Path(self.name)
+            raise UserError(f"{folder / first}.png: not found; the first frame's annotation is what is propagated")
+        among = self.truth if self.dataset == "folder" else [first]
+        return {name: set(np.flatnonzero(np.bincount(self.ids(name).ravel())).tolist()) - {0} for name in among}
+
+    @cached_property
+    def given(self) -> dict[str, list[int]]:
+        """What is propagated: the ids of the objects that a frame's annotation is the first to show."""
+        given, seen = {}, set()
+        for name, ids in self.shown.items():
+            if ids - seen:
+                given[name] = sorted(ids - seen)
+            seen |= ids
+        if not given:
+            file = self.truth[next(iter(self.shown))]
+            if self.dataset != "vip":
+                void = self.dataset == "davis" and read_ids(file).max(initial=0) == 255
+                hint = "; for copies with masks of 0 and 255 take --dataset davis2016" if void else ""
+                raise UserError(f"{file}: has no object, so there is nothing to propagate{hint}")
+            given[next(iter(self.shown))] = []
+            note(f"{file}: shows nobody, so all of {self.name} is predicted as background")
+        return given
+
+    def made_from(self) -> str:
+        """A digest of what a prediction depends on beside the settings: the annotation that is given, the frames."""
+        try:
+            given = {} if self.dataset == "jhmdb" else self.given
+        except UserError:  # said when it is predicted
+            given = {}
+        paths = [self.truth[name] for name in given or self.names[:1] if name in self.truth]
+        if self.instances:
+            paths += [self.instances / f"{name}{suffix}" for name in given for suffix in (".png", ".txt")]
+        digest = hashlib.sha256(self.table.tobytes() if given else b"")
+        for path in paths:
+            digest.update(path.read_bytes() if path.is_file() else b"")
+        for name, path in files(self.frames, PICTURES).items():
+            digest.update(f"{name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
 
 def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]]:
     """The sequences asked for, and why others of the subset are missing. UserError if one that is named is not there,
     or if there are none."""
     wanted = [name.strip() for name in args.sequences.split(",") if name.strip()]
-    mark = {"vip": "lists/*_videos.txt", "jhmdb": "splits/*_test_split*.txt"}.get(args.dataset, "ImageSets/*/*.txt")
+    if args.sequences and not wanted:
+        raise UserError(f"--sequences {args.sequences!r}: names no sequence; give names, separated by commas")
+    mark = {"vip": "lists/*_videos.txt", "jhmdb": "splits/*_test_split*.txt", "folder": "Annotations/*"}
+    mark = mark.get(args.dataset, "ImageSets/*/*.txt")
     holds = next((folder for folder in (root, *root.absolute().parents) if any(folder.glob(mark))), root)
     of = f"{args.paper} is of {args.dataset.upper()}, " if args.paper else ""
     page = f"{of}see {PAGES[args.dataset]}, and say where it is with --data"
     page = page if holds == root else f"take --data {holds}"
     instances, file = None, ""
     if args.dataset == "jhmdb":
-        pictures = root / "Frames" if (root / "Frames").is_dir() else root / "Rename_Images"
+        pictures = [root / "Rename_Images", root / "Frames"]
         truth, file = root / "joint_positions", "joint_positions.mat"
-        listings = sorted((root / "splits").glob(f"*_test_split{args.split}.txt"))
-        if not listings:
-            raise UserError(f"{root}/splits/<class>_test_split{args.split}.txt: not found; JHMDB is incomplete, {page}")
-        known, group = [], {"val": "2", "train": "1", "test-dev": ""}[args.subset]
-        for listing in listings:
-            kind = listing.name.removesuffix(f"_test_split{args.split}.txt")
-            clips = [line.rsplit(maxsplit=1) for line in listing.read_text().splitlines() if line.strip()]
-            known += [f"{kind}/{Path(clip).stem}" for clip, of in clips if wanted or of == group]
+        group = {"val": "2", "train": "1", "test-dev": ""}[args.subset]
+        known = read_splits(root / "splits", args.split, "" if wanted else group, page)
+    elif args.dataset == "folder":
+        truth, pictures = mask_folders(root, page)
+        known = [path.name for path in listed(truth) if path.is_dir()]
     else:
         if args.dataset == "vip":
             base = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
             masks = base / "Annotations" if (base / "Annotations").is_dir() else base
-            pictures, truth, instances = base / "Images", masks / "Category_ids", masks / "Instance_ids"
+            pictures, truth, instances = [base / "Images"], masks / "Category_ids", masks / "Instance_ids"
             lists = root / "lists" if (root / "lists").is_dir() else base / "lists"
             listing = lists / f"{args.subset}_videos.txt"
         else:
-            pictures, truth = root / "JPEGImages/480p", root / "Annotations/480p"
+            pictures, truth = [root / "JPEGImages/480p"], root / "Annotations/480p"
             listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
         # sequences that are named need not be of the subset, nor a list be there
-        known = (wanted and sorted(path.name for path in truth.glob("*"))) or read_list(listing, page)
+        known = (wanted and [path.name for path in listed(truth)]) or read_list(listing, page)
     chosen = {want: [name for name in known if want in (name, Path(name).name)] for want in wanted}
     for want, names in chosen.items():
         if not names:
@@ -191,29 +258,96 @@ def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]
 
     sequences, missing = [], {}
     for name in dict.fromkeys(itertools.chain(*chosen.values())) if wanted else known:
-        frames, annotation = pictures / name, truth / name / file
-        if not annotation.exists():
+        annotation = truth / name / file
+        frames = next((folder / name for folder in pictures if (folder / name).is_dir()), pictures[0] / name)
+        masks, names = {} if file else files(annotation, (".png",)), set(files(frames, PICTURES))
+        if not (annotation.is_file() if file else annotation.is_dir()):
             missing[name] = f"{annotation}: not found; the data set is incomplete, {page}"
-            continue
-        masks = {p.stem: p for p in sorted(annotation.iterdir()) if p.suffix.lower() == ".png"} if not file else {}
-        names = {p.stem for p in frames.iterdir() if p.suffix.lower() in PICTURES} if frames.is_dir() else set()
-        names = set(masks) if args.dataset == "vip" else names | set(masks)  # VIP: every 25th frame
-        names = tuple(sorted(names, key=lambda n: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", n)]))
-        if file:  # one for all frames, which need not be there to be scored
-            names = names or ("00001",)
-        files = dict.fromkeys(names, annotation) if file else masks
-        sequences.append(Sequence(args.dataset, name, frames, names, files, instances and instances / name))
+        elif not (file or masks or names):
+            missing[name] = f"{annotation}: holds no masks; the data set is incomplete, {page}"
+        else:
+            names = set(masks) if args.dataset == "vip" else names | set(masks)  # VIP: every 25th frame
+            names = tuple(sorted(names, key=natural)) or ("00001",)  # joints are scored without frames
+            of_frames = dict.fromkeys(names, annotation) if file else masks
+            sequences.append(Sequence(args.dataset, name, frames, names, of_frames, instances and instances / name))
     if not sequences:
         raise UserError(next(iter(missing.values()), f"{root}: the {args.subset} list is empty, {page}"))
     return sequences, missing
 
 
-def read_list(path: Path, page: str) -> list[str]:
-    """One name a line; DAVIS 2016's own lists have the paths of all frames instead."""
+def natural(name: str) -> list:
+    """A key to sort names by their numbers: 2 before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What is in a folder, in order. What begins with a dot is no data, such as ._00000.jpg of macOS."""
+    return sorted((path for path in folder.glob(pattern) if path.name[0] != "."), key=lambda path: natural(path.name))
+
+
+def files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """The files in a folder with one of the suffixes, by their names before it."""
+    return {path.stem: path for path in listed(folder) if path.suffix.lower() in suffixes and path.is_file()}
+
+
+def plain(name: str, where: str) -> str:
+    """A sequence's name as a list gives it. It becomes that of a folder that is written and replaced, so it may not
+    lead out of the folder it is put into."""
+    if "\\" in name or not name.isprintable() or any(not p or p[0] == "." or len(p) > 200 for p in name.split("/")):
+        raise UserError(f"{where}: {name[:80]!r} is no sequence's name, a plain name of a folder; correct the list")
+    return name
+
+
+def read_lines(path: Path, page: str) -> list[tuple[str, str]]:
+    """The lines of a list that are not empty: (where it stands, what it says)."""
     if not path.is_file():
         raise UserError(f"{path}: not found, it lists the sequences; {page}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return list(dict.fromkeys(Path(line.split()[0]).parent.name if line[0] == "/" else line for line in lines))
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}); {page}") from error
+    return [(f"{path}, line {n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_list(path: Path, page: str) -> list[str]:
+    """One name a line; DAVIS 2016's own lists have the paths of all frames instead."""
+    lines = read_lines(path, page)
+    names = [(where, Path(line.split()[0]).parent.name if line[0] == "/" else line) for where, line in lines]
+    return list(dict.fromkeys(plain(name, where) for where, name in names))
+
+
+def read_splits(folder: Path, split: int, group: str, page: str) -> list[str]:
+    """JHMDB's clips, class/clip, of one group (1 train, 2 test) or of any."""
+    ending, names = f"_test_split{split}.txt", []
+    listings = listed(folder, f"*{ending}")
+    if not listings:
+        raise UserError(f"{folder}/<class>{ending}: not found; JHMDB is incomplete, {page}")
+    for listing in listings:
+        for where, line in read_lines(listing, page):
+            clip, *of = line.rsplit(maxsplit=1)
+            name = plain(f"{listing.name.removesuffix(ending)}/{clip}", where)
+            if of not in (["0"], ["1"], ["2"]):
+                raise UserError(f"{where}: wants the name of a clip and 1 (train) or 2 (test); correct the list")
+            names += [str(Path(name).with_suffix(""))] * (group in ("", *of))
+    return names
+
+
+def mask_folders(root: Path, page: str) -> tuple[Path, list[Path]]:
+    """--dataset folder: where its sequences' masks lie, and where their frames may lie, with or without a folder for
+    the resolution between."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; {page}")
+    truth = root / "Annotations" if (root / "Annotations").is_dir() else root
+    inside = [path for path in listed(truth) if path.is_dir()]
+    if not any(files(path, (".png",)) for path in inside):
+        inside = [path for path in inside if any(below.is_dir() for below in listed(path))]
+        if len(inside) > 1:
+            names = ", ".join(path.name for path in inside)
+            raise UserError(f"{truth}: holds sequences in each of {names}; take one, such as --data {inside[0]}")
+        truth = inside[0] if inside else truth
+    above = next((path for path in (truth, *truth.parents) if path.name == "Annotations"), truth)
+    pictures = above.parent / "JPEGImages"
+    return truth, [pictures / truth.relative_to(above), pictures, *listed(pictures)]
 
 
 def check_names(folder: Path, names: Iterable[str], like: str) -> None:
@@ -224,30 +358,65 @@ def check_names(folder: Path, names: Iterable[str], like: str) -> None:
             raise UserError(f"{folder / name}: is not named like {like}; the folder mixes sequences, keep one in each")
 
 
-def one_object(ids: np.ndarray) -> np.ndarray:
-    """DAVIS 2016: every id is the one object; 255 is it in copies that store {0, 255}, else void."""
-    return ((ids > 0) & (ids < 255) if ((ids > 0) & (ids < 255)).any() else ids > 0).astype(np.uint8)
+def one_object(paths: Iterable[Path], void: bool) -> np.ndarray:
+    """DAVIS 2016: which of the values 0..255 in a sequence's masks are the one object, 256 of 0 or 1.
+
+    Any id is. 255 is the object in copies that store {0, 255}; beside ids it is void in an annotation (void), in a
+    prediction the object. The levels up to 255 at the edge of a mask that was resized are no ids, as none of them
+    covers an area: there half is the border.
+    """
+    paths, values = list(paths), np.arange(256)
+    counts, areas = np.zeros((2, 256))
+    for path in paths:
+        ids, around = read_ids(path), np.ones((3, 3))
+        counts += np.bincount(ids.ravel(), minlength=256)
+        areas += np.bincount(ids[cv2.erode(ids, around) == cv2.dilate(ids, around)], minlength=256)
+    between = counts[1:255] > 0
+    if between[63:].any() and (areas[1:255].sum() < areas[255] or between.sum() > 32):
+        note(f"{paths[0].parent}: has grey levels, as a smoothed edge has; the object is what is 128 or more")
+        return (values > 127).astype(np.uint8)
+    return ((values > 0) & ~((values == 255) & (void and between.any()))).astype(np.uint8)
+
+
+@cache
+def note(text: str) -> None:
+    """Say something once."""
+    tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def read_joints(path: Path) -> np.ndarray:
     """T x 15 x 2 (x, y), 0-based, of a joint_positions.mat."""
     try:
-        return loadmat(path)["pos_img"].transpose(2, 1, 0).astype(float) - 1
+        if not path.is_file():
+            raise FileNotFoundError
+        joints = loadmat(path)["pos_img"].transpose(2, 1, 0).astype(float) - 1
+        if joints.shape[1:] != (15, 2):
+            raise ValueError
+        return joints
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a .mat with pos_img, 2 x 15 x frames; download it again") from error
 
 
-def read_instances(path: Path) -> tuple[np.ndarray, dict[int, int]]:
-    """VIP: ids of the (person, part) instances, and the part class of each id (lines: id class ...)."""
+def read_parts(path: Path, given: bool) -> tuple[np.ndarray, list[tuple[int, int, float]]]:
+    """VIP's parts of persons: H x W ids, and (id, part class, score) of each, from the .txt beside the picture.
+
+    Its lines are: id, class, ... in an annotation (given), else class, score of the ids 1, 2, ...
+    """
+    path, wants = path.with_suffix(".txt"), "part class (1..19), score; one for each of the ids 1..255"
     try:
-        lines = [line.split() for line in path.with_suffix(".txt").read_text().splitlines() if line.strip()]
-        classes = {int(line[0]): int(line[1]) for line in lines}
-        if not all(0 <= number < 256 and 0 <= kind < 20 for number, kind in classes.items()):
+        if not path.is_file():
+            raise FileNotFoundError
+        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        if given:
+            wants = "instance id (1..255), part class (1..19)"
+            parts = [(int(line[0]), int(line[1]), 1.0) for line in lines]
+        else:
+            parts = [(number, int(line[0]), float(line[1])) for number, line in enumerate(lines, 1)]
+        if not all(0 <= number < 256 and 0 <= kind < 20 for number, kind, _ in parts):
             raise ValueError
-        return read_ids(path), classes
     except (OSError, ValueError, IndexError) as error:
-        lines = "instance id (1..255), part class (1..19)"
-        raise UserError(f"{path.with_suffix('.txt')}: not found, or not lines of: {lines}") from error
+        raise UserError(f"{path}: not found, or not lines of: {wants}") from error
+    return read_ids(path.with_suffix(".png")), parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,34 +516,67 @@ def prediction(folder: Path, seq: Sequence, name: str = "") -> Path:
     return base / f"{name}.png" if name else base
 
 
-def score_davis_frame(job: tuple) -> np.ndarray:
-    truth_file, pred_file, objects, single, seq = job
+def score_masks_frame(job: tuple) -> np.ndarray:
+    """J, F, and whether truth or prediction shows it, of each object: 3 x objects."""
+    truth_file, pred_file, of_truth, of_pred, objects, seq = job
     truth, pred = read_ids(truth_file), read_ids(pred_file)
-    if single:
-        truth, pred = one_object(truth), one_object(pred)
     if truth.shape != pred.shape:
         sizes = "is {1}x{0}, but the ground truth is {3}x{2}".format(*pred.shape, *truth.shape)
         raise UserError(f"{pred_file}: {sizes}; predictions are scored at the size of the annotation")
-    if (top := int(pred.max())) > objects:
+    if of_pred is None and (top := int(pred.max())) > objects:
         raise UserError(f"{pred_file}: has id {top}, but {seq} has objects 1..{objects} in its first frame")
-    return score_frame(truth, pred, objects)
+    truth, pred = cv2.LUT(truth, of_truth), pred if of_pred is None else cv2.LUT(pred, of_pred)
+    counts = sum(cv2.calcHist([ids], [0], None, [256], [0, 256]).ravel() for ids in (truth, pred))
+    return np.concatenate([score_frame(truth, pred, objects), counts[None, 1 : objects + 1] > 0])
 
 
-def score_davis(seq: Sequence, folder: Path, pool) -> dict:
-    """J, F: objects x frames; the first and the last annotated frame are left out."""
-    annotated = [name for name in seq.names if name in seq.truth]
-    first = first_mask(seq)
-    objects = int(first[first < 255].max())
+def score_masks(seq: Sequence, folder: Path, pool, all_frames: bool = False) -> dict:
+    """J, F: objects x frames; the first and the last annotated frame are left out. ids: the objects'.
+
+    davis: the official tool's rules. folder: those of github.com/hkchengrex/vos-benchmark at acb4733. The objects are
+    those that the annotation of the scored frames shows; each counts from the first of these frames on in which truth
+    or prediction shows it (nan before). given: the frames in which an object's mask was given.
+    """
+    annotated, sparse = list(seq.truth), seq.dataset == "folder"
+    scored = annotated if all_frames else annotated[1:-1]
+    if not scored:
+        note(f"{seq.name}: is annotated in {len(annotated)} frames; without the first and the last none is scored")
+    paths, of_truth, of_pred = [prediction(folder, seq, name) for name in scored], seq.table, None
+    if sparse:
+        ids = sorted(set().union(*(seq.shown[name] for name in scored)))
+        of_truth = of_pred = np.zeros(256, np.uint8)
+        of_truth[ids] = range(1, len(ids) + 1)
+        if 255 in ids[1:] or len(ids) > 50:
+            where = next(iter(seq.truth.values())).parent
+            note(f"{where}: has {len(ids)} ids up to {ids[-1]}, each scored as an object, also void and smoothed edges")
+    else:
+        first = next(iter(seq.given.values()))
+        ids = list(range(1, max(first) + 1))
+        if len(first) < len(ids):
+            what = f"of the ids 1 to {len(ids)} only {len(first)} are objects of the first frame"
+            rule = "the others count as right, as in the official tool, where there are none; see --dataset folder"
+            note(f"{seq.truth[seq.names[0]]}: {what}; {rule}")
+        if seq.dataset == "davis2016":
+            of_pred = one_object(paths, void=False)
     jobs = [
-        (seq.truth[n], prediction(folder, seq, n), objects, seq.dataset == "davis2016", seq.name)
-        for n in annotated[1:-1]
+        (seq.truth[name], path, of_truth, of_pred, len(ids), seq.name) for name, path in zip(scored, paths, strict=True)
     ]
-    scores = np.array(pool.map(score_davis_frame, jobs, chunksize=4)).reshape(len(jobs), 2, objects)
-    return {"J": scores[:, 0].T, "F": scores[:, 1].T, "frames": annotated[1:-1]}
+    scores = np.array(pool.map(score_masks_frame, jobs, chunksize=4)).reshape(len(jobs), 3, len(ids))
+    result = {"J": scores[:, 0].T, "F": scores[:, 1].T, "ids": ids, "frames": scored, "table": of_pred}
+    if sparse:
+        counts = np.maximum.accumulate(scores[:, 2].T > 0, axis=1)
+        result |= {what: np.where(counts, result[what], np.nan) for what in "JF"} | {"table": None}
+        given = [[number in seq.given.get(name, ()) for name in scored] for number in ids]
+        result["given"] = np.array(given, bool).reshape(counts.shape)
+    return result
 
 
 def score_vip(seq: Sequence, folder: Path) -> dict:
-    """Confusion matrix (truth x prediction) over all frames; and for AP^r_vol the parts' classes, scores, IoUs."""
+    """Confusion matrix (truth x prediction) over all frames; and for AP^r_vol the parts' classes, scores, IoUs.
+
+    As in the public script (github.com/sunshineatnoon/UVC at 4dbeb9d, eval_instance2.py), a class in a frame is left
+    out of what is predicted if a part of it is listed that has no pixels.
+    """
     confusion, found, present = np.zeros((20, 20), np.int64), [], np.zeros(20, np.int64)
     guess = folder / "Instance_ids" / seq.name
     for name in seq.names:
@@ -386,22 +588,16 @@ def score_vip(seq: Sequence, folder: Path) -> dict:
         confusion += np.bincount(20 * truth[valid].astype(int) + pred[valid], minlength=400).reshape(20, 20)
         if not (guess.is_dir() and seq.instances and seq.instances.is_dir()):
             continue
-        truth, classes = read_instances(seq.instances / f"{name}.png")
-        pred = nearest(read_ids(guess / f"{name}.png"), truth.shape)
-        try:
-            lines = [line.split() for line in (guess / f"{name}.txt").read_text().splitlines() if line.strip()]
-            parts = [(i, int(line[0]), float(line[1])) for i, line in enumerate(lines, 1)]
-            if not all(i < 256 and 0 <= kind < 20 for i, kind, _ in parts):
-                raise ValueError
-        except (OSError, ValueError, IndexError) as error:
-            lines = "part class (1..19), score; one for each of the ids 1..255"
-            raise UserError(f"{guess / name}.txt: not found, or not lines of: {lines}") from error
+        truth, true_parts = read_parts(seq.instances / f"{name}.png", given=True)
+        pred, parts = read_parts(guess / f"{name}.png", given=False)
+        classes, pred = {number: kind for number, kind, _ in true_parts}, nearest(pred, truth.shape)
         table = np.bincount(256 * truth.astype(int).ravel() + pred.ravel(), minlength=65536).reshape(256, 256)
         areas_t, areas_p = table.sum(1), table.sum(0)
         for number, kind in classes.items():
             present[kind] += areas_t[number] > 0
+        vanished = {kind for number, kind, _ in parts if not areas_p[number]}
         for number, kind, score in parts:
-            if areas_p[number]:
+            if kind not in vanished:
                 same = np.array([n for n, k in classes.items() if k == kind and areas_t[n]], int)
                 iou = table[same, number] / (areas_t[same] + areas_p[number] - table[same, number])
                 found.append((kind, score, iou.max(initial=0.0)))
@@ -443,6 +639,8 @@ def score_jhmdb(seq: Sequence, folder: Path) -> dict:
         raise UserError(
             f"{path}: has {pred.shape[0]} frames x {pred.shape[1]} joints, the annotation {truth.shape[:2]}"
         )
+    if len(truth) < 2:
+        note(f"{seq.name}: has joints in {len(truth)} frame; the first is given, so none is scored")
     shown = (pred[..., 0] >= 0)[..., None]
     low, high = np.where(shown, truth, np.inf).min(1), np.where(shown, truth, -np.inf).max(1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -451,14 +649,23 @@ def score_jhmdb(seq: Sequence, folder: Path) -> dict:
     return {"distance": distance[1:].T}
 
 
-MAIN = {"davis": "J&F_M", "davis2016": "J&F_M", "vip": "mIoU", "jhmdb": "PCK@0.1"}  # the figure to rank by
 DAVIS_COLUMNS = ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"]
 PCK_COLUMNS = [f"PCK@{a / 10}" for a in range(1, 6)]
-COLUMNS = {"davis": DAVIS_COLUMNS, "davis2016": DAVIS_COLUMNS, "vip": ["mIoU", "AP^r_vol"], "jhmdb": PCK_COLUMNS}
+COLUMNS = {
+    "davis": DAVIS_COLUMNS,
+    "davis2016": DAVIS_COLUMNS,
+    "folder": ["J&F_M", "J_M", "F_M", "J&F_ungiven"],
+    "vip": ["mIoU", "AP^r_vol"],
+    "jhmdb": PCK_COLUMNS,
+}
+MAIN = {dataset: columns[0] for dataset, columns in COLUMNS.items()}  # the figure to rank by
+DAVIS_LEGEND = "J overlap, F boundary accuracy; M mean, O share of frames above 50 %, D loss over time (less is better)"
 LEGEND = {
-    "J&F_M": "J overlap, F boundary accuracy; M mean, O share of frames above 50 %, D loss over time (less is better)",
-    "mIoU": "mIoU overlap, mean over part classes; AP^r_vol average precision of the parts of each person",
-    "PCK@0.1": "PCK@a share of joints within a x the person's size (0.6 of its box's diagonal) of the truth",
+    "davis": DAVIS_LEGEND,
+    "davis2016": DAVIS_LEGEND,
+    "folder": "J overlap, F boundary accuracy, as vos-benchmark; ungiven: without the frames where a mask is given",
+    "vip": "mIoU overlap, mean over part classes; AP^r_vol average precision of the parts of each person",
+    "jhmdb": "PCK@a share of joints within a x the person's size (0.6 of its box's diagonal) of the truth",
 }
 
 
@@ -467,19 +674,23 @@ def summarize(dataset: str, results: dict[str, dict]) -> dict:
 
     per_object is per part class for VIP and per joint for JHMDB.
     """
-    one = {"vip": summarize_vip, "jhmdb": summarize_jhmdb}.get(dataset, summarize_davis)
+    one = {"vip": summarize_vip, "jhmdb": summarize_jhmdb}.get(dataset, summarize_masks)
     overall, per_object = one(results) if results else ({}, {})
     per_sequence = {name: one({name: result})[0] for name, result in results.items()}
     return {"overall": overall, "per_object": per_object, "per_sequence": per_sequence}
 
 
-def summarize_davis(results: dict[str, dict]) -> tuple[dict, dict]:
+def summarize_masks(results: dict[str, dict]) -> tuple[dict, dict]:
     """The figures of each object, and their mean over objects, not over sequences."""
     objects = {}
     for name, result in results.items():
-        for k, (j, f) in enumerate(zip(result["J"], result["F"], strict=True), 1):
-            row = dict(zip(DAVIS_COLUMNS[1:], statistics(j) + statistics(f), strict=True))
-            objects[f"{name}_{k}"] = {"J&F_M": (row["J_M"] + row["F_M"]) / 2, **row}
+        for i, (j, f) in enumerate(zip(result["J"], result["F"], strict=True)):
+            if "given" in result:
+                row, ungiven = {"J_M": mean(j), "F_M": mean(f)}, ~result["given"][i]
+                row["J&F_ungiven"] = (mean(j[ungiven]) + mean(f[ungiven])) / 2
+            else:
+                row = dict(zip(DAVIS_COLUMNS[1:], statistics(j) + statistics(f), strict=True))
+            objects[f"{name}_{result['ids'][i]}"] = {"J&F_M": (row["J_M"] + row["F_M"]) / 2, **row}
     return mean_scores(objects.values()), objects
 
 
@@ -507,8 +718,13 @@ def summarize_jhmdb(results: dict[str, dict]) -> tuple[dict, dict]:
 def mean_scores(rows: Iterable[dict]) -> dict:
     """Mean of each figure over the rows that have it (a sequence of two frames has nothing to score)."""
     rows = list(rows)
-    columns = {key: [row[key] for row in rows if row[key] == row[key]] for key in (rows[0] if rows else ())}
-    return {key: float(np.mean(values)) if values else math.nan for key, values in columns.items()}
+    return {key: mean([row[key] for row in rows]) for key in (rows[0] if rows else ())}
+
+
+def mean(values) -> float:
+    """The mean of what is a number; nan if nothing is."""
+    values = np.asarray(values, float)
+    return float(np.mean(values[~np.isnan(values)])) if not np.isnan(values).all() else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,6 +743,31 @@ class Row:
     changed: tuple[str, ...] = ()  # factor=value where it is not that of the preset, or of the paper's row
     paper: dict[str, float] = field(default_factory=dict)  # the paper's figures, per cent
     lacks: str = ""  # why it cannot run
+
+
+def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Sequence]) -> list[Row]:
+    """The rows that are asked for: folders of predictions, a table of the paper, or a model at some settings."""
+    if args.paper:
+        rows = paper_rows(args, root, out, given)
+    elif args.predictions:
+        folders = list(dict.fromkeys(args.predictions))
+        for folder in folders:
+            if not any(prediction(folder, seq).exists() for seq in sequences):
+                what = "holds none of the sequences" if folder.is_dir() else "no such folder"
+                wants = next(folder.glob("predictions/*"), prediction(Path("<folder>"), sequences[0], "<frame>"))
+                raise UserError(f"{folder}: {what}; --predictions takes {wants}")
+        idle = [name for name in ("weights", "model", "dtype") if getattr(args, name) != getattr(Args, name)]
+        if idle := [*idle, *given]:
+            flag = idle[0].replace("_", "-")
+            raise UserError(f"--{flag}: has no say in --predictions, which are only scored; leave it out")
+        short = len({folder.resolve().name for folder in folders}) == len(folders)
+        rows = [Row(folder.resolve().name if short else str(folder), folder) for folder in folders]
+    else:
+        rows = [make_row(args, root, out, settings) for settings in sweep_settings(args, args.propagation)]
+        rows = rows if args.sweep else [paper_best(args, row) for row in rows]
+    if args.dataset == "jhmdb" and any(row.settings and row.settings.localization == "track" for row in rows):
+        raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
+    return rows
 
 
 def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str = "", model: str = "", **more) -> Row:
@@ -574,10 +815,10 @@ def sweep_settings(args: Args, base: Propagation) -> list[Propagation]:
             known = ", ".join(f.name for f in fields(Propagation))
             raise UserError(f"--sweep {sweep}: give factor=value,value,... with a factor of {known}")
         try:
-            factors[name] = [parse_value(name, value) for value in values.split(",")]
+            factors.setdefault(name, []).extend(parse_value(name, value) for value in values.split(","))
         except ValueError as error:
             raise UserError(f"--sweep {sweep}: {error}") from error
-    if args.grid:
+    if args.grid or not factors:
         chosen = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
     else:
         chosen = [{name: value} for name, values in factors.items() for value in values]
@@ -595,23 +836,41 @@ def parse_value(factor: str, text: str):
         raise ValueError(f"{text!r} is {wants}") from error
 
 
-def first_mask(seq: Sequence) -> np.ndarray:
-    """The given annotation of the first frame, as ids; void stays 255."""
-    first = next(iter(seq.names), "00000")
-    if first not in seq.truth:
-        folder = next(iter(seq.truth.values())).parent if seq.truth else Path(seq.name)
-        raise UserError(f"{folder / first}.png: not found; the first frame's annotation is what is propagated")
-    ids = read_ids(seq.truth[first])
-    ids = one_object(ids) if seq.dataset == "davis2016" else ids
-    if not ((ids > 0) & (ids < 255)).any():
-        hint = "; for copies with masks of 0 and 255 take --dataset davis2016" if ids.max(initial=0) == 255 else ""
-        raise UserError(f"{seq.truth[first]}: has no object, so there is nothing to propagate{hint}")
-    return ids
-
-
 def complete(seq: Sequence, folder: Path) -> bool:
     path = prediction(folder, seq)
-    return path.is_file() if seq.dataset == "jhmdb" else {p.stem for p in path.glob("*.png")} >= set(seq.names)
+    return path.is_file() if seq.dataset == "jhmdb" else files(path, (".png",)).keys() >= set(seq.names)
+
+
+def forget_stale(row: Row, sequences: list[Sequence]) -> None:
+    """Delete predictions that were made from another annotation or other frames than are there now; settings.json, in
+    the row's folder, says what each sequence's prediction is made from."""
+    path = row.folder / "settings.json"
+    try:
+        before = json.loads(path.read_text())["made_from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = {}
+    now = {seq.name: seq.made_from() for seq in sequences}
+    for seq in sequences:
+        if before.get(seq.name) != now[seq.name]:
+            if seq.name in before and prediction(row.folder, seq).exists():
+                note(f"{row.folder / seq.name}: is made again, its annotation or its frames have changed")
+            discard(row.folder / seq.name)
+            discard(row.folder / "Instance_ids" / seq.name)
+    record = {"model": row.model, "weights": str(row.weights), **asdict(row.settings), "made_from": {**before, **now}}
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1))
+
+
+def discard(folder: Path) -> None:
+    """Delete a prediction, and the folders that it leaves empty. UserError if anything is there that no run made."""
+    inside = [*folder.glob("parts/*"), *folder.glob("*")]
+    other = [path for path in inside if path.suffix not in (".png", ".txt", ".mat") or not path.is_file()]
+    if folder.is_symlink() or any(path != folder / "parts" for path in other):
+        raise UserError(f"{other[0] if other else folder}: no run has made it; move it away or choose another --out")
+    for path in inside:
+        path.unlink() if path.is_file() else path.rmdir()
+    if folder.is_dir():
+        os.removedirs(folder)
 
 
 @torch.inference_mode()
@@ -620,65 +879,82 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
 
     A sequence's folder gets its name when all of it is written: what exists is whole, even after kill -9.
     """
-    device = encoder.mean.device
+    device, sampling = encoder.mean.device, rows[0].settings.sampling
+    if not seq.frames.is_dir():
+        raise UserError(f"{seq.frames}: not found; to predict needs the frames (to score masks: --predictions)")
     video = Video(seq.frames)
     at = {name: i for i, name in enumerate(video.names)}
     for name in seq.names:
         if name not in at:
             raise UserError(f"{seq.frames / name}.jpg: not found, yet it is annotated; download the sequence again")
+    masks, ids, parts, names, size = {}, [], {}, seq.names, video.size  # parts: id -> class
+    if seq.dataset == "jhmdb":
+        joints = read_joints(seq.truth[names[0]])
+        if len(joints) != len(names):
+            counts = f"holds {len(names)} frames, yet {seq.truth[names[0]]} has the joints of {len(joints)}"
+            raise UserError(f"{seq.frames}: {counts}; download the clip again")
+    else:
+        masks = {name: seq.ids(name) for name in seq.given}  # the first whole, of others the ids that are new
+        ids = sorted(itertools.chain(*seq.given.values()))
+        names = names[names.index(next(iter(masks))) :]
+        size = masks[names[0]].shape
+        for name, mask in masks.items():
+            if mask.shape != (size if seq.dataset == "vip" else video.size):
+                sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*mask.shape, *video.size)
+                raise UserError(f"{seq.truth[name]}: {sizes}; they must show the same pixels")
 
-    frames = ahead(frame for _, frame in video.frames([at[name] for name in seq.names]))
+    frames = ahead(frame for _, frame in video.frames([at[name] for name in names]))
     features = (encoder(torch.from_numpy(frame)[None].to(device))[0] for frame in frames)  # C h w each
     first = next(features)
     grid = tuple(first.shape[1:])
     if seq.dataset == "jhmdb":
-        given, size = read_joints(seq.truth[seq.names[0]])[0], video.size
-        labels, ids, parts = labels_from_points(given, size, grid).to(device), [], []
+        soft_masks = [labels_from_points(joints[0], size, grid).to(device)]
+    elif ids:
+        soft_masks = [labels_from_mask(torch.from_numpy(m).to(device), ids, grid, sampling) for m in masks.values()]
     else:
-        given = first_mask(seq)
-        given, size = np.where(given == 255, 0, given).astype(np.uint8), given.shape
-        if size != video.size and seq.dataset != "vip":
-            sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*size, *video.size)
-            raise UserError(f"{seq.truth[seq.names[0]]}: {sizes}; they must show the same pixels")
-        ids, parts = [i for i in np.unique(given).tolist() if i], []
-        labels = labels_from_mask(torch.from_numpy(given).to(device), ids, grid, rows[0].settings.sampling)
-        if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
-            given_parts, classes = read_instances(seq.instances / f"{seq.names[0]}.png")
-            parts = [i for i in np.unique(given_parts).tolist() if i in classes]
-        if parts:
-            kinds = [classes[i] for i in parts]
-            given_parts = torch.from_numpy(given_parts.copy()).to(device)
-            labels = torch.cat([labels, labels_from_mask(given_parts, parts, grid, rows[0].settings.sampling)])
+        soft_masks = [torch.ones(1, *grid, device=device)]
+    if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
+        given_parts, listed_parts = read_parts(seq.instances / f"{names[0]}.png", given=True)
+        parts = {number: kind for number, kind, _ in sorted(listed_parts) if (given_parts == number).any() and number}
+    if parts:
+        given_parts = torch.from_numpy(given_parts.copy()).to(device)
+        soft_masks[0] = torch.cat([soft_masks[0], labels_from_mask(given_parts, parts, grid, sampling)])
+    later = {}  # objects that come in later
+    for name, soft in list(zip(masks, soft_masks, strict=False))[1:]:
+        named = torch.tensor([False, *(number in seq.given[name] for number in ids)], device=device)
+        later[names.index(name)] = soft, named
 
     folders, tracks = [row.folder / ".partial" / seq.name for row in rows], [[] for _ in rows]
-    for row, folder in zip(rows, folders, strict=True):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        discard(folder)
         (folder / "parts").mkdir(parents=True)
-        record = {"model": row.model, "weights": str(row.weights), **asdict(row.settings)}
-        with atomic(row.folder / "settings.json") as path:
-            path.write_text(json.dumps(record, indent=1))
+        for name in seq.names[: -len(names)]:  # before there is any object
+            write_mask(folder / f"{name}.png", np.zeros(size, np.uint8))
     streams = [
-        propagate_video(targets, [(first, labels)], row.settings)
+        propagate_video(targets, [(first, soft_masks[0])], row.settings, given=later)
         for row, targets in zip(rows, itertools.tee(features, len(rows)), strict=True)
     ]
     with ThreadPoolExecutor(2) as writers:
-        pending, soft_maps = deque(), itertools.chain([[labels] * len(rows)], zip(*streams, strict=True))
-        for name, maps in zip(seq.names, soft_maps, strict=True):
+        pending, soft_maps = deque(), itertools.chain([soft_masks[:1] * len(rows)], zip(*streams, strict=True))
+        for name, maps in zip(names, soft_maps, strict=True):
             for row, folder, track, soft in zip(rows, folders, tracks, maps, strict=True):
                 if seq.dataset == "jhmdb":
-                    track.append(points_from_labels(soft, size) if name != seq.names[0] else given)
+                    track.append(points_from_labels(soft, size) if name != names[0] else joints[0])
                     continue
                 # VIP's masks are made at the network's input size and brought to full size by nearest neighbour
                 full = row.settings.input_size(*size) if seq.dataset == "vip" else size
                 soft, soft_parts = soft[: 1 + len(ids)], soft[1 + len(ids) :]
-                mask = given
-                if name != seq.names[0]:
-                    mask = nearest(mask_from_labels(soft, ids, full, row.settings.minmax).cpu().numpy(), size)
+                mask, new = masks.get(name), seq.given.get(name, [])
+                if name != names[0]:
+                    old = [i for i, number in enumerate(ids) if number not in new]
+                    soft, old = soft[[0, *(1 + i for i in old)]], [ids[i] for i in old]
+                    others = nearest(mask_from_labels(soft, old, full, row.settings.minmax).cpu().numpy(), size)
+                    mask = np.where(np.isin(mask, new), mask, others) if new else others
                 pending.append(writers.submit(write_mask, folder / f"{name}.png", mask))
                 if parts:
-                    if name == seq.names[0]:
+                    if name == names[0]:
                         soft_parts, full = labels_from_mask(given_parts, parts, given_parts.shape), given_parts.shape
-                    job = write_parts, folder / f"parts/{name}.png", soft_parts, kinds, full, size
+                    job = write_parts, folder / f"parts/{name}.png", soft_parts, list(parts.values()), full, size
                     pending.append(writers.submit(*job))
             while len(pending) > 16 * len(rows):
                 pending.popleft().result()
@@ -690,7 +966,8 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
             savemat(folder / "joint_positions.mat", {"pos_img": np.stack(track).transpose(2, 1, 0) + 1})
         if parts:
             move(folder / "parts", row.folder / "Instance_ids" / seq.name)
-        shutil.rmtree(folder / "parts", ignore_errors=True)
+        else:
+            (folder / "parts").rmdir()
         move(folder, row.folder / seq.name)
 
 
@@ -710,8 +987,8 @@ def write_parts(
 
 def move(source: Path, target: Path) -> None:
     """Give a finished folder its name."""
+    discard(target)  # an earlier one with frames missing
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)  # an earlier one with frames missing
     source.rename(target)
 
 
@@ -725,7 +1002,8 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
     device = args.device
     if device in ("auto", "cuda") and torch.cuda.is_available():  # each of torchrun's processes has its own
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    score = {"vip": score_vip, "jhmdb": score_jhmdb}.get(args.dataset, partial(score_davis, pool=pool))
+    of_masks = partial(score_masks, pool=pool, all_frames=args.all_frames)
+    score = {"vip": score_vip, "jhmdb": score_jhmdb}.get(args.dataset, of_masks)
     with tqdm(total=total, unit="frame", smoothing=0.05, dynamic_ncols=True, disable=quiet) as bar:
 
         def failure(rows: list[Row], seq: Sequence, error: UserError) -> None:
@@ -742,7 +1020,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                     with contextlib.redirect_stderr(io.StringIO()):  # fits has said what the file is taken for
                         encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
                 try:
-                    check_names(seq.frames, seq.names, seq.names[0] if seq.names else "")
+                    check_names(seq.frames, seq.names if todo else seq.truth, seq.names[0])  # scored without frames
                     if todo:
                         propagate(seq, encoder, todo, bar)
                 except UserError as error:
@@ -768,11 +1046,11 @@ def check_prediction(seq: Sequence, folder: Path) -> None:
     path = prediction(folder, seq)
     if not path.is_dir():
         raise UserError(f"{path}: not found; predictions are <folder>/<sequence>/<frame>.png, or in masks/ there")
-    extra = sorted({p.stem for p in path.glob("*.png")} - set(seq.names))
+    extra = sorted(files(path, (".png",)).keys() - set(seq.names))
     check_names(path, extra, seq.names[0])
     if extra:
         what = f"{len(extra)} masks for frames that {seq.name} does not have are left out, such as {extra[0]}"
-        tqdm.write(f"note: {path}: {what}", file=sys.stderr)
+        note(f"{path}: {what}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -877,7 +1155,7 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
     for line in [body[0], ["-" * width for width in widths], *body[1:]]:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-    print(LEGEND[MAIN[args.dataset]], *unlike(args, rows, scores), sep="\n")
+    print(LEGEND[args.dataset], *unlike(args, rows, scores), sep="\n")
     for row in rows:
         if failed[row.name]:
             print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
@@ -999,12 +1277,12 @@ def draw_time(results: dict[str, dict]) -> str:
     for ax in axes.flat[len(shown) :]:
         ax.axis("off")
     for ax, (name, result) in zip(axes.flat, shown.items(), strict=False):
-        for k, (j, f) in enumerate(zip(result["J"], result["F"], strict=True), 1):
+        for k, j, f in zip(result["ids"], result["J"], result["F"], strict=True):
             colour = PALETTE[k] / 255
             ax.plot(result["frames"], j, "-", color=colour, lw=1.6)
             ax.plot(result["frames"], f, ":", color=colour, lw=1.6)
         ax.set_xticks(range(0, len(result["frames"]), max(1, len(result["frames"]) // 4)))
-        ax.set_title(f"{name}: {len(result['J'])} object{'s' * (len(result['J']) > 1)}", fontsize=10, loc="left")
+        ax.set_title(f"{name}: {len(result['J'])} object{'s' * (len(result['J']) != 1)}", fontsize=10, loc="left")
         ax.set_ylim(-0.03, 1.03)
     return embed_figure(figure)
 
@@ -1022,23 +1300,27 @@ def embed_figure(figure: Figure) -> str:
 def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> str:
     """Ground truth above the prediction, at evenly spaced frames (not the first, which is given)."""
     scored = {name: i for i, name in enumerate(result.get("frames", ()))}
-    among = [name for name in seq.names if name in scored] or seq.names
+    among = list(scored) or seq.names
+    if seq.dataset == "jhmdb":
+        among = seq.names[: 1 + result["distance"].shape[1]]
     picks = np.linspace(0, len(among), count, endpoint=False).astype(int) + len(among) // (2 * count)
-    video = Video(seq.frames) if seq.frames.is_dir() else None
+    pictures = files(seq.frames, PICTURES)
     cells = {"": [], "ground truth": [], "prediction": []}
     for name in dict.fromkeys(among[i] for i in picks):
-        frame = next(video.frames([video.names.index(name)]))[1] if video and name in video.names else None
+        frame = None
+        with contextlib.suppress(UserError):  # then its cells are grey
+            frame = read_picture(pictures[name]) if name in pictures else None
         caption = name
         if name in scored:
-            j, f = (percent(result[what][:, scored[name]].mean()) for what in "JF")
+            j, f = (percent(mean(result[what][:, scored[name]])) for what in "JF")
             caption += f" &middot; J {j} F {f}"
         cells[""].append(f"<span class=cap>{caption}</span>")
         for kind, path in (("ground truth", seq.truth[name]), ("prediction", prediction(folder, seq, name))):
             if seq.dataset == "jhmdb":
                 picture = draw_joints(frame, read_joints(path)[seq.names.index(name)])
             else:
-                ids = read_ids(path)
-                ids = one_object(ids) if seq.dataset == "davis2016" else np.where(ids == 255, 0, ids).astype(np.uint8)
+                table = seq.table if kind == "ground truth" else result.get("table")
+                ids = read_ids(path) if table is None else cv2.LUT(read_ids(path), table)
                 backdrop = np.full((*ids.shape, 3), 40, np.uint8) if frame is None else frame
                 picture = overlay(backdrop, nearest(ids, backdrop.shape[:2]), PALETTE)
             small = 320, round(picture.shape[0] * 320 / picture.shape[1])
@@ -1085,8 +1367,11 @@ dt{color:#637083}dd{margin:0}ul{margin:0;padding-left:18px}@media print{.card{br
 def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequence], results, scores, failed) -> None:
     """report.html: one self-contained file, for a browser or a talk."""
     columns, figure, esc, text = COLUMNS[args.dataset], MAIN[args.dataset], html.escape, []
-    ran = [row for row in rows if row.name in scores]
-    best = max(ran, key=lambda row: np.nan_to_num(scores[row.name]["overall"].get(figure, math.nan), nan=-1))
+    ran = [row for row in rows if results.get(row.name)]
+    shared = set.intersection(*(set(results[row.name]) for row in ran))
+    even = {row.name: {n: result for n, result in results[row.name].items() if n in shared} for row in ran}
+    even = {name: summarize(args.dataset, result) for name, result in even.items()}
+    best = max(ran, key=lambda row: np.nan_to_num(even[row.name]["overall"].get(figure, math.nan), nan=-1))
     overall, by_name = scores[best.name]["overall"], {seq.name: seq for seq in sequences}
     colours = ("#2f6db5", "#e08a2e", "#4a9a57", "#b5485d", "#7a5fb0", "#7f8b97")
 
@@ -1105,23 +1390,26 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     def table(heads: list[str], lines: list[tuple[Row, list[str]]]) -> str:
         text = "".join(f"<th>{head}</th>" for head in ["", *heads])
         for row, cells in lines:
-            kind = " class=best" if row is best else " class=off" if row.lacks else ""
+            kind = " class=best" if row is best and shared else " class=off" if row.lacks else ""
             text += f"</tr><tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in [esc(row.name), *cells])
         return f"<table><tr>{text}</tr></table>"
 
     title = {"davis": "DAVIS 2017", "davis2016": "DAVIS 2016", "vip": "VIP", "jhmdb": f"JHMDB split {args.split}"}
-    title = f"{title[args.dataset]} {args.subset}: {esc(best.name)}"
+    title = f"{title[args.dataset]} {args.subset}" if args.dataset in title else "Folder of masks"
+    title = f"{title}: {esc(best.name)}"
     over = {"vip": "part classes", "jhmdb": "joints"}.get(args.dataset, "objects")
     count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
     count += f" in {esc(args.data.resolve().name)}" if args.data else ""
-    note = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
-    about = [f"per cent, mean over {over} of {count}{note}", LEGEND[MAIN[args.dataset]], *unlike(args, rows, scores)]
+    told = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
+    if any(set(results[row.name]) != shared for row in ran):
+        told += f" over the sequences that all have ({len(shared)})" if shared else "? They have no sequence in common"
+    about = [f"per cent, mean over {over} of {count}{told}", LEGEND[args.dataset], *unlike(args, rows, scores)]
     text.append(f"<h1>{title}</h1><div class=sub>{'<br>'.join(about)}</div>")
     boxes = {c: percent(overall.get(c)) for c in columns} | {f"{c}, paper": v for c, v in best.paper.items()}
     boxes = (f"<div class=kpi><b>{number}</b><span>{esc(c)}</span></div>" for c, number in boxes.items())
     text.append(f"<div class=kpis>{''.join(boxes)}</div>")
 
-    if curves := sweep_curves([row for row in ran if row.settings], scores, figure):
+    if curves := sweep_curves([row for row in ran if row.settings], even, figure):
         card("Sweep", draw_curves(curves, f"{figure.removesuffix('_M')} (%)"))
     if len(rows) > 1:
         paper = [c for c in columns if any(c in row.paper for row in rows)]
@@ -1193,70 +1481,77 @@ def worker_pool(processes: int):
     return pool
 
 
+def check_flags(args: Args) -> None:
+    """UserError for flags that exclude each other, or that have no say in this run."""
+    if sum(map(bool, (args.predictions, args.sweep, args.paper))) > 1:
+        raise UserError("--predictions, --sweep and --paper: each is a run of its own; give one of them")
+    if args.subset == "test-dev" and args.predictions:
+        raise UserError("--subset test-dev --predictions: cannot be scored here, its annotations are not public")
+    only = {"split": "jhmdb", "all_frames": "folder"}
+    for name, dataset in only.items():
+        if getattr(args, name) != getattr(Args, name) and args.dataset != dataset:
+            raise UserError(f"--{name.replace('_', '-')}: is for --dataset {dataset} alone; leave it out")
+    if args.dataset == "folder" and args.subset != Args.subset:
+        raise UserError(f"--subset {args.subset}: a folder has no subsets; name --sequences, or leave it out")
+    if args.grid and not args.sweep:
+        raise UserError("--grid: is about --sweep, which is not given")
+    if not torch.cuda.is_available():
+        pick_device(args.device)
+
+
 def main(args: Args) -> None:
     typed = {arg.split("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for arg in sys.argv if arg[:2] == "--"}
     own = asdict(preset(args.model, args.dataset))
     given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in typed}
     if args.paper:
         args = replace(args, dataset={"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis"))
-    if sum(map(bool, (args.predictions, args.sweep, args.paper))) > 1:
-        raise UserError("--predictions, --sweep and --paper: each is a run of its own; give one of them")
+    check_flags(args)
     root, out = args.data or Path("data") / args.dataset, args.out or Path("results") / args.dataset
     sequences, absent = read_dataset(args, root)
-    if args.predictions:
-        for folder in args.predictions:
-            if not any(prediction(folder, seq).exists() for seq in sequences):
-                what = "holds none of the sequences" if folder.is_dir() else "no such folder"
-                wants = next(folder.glob("predictions/*"), prediction(Path("<folder>"), sequences[0], "<frame>"))
-                raise UserError(f"{folder}: {what}; --predictions takes {wants}")
-        idle = [name for name in ("weights", "model", "dtype") if getattr(args, name) != getattr(Args, name)]
-        if idle := [*idle, *given]:
-            flag = idle[0].replace("_", "-")
-            raise UserError(f"--{flag}: has no say in --predictions, which are only scored; leave it out")
-        short = len({folder.resolve().name for folder in args.predictions}) == len(args.predictions)
-        rows = [Row(folder.resolve().name if short else str(folder), folder) for folder in args.predictions]
-    elif args.paper:
-        rows = paper_rows(args, root, out, given)
-    else:
-        chosen = sweep_settings(args, args.propagation) if args.sweep else [args.propagation]
-        rows = [make_row(args, root, out, settings) for settings in chosen]
-        rows = rows if args.sweep else [paper_best(args, row) for row in rows]
-    if args.dataset == "jhmdb" and any(row.settings and row.settings.localization == "track" for row in rows):
-        raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
-    can_run = [row for row in rows if not row.lacks]
-
     rank, world = rank_world()
+    rows = make_rows(args, root, out, given, sequences)
+    can_run = [row for row in rows if not row.lacks]
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     results, failed = {row.name: {} for row in rows}, {row.name: {} if row.lacks else dict(absent) for row in rows}
     if absent and rank == 0:
         of = len(sequences) + len(absent)
         print(f"error: {next(iter(absent.values()))} ({len(absent)} of {of} sequences are missing)", file=sys.stderr)
-    with worker_pool(cores()) as pool:
+    with worker_pool(cores()) as pool:  # forked before there is any thread
         if world > 1:
             distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        if rank == 0:
+            for row in can_run if not args.predictions else ():
+                forget_stale(row, sequences)
+        if world > 1:
+            distributed.barrier()
         evaluate(args, can_run, sequences[rank::world], pool, results, failed)
     if world > 1:
         parts = [None] * world
         distributed.all_gather_object(parts, (results, failed))
-        distributed.destroy_process_group()
         for name, (part_results, part_failed) in itertools.product(results, parts):
             results[name] |= part_results[name]
             failed[name] |= part_failed[name]
     code = 1 if any(failed.values()) else 0
-    if rank:
-        sys.exit(code)
-    for row in can_run if not args.predictions else ():
-        shutil.rmtree(row.folder / ".partial", ignore_errors=True)
-    if args.subset == "test-dev":
+    if rank == 0 and args.subset == "test-dev":
         print("predicted, not scored (the annotations are not public):", *(row.folder for row in can_run), sep="\n  ")
-        sys.exit(code)
-    order = {row.name: [seq.name for seq in sequences if seq.name in results[row.name]] for row in can_run}
-    results = {name: {seq: results[name][seq] for seq in names} for name, names in order.items()}
-    scores = {name: summarize(args.dataset, result) for name, result in results.items()}
-    print_table(args, rows, scores, failed, len(sequences) + len(absent))
-    if any(results.values()):
-        write_scores(args, out, rows, scores, failed)
-        write_report(args, out, rows, sequences, results, scores, failed)
-        print(f"{out}/scores.json  {out}/scores.csv  {out}/report.html")
+    elif rank == 0:
+        order = {row.name: [seq.name for seq in sequences if seq.name in results[row.name]] for row in can_run}
+        results = {name: {seq: results[name][seq] for seq in names} for name, names in order.items()}
+        scores = {name: summarize(args.dataset, result) for name, result in results.items()}
+        print_table(args, rows, scores, failed, len(sequences) + len(absent))
+        figures = [score["overall"].get(MAIN[args.dataset], math.nan) for score in scores.values()]
+        code = 1 if np.isnan(figures).all() else code
+        if any(results.values()):
+            write_scores(args, out, rows, scores, failed)
+            write_report(args, out, rows, sequences, results, scores, failed)
+            print(f"{out}/scores.json  {out}/scores.csv  {out}/report.html")
+    for row, seq in itertools.product(can_run if rank == 0 and not args.predictions else (), sequences):
+        with contextlib.suppress(UserError):  # what a run that was killed has left
+            (left := row.folder / ".partial" / seq.name).mkdir(parents=True, exist_ok=True)
+            discard(left)
+    if world > 1:
+        distributed.barrier()  # a process that leaves with code 1 ends the others, so it waits for the report
     sys.exit(code)
 
 

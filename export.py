@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import common
 import propagate
 from common import Propagation, UserError, pick_device
-from propagate import Video
+from propagate import Box, Video, compute_masks, usable_cpus
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Args:
     out: Path = Path("tracker.onnx")
     """The graph to write."""
     opset: int = 18
-    """ONNX operator set, 18 to 20."""
+    """ONNX operator set, 18 to 20. The oldest ONNX Runtime that ran them: 1.15 for 18, 1.16 for 19, 1.17 for 20."""
     fp16: bool = False
     """Features, affinities and memory in half precision, for GPUs; labels stay float32."""
     int8: bool = False
@@ -82,7 +82,7 @@ class Args:
 
 
 class Step(nn.Module):
-    """What the graph computes: common.propagate_labels and what stands around it, in operators that runtimes have.
+    """What the graph computes: propagate.propagate_labels and what stands around it, in operators that runtimes have.
 
     Every shape is fixed when it is built. A tile of target cells meets the context cells that the regions of its
     cells cover; the keys of all frames at these cells are gathered, so the (h w) x (n h w) affinity is never formed.
@@ -125,7 +125,9 @@ class Step(nn.Module):
                 for *_, local in self.parts:
                     cells, outside = everywhere, None
                     if local:
-                        outside = propagate.beyond(s, (y0, y1, x0, x1), (0, h, 0, w), "cpu").T  # Q cells
+                        outside = (
+                            ~compute_masks(s, Box(0, h, 0, w), Box(y0, y1, x0, x1), "cpu").flatten(0, 1).T
+                        )  # Q cells
                         if self.norm != "frame":
                             cells = everywhere[~outside.all(0)]
                             outside = outside[:, ~outside.all(0)]
@@ -291,8 +293,19 @@ def check_args(args: Args) -> None:
         raise UserError(
             f"--objects {args.objects}: give 1 to 255; a mask has one byte a pixel, and 0 is the background"
         )
-    if min(args.height, args.width) < 16:
-        raise UserError(f"--height {args.height} --width {args.width}: give 16 pixels or more")
+    if min(args.height, args.width) < 16 or max(args.height, args.width) > 8192:
+        raise UserError(f"--height {args.height} --width {args.width}: give 16 pixels or more, and at most 8192")
+    if args.frames is not None and not 2 <= args.frames <= 10_000:
+        raise UserError(f"--frames {args.frames}: give 2 or more, at most 10000; the first one is given")
+    if s.radius > 8192:
+        raise UserError(f"--radius {s.radius}: no grid is as large; give at most 8192, or --localization none")
+    if max(input_size := s.input_size(args.height, args.width)) > 8192:
+        what = f"--size {s.size} --upsample {s.upsample}"
+        raise UserError(f"{what}: makes an input of {'x'.join(map(str, input_size))}; give at most 8192 pixels a side")
+    cells = math.prod(s.grid(args.height, args.width))
+    if (1 + s.context) * cells * 256 > 2**31:
+        most = 2**31 // (256 * cells) - 1
+        raise UserError(f"--context {s.context}: a memory of over 2^31 numbers, no runtime takes it; {most} at most")
     if args.int8 and args.fp16:
         raise UserError("--int8 and --fp16: give one of the two; what --int8 leaves stays float32")
     if args.int8 and not args.video:
@@ -376,6 +389,7 @@ def write_onnx(path: Path, args: Args, encoder: common.Encoder, info: dict, scal
         verbose=False,
     )
     graph = program.model_proto
+    graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import)  # an older runtime reads it
     onnx.helper.set_model_props(graph, {"softcopy": json.dumps(info)})
     onnx.save(graph, path)
 
@@ -557,7 +571,8 @@ class OnnxEngine:
         order = [each for each in order if each[0] in onnxruntime.get_available_providers()]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = usable_cpus()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside other programs it would wait
         options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time
         options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI
         self.session = None
@@ -798,8 +813,6 @@ def main(args: Args) -> None:
     check_args(args)
     check_packages(args)
     frames = args.propagation.context + 6 if args.frames is None else args.frames
-    if frames < 2:
-        raise UserError(f"--frames {frames}: give 2 or more; the first one is given")
     clip, mask = read_clip(args, frames)
     if len(clip) < 2:
         raise UserError(f"{args.video}: holds one frame; a check needs 2 or more")

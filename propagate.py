@@ -12,8 +12,10 @@ runs through it again.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
+import functools
 import glob
 import hashlib
 import itertools
@@ -21,21 +23,23 @@ import json
 import math
 import os
 import platform
+import queue
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import av
 import cv2
@@ -116,6 +120,27 @@ class Args:
 # Algorithm 1
 
 
+class Box(NamedTuple):
+    """Rows top..bottom and columns left..right of the grid."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+
+class Part(NamedTuple):
+    """Context frames that are searched alike: everywhere, or in the fixed region."""
+
+    first: int  # the number of its first frame
+    keys: Tensor  # h w m C
+    fixed: bool
+
+
 def propagate_labels(
     target: Tensor,
     features: Tensor,
@@ -127,130 +152,208 @@ def propagate_labels(
 ) -> Tensor:
     """Algorithm 1 of the paper for one target frame: each cell copies the labels of its k nearest context cells.
 
-    target    C x h x w      features of the target frame
-    features  n x C x h x w  features of the context frames, the `annotated` ones first
-    labels    n x L x h x w  their soft labels
+    target    C x h x w      features of the target frame, g
+    features  n x C x h x w  features of the context frames, F, the `annotated` ones first
+    labels    n x L x h x w  their soft labels, Y
     ages      n              how many frames each lies before the target (default: n, ..., 1)
     notes     n              what a system's way to localise keeps of them (track: boxes; default: from the labels)
-    returns   L x h x w      soft labels of the target frame, float32
+    returns   L x h x w      soft labels of the target frame, z, float32
 
-    Exact, but the (h w) x (n h w) affinity matrix is never formed: a tile of target cells meets only the window of
-    context cells that its search regions cover. Fastest when features are a view of an h x w x n x C tensor, as
-    propagate_video keeps them: then a window is read in place.
+    Exact, but the (n h w) x (h w) affinity matrix is never formed: a tile of target cells meets only the window of
+    context cells that its search regions cover. On a CPU the tiles are shared out over the pool. Fastest when features
+    are a view of an h x w x n x C tensor, as propagate_video keeps them: then they are read in place.
     """
     s = settings
-    n, C, h, w = features.shape
-    ages = list(range(n, 0, -1)) if ages is None else ages
+    n, _, h, w = features.shape
+    share = pool().map if target.is_cpu else map_here
     if own := localizer(s.localization):
-        return own.localize(target, features, labels, s, annotated, ages, notes)
-    overall, norm = s.aggregation == "overall", s.norm
+        ages = list(range(n, 0, -1)) if ages is None else ages
+        return own.localize(target, features, labels, s, annotated, ages, notes, share)
     query = target.permute(1, 2, 0)  # h w C
-    keys = features.permute(2, 3, 0, 1).contiguous()  # h w n C: the n frames of a cell side by side
+    if s.norm != "topk":
+        query = query / s.temperature
+    keys = features.permute(2, 3, 0, 1)  # h w n C: the n frames of a cell side by side
     values = labels.permute(2, 3, 0, 1).reshape(h * w * n, -1).float()  # an entry is (cell, frame), cell-major
-
-    # The parts of the context that are searched together: all frames (overall) or each frame (per-frame).
     fixed = s.localization == "fixed"
-    exempt = min(annotated, n) if s.exempt_first and fixed else 0
-    edges = [0, exempt, n] if overall else range(n + 1)
-    parts = [(a, keys[:, :, a:b], fixed and a >= exempt) for a, b in itertools.pairwise(edges) if a < b]
-    most = max(part.shape[2] for _, part, _ in parts)
-    cpu = target.device.type == "cpu"
-    again = most > 1 or (cpu and norm == "frame")  # many tiles read the same cells: a copy is worth it
-    parts = [(a, part.contiguous() if again or (cpu and not local) else part, local) for a, part, local in parts]
-    near_only = cpu and overall and fixed and norm != "frame"  # of one frame at a time the products would be too small
-    ty, tx = (30, 8) if near_only else (12, 16) if cpu else (24, 32)  # caches like it small, a GPU few launches
-    while (norm == "frame" or not all(local for *_, local in parts)) and h * w * most * ty * tx > 2**26:
-        ty, tx = math.ceil(ty / 2), math.ceil(tx / 2)  # a window of the whole frame: keep the tile under 256 MiB
-    query = query if norm == "topk" else query / s.temperature
+    edges = [0, min(annotated, n) if s.exempt_first and fixed else 0, n]
+    parts = [
+        Part(a, keys[:, :, a:b].contiguous(), fixed and a >= edges[1]) for a, b in itertools.pairwise(edges) if a < b
+    ]
     z = torch.empty(h, w, values.shape[1], device=target.device)
-    scratch = query.new_empty(0)
-    for y0, y1 in cuts(h, ty):
-        for x0, x1 in cuts(w, tx):
-            q = query[y0:y1, x0:x1].reshape(-1, C)  # q C
-            found = []
-            for first, part, local in parts:
-                reach = s.radius - (s.shape == "circle") if local else max(h, w)
-                ya, yb, xa, xb = max(y0 - reach, 0), min(y1 + reach, h), max(x0 - reach, 0), min(x1 + reach, w)
-                top, bottom, left, right = (0, h, 0, w) if norm == "frame" else (ya, yb, xa, xb)
-                rows, cols, m = bottom - top, right - left, part.shape[2]
-                if scratch.numel() < rows * cols * m * len(q):
-                    scratch = query.new_empty(rows * cols * m * len(q))
-                A = scratch[: rows * cols * m * len(q)].view(rows, cols * m, len(q))
-                if near_only and local:  # Eq. 1
-                    near_products(part, q, s, (y0, y1, x0, x1), (ya, yb, xa, xb), A)
-                elif cpu and cols == w:
-                    products(part[top:bottom].flatten(0, 2), q, out=A.flatten(0, 1))
-                else:
-                    torch.bmm(part[top:bottom, left:right].flatten(1, 2), q.T.expand(rows, -1, -1), out=A)
-                A = A.view(rows, cols, m, len(q)) if norm == "topk" else A.view(rows, cols, m, len(q)).float()
-                near = A[ya - top : yb - top, xa - left : xb - left].flatten(0, 1)  # cells m q
-                outside = beyond(s, (y0, y1, x0, x1), (ya, yb, xa, xb), A.device) if local else None
-                if norm == "region" and local:
-                    near.masked_fill_(outside[:, None], -math.inf)
-                best, cell, frame = nearest(near, outside, s.topk)
-                if norm == "topk":
-                    best = total = best.float() / s.temperature
-                else:
-                    peak = A.amax((0, 1, 2))
-                    total = A.sub_(peak).exp_().sum((0, 1, 2)).log_().add_(peak)[None]  # log-sum-exp
-                found.append((best, ((ya + cell // (xb - xa)) * w + xa + cell % (xb - xa)) * n + first + frame, total))
-            if overall and len(found) > 1:  # the k best of the parts' k best
-                best, entry, total = (torch.cat(each) for each in zip(*found, strict=True))
-                best, order = best.topk(min(s.topk, len(best)), dim=0)
-                found = [(best, entry.gather(0, order), total.logsumexp(0, keepdim=True))]
-            weight = [best.softmax(0) if norm == "topk" else (best - total).exp() for best, _, total in found]
-            weight = torch.cat(weight) / len(found)  # line 36: the mean over the frames searched by themselves
-            entry = torch.cat([entry for _, entry, _ in found])
-            copied = F.embedding_bag(  # the soft copy, line 33
-                entry.T.contiguous(), values, per_sample_weights=weight.T.contiguous(), mode="sum"
-            )
-            z[y0:y1, x0:x1] = copied.view(y1 - y0, x1 - x0, -1)
+
+    def fill(tile: Box) -> None:
+        z[tile.top : tile.bottom, tile.left : tile.right] = label_tile(query, parts, values, s, tile)
+
+    boxes = tiles(parts, s, (h, w))
+    share(fill, boxes)
     return z.permute(2, 0, 1)
 
 
-def near_products(part: Tensor, q: Tensor, s: Propagation, tile: tuple, window: tuple, out: Tensor) -> None:
-    """The products of a tile's queries (q x C) and the context cells of its window (part: h x w x m x C), row by row of
-    the window and without most of those that the fixed region forbids, whose place in `out` is left as it was.
-    out: rows x (columns m) x q."""
-    (y0, y1, x0, x1), (ya, yb, xa, xb), R, m = tile, window, s.radius, part.shape[2]
-    for y, row in zip(range(ya, yb), out, strict=True):
-        away = max(y0 - y, y - y1 + 1, 0)  # rows to the nearest query
-        near = R if s.shape == "square" else math.isqrt(R**2 - away**2 - 1)
-        rows = slice((max(y - R, y0) - y0) * (x1 - x0), (min(y + R + 1, y1) - y0) * (x1 - x0))
-        left, right = max(x0 - near, xa), min(x1 + near, xb)
-        products(part[y, left:right].flatten(0, 1), q[rows], out=row[(left - xa) * m : (right - xa) * m, rows])
+def map_here(task: Callable, items: Iterable) -> list:
+    """What Pool.map does, without a pool: a GPU has its own."""
+    return [task(item) for item in items]
 
 
-def beyond(s: Propagation, tile: tuple, window: tuple, device) -> Tensor:
-    """Which window cells lie outside the fixed region of each tile cell: window cells x tile cells, bool."""
-    (y0, y1, x0, x1), (ya, yb, xa, xb) = tile, window
-    dy = (torch.arange(ya, yb, device=device)[:, None] - torch.arange(y0, y1, device=device)).square()
-    dx = (torch.arange(xa, xb, device=device)[:, None] - torch.arange(x0, x1, device=device)).square()
-    dy, dx = dy[:, None, :, None], dx[None, :, None, :]
-    outside = dy + dx >= s.radius**2 if s.shape == "circle" else torch.maximum(dy, dx) > s.radius**2
-    return outside.flatten(0, 1).flatten(1, 2)
+def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation, tile: Box) -> Tensor:
+    """Lines 14 to 36 of Algorithm 1 for the target cells of one tile: their labels, rows x columns x L.
 
-
-def nearest(A: Tensor, outside: Tensor | None, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest affinities of each query. A: cells x frames x q; outside: cells x q or None. -> value, cell, frame,
-    each k x q.
-
-    The region does not depend on the frame, so the k best entries lie in the k best cells by their best frame: mask
-    and search the cells' maxima, then only the k x frames entries behind the k best.
+    query: h x w x C; values: the context labels, (h w n) x L.
     """
+    h, w, _ = query.shape
+    n = len(values) // (h * w)
+    g = query[tile.top : tile.bottom, tile.left : tile.right].flatten(0, 1)  # q C
+    found = []
+    for first, f, fixed in parts:
+        window = search_window(s, tile, (h, w)) if fixed else Box(0, h, 0, w)
+        seen = Box(0, h, 0, w) if s.norm == "frame" else window
+        A = compute_affinity(f, g, s, tile, seen, fixed and s.norm != "frame")  # rows columns m q
+        near = A[window.top - seen.top : window.bottom - seen.top, window.left - seen.left : window.right - seen.left]
+        M = compute_masks(s, window, tile, A.device) if fixed else None
+        if fixed and s.norm == "region":
+            near.masked_fill_(~M[:, :, None], -math.inf)
+        values_kept, cell, frame = topk(near.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
+        width = window.right - window.left
+        cell = (window.top + cell // width) * w + window.left + cell % width
+        total = None if s.norm == "topk" else logsumexp_(A.flatten(0, 1))  # m q
+        found.append((values_kept, cell * n + first + frame, total))
+    if s.aggregation == "overall":
+        return soft_copy(*merge(found, s), values, s).unflatten(0, tile.shape)
+    return (sum(soft_copy(*each, values, s) for each in found) / n).unflatten(0, tile.shape)  # line 36
+
+
+def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box, fixed: bool) -> Tensor:
+    """Eq. 1, A = f^T g, of the context cells of `seen` (f: h x w x m x C) and the cells of a tile (g: q x C).
+
+    -> rows x columns x m x q. fixed: pairs of rows further apart than the fixed region reaches are left out, and what
+    stands in their place is of no meaning.
+    """
+    m, q = f.shape[2], len(g)
+    rows, columns = seen.shape
+    if not f.is_cpu:
+        A = torch.bmm(f[seen.top : seen.bottom, seen.left : seen.right].flatten(1, 2), g.T.expand(rows, -1, -1))
+        return (A if s.norm == "topk" else A.float()).view(rows, columns, m, q)
+    A = scratch(rows * columns * m * q).view(rows, columns * m, q)
+    reach, width = reach_of(s) if fixed else f.shape[0], tile.right - tile.left
+    for y, place in zip(range(seen.top, seen.bottom), A, strict=True):
+        first, end = max(y - reach, tile.top) - tile.top, min(y + reach + 1, tile.bottom) - tile.top
+        near = slice(first * width, end * width)
+        products(f[y, seen.left : seen.right].flatten(0, 1), g[near], out=place[:, near])
+    return A.view(rows, columns, m, q)
+
+
+def compute_masks(s: Propagation, window: Box, tile: Box, device) -> Tensor:
+    """The mask M of the fixed region: whether a context cell of `window` is searched for a target cell of `tile`.
+
+    -> rows x columns x q, bool. It is the same for all labels and context frames.
+    """
+    dy = torch.arange(window.top, window.bottom, device=device)[:, None] - torch.arange(
+        tile.top, tile.bottom, device=device
+    )
+    dx = torch.arange(window.left, window.right, device=device)[:, None] - torch.arange(
+        tile.left, tile.right, device=device
+    )
+    dy, dx = dy[:, None, :, None], dx[None, :, None, :]  # rows columns rows columns
+    M = dy**2 + dx**2 < s.radius**2 if s.shape == "circle" else (dy.abs() <= s.radius) & (dx.abs() <= s.radius)
+    return M.flatten(2)
+
+
+def topk(A: Tensor, M: Tensor | None, s: Propagation) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines 23 to 26: the k largest masked affinities of each target cell. A: cells x m x q; M: cells x q, or None.
+
+    -> affinity, cell, frame of each: k x q over all m frames, or k x m x q per frame.
+    """
+    cells, m = A.shape[:2]
+    if s.aggregation == "per-frame":
+        A = A if M is None else A.masked_fill(~M[:, None], -math.inf)
+        best, cell = A.topk(min(s.topk, cells), dim=0)
+        return best.float(), cell, torch.arange(m, device=A.device)[:, None]
+    # M does not depend on the frame, so the k best lie in the k best cells by their best frame.
     peak = A.amax(1)  # cells q
-    if outside is not None:
-        peak.masked_fill_(outside, -math.inf)
-    k, frames = min(topk, len(peak)), A.shape[1]
-    peak, cell = peak.topk(k, dim=0)
-    kept = A.gather(0, cell[:, None].expand(-1, frames, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)
-    best, entry = kept.flatten(0, 1).topk(min(topk, k * frames), dim=0)
-    return best, cell.gather(0, entry // frames), entry % frames
+    if M is not None:
+        peak.masked_fill_(~M, -math.inf)
+    peak, cell = peak.topk(min(s.topk, cells), dim=0)  # k q
+    A = A.gather(0, cell[:, None].expand(-1, m, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)  # k m q
+    best, entry = A.flatten(0, 1).topk(min(s.topk, len(cell) * m), dim=0)
+    return best.float(), cell.gather(0, entry // m), entry % m
+
+
+def soft_copy(best: Tensor, entry: Tensor, total: Tensor | None, values: Tensor, s: Propagation) -> Tensor:
+    """Lines 28 to 33: the labels of the k entries kept, weighted by their affinities after the softmax: q x L.
+
+    best, entry: k x q, or k x m x q per frame; total: the log of what their softmax is divided by, None for their own.
+    """
+    weight = (best / s.temperature).softmax(0) if total is None else (best - total).exp()
+    weight, entry = (x.flatten(0, -2).T.contiguous() for x in (weight, entry))
+    return F.embedding_bag(entry, values, per_sample_weights=weight, mode="sum")
+
+
+def merge(found: list[tuple], s: Propagation) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The k best of the k best of several parts."""
+    best, entry, total = zip(*found, strict=True)
+    total = None if total[0] is None else torch.cat(total).logsumexp(0)
+    if len(found) == 1:
+        return best[0], entry[0], total
+    best, order = torch.cat(best).topk(min(s.topk, sum(map(len, best))), dim=0)
+    return best, torch.cat(entry).gather(0, order), total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How memory is walked
+
+
+def tiles(parts: list[Part], s: Propagation, grid: tuple[int, int]) -> list[Box]:
+    """The grid cut into tiles whose affinities fit 32 MiB (on a GPU, which likes few launches, 256 MiB)."""
+    h, w = grid
+    cpu = parts[0].keys.is_cpu
+    most = 2**23 if cpu else 2**26
+    ty, tx = (30, 8) if cpu else (24, 32)  # tall: most rows of a window then meet only target rows that they may
+    while ty * tx > 1 and affinities(parts, s, grid, ty, tx) > most:
+        ty, tx = (ty // 2, tx) if ty > tx else (ty, tx // 2)
+    return [Box(*rows, *columns) for rows in cuts(h, ty) for columns in cuts(w, tx)]
+
+
+def affinities(parts: list[Part], s: Propagation, grid: tuple[int, int], ty: int, tx: int) -> int:
+    """The most affinities that a tile of ty x tx needs at a time."""
+    most = 0
+    for part in parts:
+        reach = reach_of(s) if part.fixed and s.norm != "frame" else max(grid)
+        rows, columns = min(ty + 2 * reach, grid[0]), min(tx + 2 * reach, grid[1])
+        most = max(most, rows * columns * part.keys.shape[2] * ty * tx)
+    return most
+
+
+def reach_of(s: Propagation) -> int:
+    """How many rows or columns away the fixed region reaches."""
+    return s.radius - (s.shape == "circle")
+
+
+def search_window(s: Propagation, tile: Box, grid: tuple[int, int]) -> Box:
+    """The context cells that the fixed regions of a tile's cells reach."""
+    reach = reach_of(s)
+    top, left = max(tile.top - reach, 0), max(tile.left - reach, 0)
+    return Box(top, min(tile.bottom + reach, grid[0]), left, min(tile.right + reach, grid[1]))
+
+
+def logsumexp_(A: Tensor) -> Tensor:
+    """A.logsumexp(0), in the memory of A."""
+    peak = A.amax(0)
+    return A.sub_(peak).exp_().sum(0).log_().add_(peak)
+
+
+_scratch = threading.local()
+
+
+def scratch(size: int) -> Tensor:
+    """Memory for `size` floats that a thread has for itself and uses again: new memory costs as much as a product."""
+    if getattr(_scratch, "memory", None) is None or len(_scratch.memory) < size:
+        with torch.inference_mode(False):
+            _scratch.memory = torch.empty(size)
+    return _scratch.memory[:size]
 
 
 def propagate_video(
     features: Iterable[Tensor],
-    annotated: Sequence[tuple[Tensor, Tensor]],
+    annotated: Sequence[tuple[Tensor, ...]],
     settings: Propagation,
     recent: Sequence[tuple[Tensor, Tensor]] = (),
     given: dict[int, tuple[Tensor, Tensor]] | None = None,
@@ -258,7 +361,8 @@ def propagate_video(
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
 
     annotated: (features, labels) of the annotated frames. The first is frame 0, and the targets come after it, from
-    frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away.
+    frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away. A third entry, the
+    number of each pixel's label (H x W, full size), gives UVC's boxes to the pixel; without it they are to the cell.
     recent: the last targets and their labels, oldest first, to go on with an earlier run: the last settings.context, or
     all where settings.history.
     given: number of a target -> (labels, which of them the annotation names, L bool): these are laid over what is
@@ -275,9 +379,9 @@ def propagate_video(
     number: dict[int, int] = {}  # slot -> the frame in it
     notes = {}  # slot -> what a system's way to localise keeps of it
 
-    def note(z: Tensor, first: bool = False):
+    def note(z: Tensor, first: bool = False, mask: Tensor | None = None):
         before = None if first else notes[max(number, key=number.get)]
-        return own.note(z, s, before) if own and own.note else None
+        return own.note(z, s, before, mask) if own and own.note else None
 
     def remember(slot: int, t: int, f: Tensor, z: Tensor, about=None) -> None:
         keys[:, :, slot], values[:, :, slot] = f.permute(1, 2, 0), z.permute(1, 2, 0)
@@ -296,7 +400,7 @@ def propagate_video(
         if s.memory == "spaced" and t == 5:
             remember(spaced, t, f, z, about)
 
-    first = [(f, z, note(z, first=True)) for f, z in annotated]
+    first = [(f, z, note(z, True, *mask)) for f, z, *mask in annotated]
     for slot in range(len(first) if s.keep_first else 0):
         remember(slot, kept[slot], *first[slot])
     for i, each in enumerate(first[:1] * s.context if s.pad else () if s.keep_first else first[: s.context]):
@@ -323,6 +427,24 @@ def propagate_video(
         remember_target(t, f, z)
 
 
+def encode_ahead(encode: Callable, frames: Iterable) -> Iterator[tuple]:
+    """(frame, encode(frame)) for each of `frames`, in order. Up to workers + 1 frames are encoded ahead by tasks of the
+    pool, which come after the tiles of the frame that is being labelled."""
+    coming = deque()
+    try:
+        for frame in frames:
+            coming.append((frame, pool().submit(encode, frame, order=1)))
+            if len(coming) > pool().workers + 1:
+                frame, features = coming.popleft()
+                yield frame, features.result()
+        while coming:
+            frame, features = coming.popleft()
+            yield frame, features.result()
+    finally:
+        for _, features in coming:
+            features.cancel()
+
+
 def lay_over(z: Tensor, labels: Tensor, named: Tensor) -> Tensor:
     """The prediction z with the labels that an annotation names in their places (both L x h x w, named L bool); label
     0, the background, is never named."""
@@ -330,6 +452,94 @@ def lay_over(z: Tensor, labels: Tensor, named: Tensor) -> Tensor:
     freed = (z * named).sum(0)  # where a named object was predicted and is not
     z = torch.cat([z[:1] + freed, z[1:]]) * ~named
     return z * (1 - labels.sum(0)) + labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One pool of single-threaded tasks: nothing waits for a thread that another program keeps from running
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes on this
+    machine; at most OMP_NUM_THREADS."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    group = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        if all((group / file).is_file() for file in files):
+            quota, period = " ".join((group / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                count = min(count, math.ceil(int(quota) / int(period)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1:  # torchrun sets OMP_NUM_THREADS=1 unasked
+        return max(1, count // processes)
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    return min(count, int(most)) if most.isdecimal() and int(most) else count
+
+
+class Pool:
+    """Threads that run tasks, each with one intra-op thread: many small operators never wait for one another.
+
+    Tasks of the lowest `order` go first, those of the same order as they came.
+    """
+
+    def __init__(self, workers: int):
+        self.workers, self.tasks, self.number = workers, queue.PriorityQueue(), itertools.count()
+        self.local = threading.local()  # a worker knows itself by it
+        threads, ready = torch.get_num_threads(), threading.Barrier(workers + 1)
+        self.threads = [threading.Thread(target=self._work, args=(ready,), daemon=True) for _ in range(workers)]
+        for thread in self.threads:
+            thread.start()
+        ready.wait()
+        torch.set_num_threads(threads)  # a worker's own setting is the default of threads to come
+        atexit.register(self.close)  # a thread that is at work while Python ends would abort the process
+
+    def close(self) -> None:
+        for _ in self.threads:
+            self.tasks.put((-math.inf, next(self.number), None, None, ()))
+        for thread in self.threads:
+            thread.join()
+
+    def _work(self, ready: threading.Barrier) -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # torch reads it in each thread when first asked: now, before __init__ sets it back
+        self.local.inside = True
+        ready.wait()
+        while (entry := self.tasks.get())[2]:
+            *_, future, task, args = entry
+            if future.set_running_or_notify_cancel():
+                try:
+                    with torch.inference_mode():
+                        future.set_result(task(*args))
+                except BaseException as error:
+                    future.set_exception(error)
+            del entry, future, task, args  # nothing is kept while it waits
+
+    def submit(self, task: Callable, *args, order: int = 0) -> Future:
+        """The future of task(*args). Called by a task it is computed at once, so that none waits for another."""
+        future = Future()
+        if getattr(self.local, "inside", False):
+            future.set_result(task(*args))
+        else:
+            self.tasks.put((order, next(self.number), future, task, args))
+        return future
+
+    def map(self, task: Callable, items: Iterable) -> list:
+        """[task(item) for item in items], shared out. What is left is cancelled where one raises."""
+        futures = [self.submit(task, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def pool() -> Pool:
+    """The pool of this process, made when it is first asked for."""
+    return _pool(os.getpid())  # a forked process has none of the threads
+
+
+@functools.cache
+def _pool(process: int) -> Pool:
+    return Pool(usable_cpus())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,24 +557,134 @@ def labels_from_mask(mask: Tensor, ids: Sequence[int], grid: tuple[int, int], sa
 
 
 def mask_from_labels(
-    labels: Tensor, ids: Sequence[int], size: tuple[int, int], minmax: bool = False, chunk: int = 8
+    labels: Tensor,
+    ids: Sequence[int],
+    size: tuple[int, int],
+    minmax: bool = False,
+    frame: Tensor | None = None,
+    refine: float = 0.0,
+    chunk: int = 8,
 ) -> Tensor:
     """Soft labels L x h x w -> mask H x W uint8: up-sampled bilinearly to full size, then the arg-max (section 4.2).
 
-    minmax stretches each label that occurs to 0..1 over the frame first. Labels are up-sampled `chunk` at a time.
+    minmax stretches each label that occurs to 0..1 over the frame first. refine: then the edges of the labels are
+    moved to those of the frame (H x W x 3 uint8), see guide. Labels are up-sampled `chunk` at a time.
     """
+
+    def full(first: int) -> Tensor:
+        some = F.interpolate(labels[None, first : first + chunk].float(), size=size, mode="bilinear")[0]
+        return stretch(some) if minmax else some
+
+    starts = range(0, len(labels), chunk)
+    if not refine or len(labels) == 1:
+        winner = largest(full(start) for start in starts)
+    elif len(labels) == 2:  # the background is the rest, so one map is enough
+        background, own = full(0)
+        lead = own.sub_(background)[None]
+        picture, radius = frame.to(labels.device), radii((lead[0] > 0).long(), 2, refine)
+        winner = (guide(lead, picture, radius[1:])[0] > 0).long()
+    else:
+        picture, radius = frame.to(labels.device), radii(largest(map(full, starts)), len(labels), refine)
+        winner = largest(guide(full(start), picture, radius[start : start + chunk]) for start in starts)
+    return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
+
+
+def largest(chunks: Iterable[Tensor]) -> Tensor:
+    """The number of the largest of many maps, which come some at a time (each K x H x W): H x W."""
     best = winner = None
-    for start in range(0, len(labels), chunk):
-        full = F.interpolate(labels[None, start : start + chunk].float(), size=size, mode="bilinear")[0]
-        if minmax:
-            full = stretch(full)
-        value, index = full.max(0)
+    first = 0
+    for chunk in chunks:
+        value, index = chunk.max(0)
         if best is None:
             best, winner = value, index
         else:
-            winner = torch.where(value > best, index + start, winner)
+            winner = torch.where(value > best, index + first, winner)
             best = torch.maximum(value, best)
-    return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
+        first += len(chunk)
+    return winner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks that follow the picture: a guided filter (He, Sun, Tang, TPAMI 2013) on the up-sampled labels, its coefficients
+# computed on a small picture (He, Sun, "Fast Guided Filter", 2015)
+
+FLAT = 1e-5  # eps: differences of colour (in 0..1) well below its root are no edges (benchmarks/tuning.md)
+WIDEST = 4  # cells of the small picture
+
+
+def reduction(size: tuple[int, int]) -> int:
+    """How many pixels of a frame (H, W) make a cell of the small picture: 4, or more so that it has about 120 rows."""
+    return max(4, round(min(size) / 120))
+
+
+def radii(winner: Tensor, count: int, strength: float) -> Tensor:
+    """The filter's radius for each of `count` labels by the hard labels `winner` (H x W), in cells of the small
+    picture; 0 leaves a label alone.
+
+    It is strength x thickness, where thickness = area / outline in pixels: w / 2 for a strip of width w. What is less
+    than half a pixel is 0. The background takes the smallest radius of the objects that have one.
+    """
+    edge = torch.zeros_like(winner, dtype=torch.bool)  # the right or lower neighbour is another label
+    edge[:, :-1] |= winner[:, :-1] != winner[:, 1:]
+    edge[:-1] |= winner[:-1] != winner[1:]
+    area, outline = (torch.bincount(x.flatten(), minlength=count).float() for x in (winner, winner[edge]))
+    pixels = (strength * area / outline.clamp_min(1)).round() * (outline > 0)
+    cells, widest = (
+        reduction(winner.shape),
+        max(1, min(WIDEST, round(min(winner.shape) / 30 / reduction(winner.shape)))),
+    )
+    radius = (pixels / cells).round().clamp(1, widest) * (pixels >= 1)
+    own = radius[1:]
+    radius[0] = torch.where(own > 0, own, math.inf).amin() if (own > 0).any() else 0
+    return radius.long()
+
+
+def guide(maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:
+    """The guided filter of maps (K x H x W) by a frame (H x W x 3 uint8), each with a radius of its own (K), in cells of
+    the small picture; those of radius 0 come back as they are."""
+    size = maps.shape[1:]
+    small = [math.ceil(side / reduction(size)) for side in size]
+    picture = frame.permute(2, 0, 1).float()  # 3 H W
+    p, guiding = (F.interpolate(x[None], size=small, mode="bilinear")[0] for x in (maps, picture))
+    for r in filter(None, radius.unique().tolist()):
+        own = (radius == r).nonzero()[:, 0]
+        a, b = coefficients(p[own], guiding / 255, r)
+        for k, ab in zip(own.tolist(), torch.cat([a / 255, b[:, None]], 1), strict=True):
+            *a, b = F.interpolate(ab[None], size=size, mode="bilinear")[0]
+            for weight, colour in zip(a, picture, strict=True):
+                b.addcmul_(weight, colour)
+            maps[k] = b
+    return maps
+
+
+def coefficients(p: Tensor, picture: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """In each window of (2r + 1)^2 cells the a, b for which a . picture + b is nearest to p, averaged over the windows
+    that a cell is in. p K x h x w, picture 3 x h x w -> K x 3 x h x w, K x h x w."""
+
+    def box(x: Tensor) -> Tensor:
+        for size, pad in (((2 * r + 1, 1), (r, 0)), ((1, 2 * r + 1), (0, r))):  # rows, then columns: less work
+            x = F.avg_pool2d(x, size, 1, pad, count_include_pad=False)
+        return x
+
+    R, G, B = picture
+    mean, mean_p = box(picture), box(p)
+    r_, g_, b_ = mean
+    rr, rg, rb, gg, gb, bb = box(torch.stack([R * R, R * G, R * B, G * G, G * B, B * B])) - torch.stack(
+        [r_ * r_, r_ * g_, r_ * b_, g_ * g_, g_ * b_, b_ * b_]
+    )
+    rr, gg, bb = rr + FLAT, gg + FLAT, bb + FLAT
+    # The inverse of the symmetric 3 x 3 covariance: its adjugate over its determinant.
+    i, j, k = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
+    l, m, n = rr * bb - rb * rb, rg * rb - rr * gb, rr * gg - rg * rg
+    determinant = rr * i + rg * j + rb * k
+    x, y, z = (box(p * colour) - mean_p * own for colour, own in zip(picture, mean, strict=True))
+    a = torch.stack([i * x + j * y + k * z, j * x + l * y + m * z, k * x + m * y + n * z], 1) / determinant
+    b = mean_p - (a * mean).sum(1)
+    return box(a.flatten(0, 1)).view_as(a), box(b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Points
 
 
 def labels_from_points(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -691,9 +1011,9 @@ def read_ids(path: str | Path) -> np.ndarray:
         with contextlib.suppress(ValueError, isal_zlib.error, struct.error, IndexError):
             return inflate_ids(data)  # about four times as fast as Pillow, which reads and judges the rest
         with Image.open(path) as picture:
-            if picture.mode not in ("P", "L"):
+            if picture.mode not in ("P", "L", "1"):
                 raise UserError(f"{path}: is a {picture.mode} picture; masks are indexed (or grey) PNGs of ids")
-            return np.array(picture)
+            return np.array(picture, np.uint8)  # of one bit: ids 0 and 1
     except (OSError, SyntaxError) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error}); is it whole?") from error
 
@@ -1117,7 +1437,7 @@ def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> 
     cells = h * w
     if settings.localization == "fixed":
         r = min(settings.radius, max(h, w))
-        region = ~beyond(settings, (r, r + 1, r, r + 1), (0, 2 * r + 1, 0, 2 * r + 1), "cpu")
+        region = compute_masks(settings, Box(0, 2 * r + 1, 0, 2 * r + 1), Box(r, r + 1, r, r + 1), "cpu")
         cells = min(cells, int(region.sum()))
     frames = annotated + settings.context if settings.aggregation == "overall" else 1
     if settings.topk > cells * frames:
@@ -1202,13 +1522,17 @@ def need_window() -> None:
 
 
 class Stopwatch(Counter):
-    """Seconds by stage."""
+    """Seconds by stage; a stage inside another counts for itself alone."""
+
+    inside = 0.0
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before, self.inside = time.perf_counter(), self.inside, 0.0
         yield
-        self[stage] += time.perf_counter() - start
+        spent = time.perf_counter() - start
+        self[stage] += spent - self.inside
+        self.inside = before + spent
 
     def each(self, stage: str, items: Iterator) -> Iterator:
         """The same items; waiting for them is `stage`."""
@@ -1363,11 +1687,13 @@ def track(
     device = encoder.mean.device
 
     def encode(frame: np.ndarray) -> torch.Tensor:
-        with clock.time("extract"):
-            features = encoder(torch.from_numpy(frame).to(device)[None])[0]
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return features
+        return encoder(torch.from_numpy(frame).to(device)[None])[0]
+
+    def features_of(frames: Iterator) -> Iterator[tuple]:
+        """((index, frame), features) of each; ahead of time where the frames are there and a CPU encodes them."""
+        if device.type == "cpu" and not isinstance(video, Camera):
+            return encode_ahead(lambda item: encode(item[1]), frames)
+        return ((item, encode(item[1])) for item in frames)
 
     def state(index: int) -> torch.Tensor:
         return torch.from_numpy(np.load(results.state_path(index))).to(device)
@@ -1400,9 +1726,9 @@ def track(
         current = deque()
 
         def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-            for item in clock.each("read", ahead(video.frames(todo))):
+            for item, f in clock.each("extract", features_of(clock.each("read", ahead(video.frames(todo))))):
                 current.append(item)
-                yield encode(item[1])
+                yield f
 
         first = [annotated[part[0]], *(each for index, each in annotated.items() if index != part[0])]
         first += [(known[index], state(index)) for index in early]
@@ -1410,21 +1736,20 @@ def track(
         shift = (
             shift_of_points(annotations, [*annotated, part[0], *rest[:done]], video.size, s) if results.points else 0
         )
-        while True:
-            start, elsewhere = time.perf_counter(), clock["read"] + clock["extract"]
-            if (z := next(labelled, None)) is None:
-                break
+        for z in clock.each("propagate", labelled):
             index, frame = current.popleft()
-            if results.points:
-                shift = shift_of_points(annotations, [index], video.size, s, shift)
-                answer = shifted(points_from_labels(z, video.size), shift, video.size)
-            else:
-                rest_of = z * ~given[index].named.to(device)[:, None, None] if index in given else z
-                answer = mask_from_labels(rest_of, results.ids, video.size, s.minmax).cpu().numpy()
-            if index in given:  # at full size, what is given is exactly as given
-                own = given[index].known
-                answer = np.where(own >= 0 if results.points else own > 0, own, answer)
-            clock["propagate"] += time.perf_counter() - start - (clock["read"] + clock["extract"] - elsewhere)
+            with clock.time("up-sample"):
+                if results.points:
+                    shift = shift_of_points(annotations, [index], video.size, s, shift)
+                    answer = shifted(points_from_labels(z, video.size), shift, video.size)
+                else:
+                    rest_of = z * ~given[index].named.to(device)[:, None, None] if index in given else z
+                    picture = torch.from_numpy(frame)
+                    mask = mask_from_labels(rest_of, results.ids, video.size, s.minmax, picture, s.refine)
+                    answer = mask.cpu().numpy()
+                if index in given:  # at full size, what is given is exactly as given
+                    own = given[index].known
+                    answer = np.where(own >= 0 if results.points else own > 0, own, answer)
             yield index, frame, answer, z
 
 
@@ -1626,6 +1951,8 @@ def main(args: Args) -> None:
         check_memory(args.propagation, video.size, len(annotations.frames), len(ids))
         check_topk(args.propagation, video.size, len(annotations.frames))
         encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
+        if not live:  # the pool does the work; a camera cannot be read ahead, so all threads encode its frame
+            torch.set_num_threads(1)
     if not live:
         video.check(order)
     weights = None if engine else args.weights or common.find_weights(args.model, fetch=False)

@@ -63,12 +63,12 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def read_and_score(job: tuple) -> np.ndarray:
-    return evaluate.score_davis_frame(job)
+    return evaluate.score_masks_frame(job)[:2]
 
 
 def plain_of_files(job: tuple) -> list[tuple[float, float]]:
     truth, pred = (np.array(Image.open(path)) for path in job[:2])
-    return plain(truth, pred, job[2])
+    return plain(truth, pred, job[4])
 
 
 def score_in_memory(index: int) -> np.ndarray:
@@ -91,10 +91,11 @@ for truth in sorted((args.data / "Annotations/480p").iterdir()):
     frames = sorted(truth.glob("*.png"))
     first = evaluate.read_ids(frames[0])
     objects = int(first[first < 255].max())
+    ids = np.append(np.arange(255), 0).astype(np.uint8)  # 255 is void
     for frame in frames[1:-1] if (args.predictions / truth.name).is_dir() else ():
-        jobs.append((frame, args.predictions / truth.name / frame.name, objects, False, truth.name))
+        jobs.append((frame, args.predictions / truth.name / frame.name, ids, None, objects, truth.name))
         MASKS.append((*map(evaluate.read_ids, jobs[-1][:2]), objects))
-cores, object_frames = evaluate.cores(), sum(job[2] for job in jobs)
+cores, object_frames = evaluate.cores(), sum(job[4] for job in jobs)
 with evaluate.worker_pool(cores) as pool:  # the masks are shared with the processes, not sent
     cv2.setNumThreads(1)
     indices = range(len(jobs))

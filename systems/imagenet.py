@@ -1,7 +1,9 @@
 """ImageNet classification: the supervised networks of torchvision, and the paper's after the stride change (4.2).
 
-Files: resnet18-f37072fd.pth and resnet50-0676ba61.pth of torchvision; no licence is stated for the weights. The
-fine-tuned row is trained with `train_finetune.py --objective imagenet --finetune FILE`.
+Files: resnet18-f37072fd.pth and resnet50-0676ba61.pth of torchvision (IMAGENET1K_V1, not the later recipe); no licence
+is stated for the weights. Names: torchvision's; layer4 and fc are not used. The fine-tuned row is trained with
+`train_finetune.py --objective imagenet --finetune FILE`.
+Settings: the defaults, of which the paper gives the ranges (section 4.3) and benchmarks/tuning.md the choice.
 """
 
 from dataclasses import replace

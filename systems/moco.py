@@ -2,6 +2,9 @@
 
 Code: github.com/facebookresearch/moco. File: moco_v2_800ep_pretrain.pth.tar of its authors (a ResNet-50), MIT (its
 README: CC BY-NC 4.0). The paper's ResNet-18 was not released: train_finetune.py trains it.
+Names in it: module.encoder_q. before torchvision's. The second encoder (encoder_k), the queue and the heads are not
+used, as in the authors' own evaluation.
+Settings: the paper's for still images, and its best on DAVIS (Table 6b). Its authors have no program for videos.
 """
 
 from dataclasses import replace

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from common import STILL, Encoder, Propagation, System, build_net, load_released
+from common import STILL, Encoder, Propagation, System, build_net, find_system
 
 
 def load(name: str, weights: Path | None, settings: Propagation) -> Encoder:
     if weights:
-        return load_released(name, weights, settings)
+        return find_system("torchvision:resnet18").load(name, weights, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Encoder(build_net(SYSTEMS["random"], settings), settings)

@@ -1,5 +1,9 @@
 """Rotation prediction: Gidaris, Singh and Komodakis, "Unsupervised Representation Learning by Predicting Image
-Rotations" (ICLR 2018), on a ResNet-18 as the paper trained it. Not released: train_finetune.py trains it.
+Rotations" (ICLR 2018), on a ResNet-18 as the paper trained it.
+
+Not released for this network (github.com/gidariss/FeatureLearningRotNet has an AlexNet): train_finetune.py trains it.
+Names in its file: torchvision's; fc has four rows, one a rotation, and is not used.
+Settings: the paper's for still images, and its best on DAVIS (Table 6b). Its authors have no program for videos.
 """
 
 from dataclasses import replace

@@ -1,4 +1,19 @@
-"""timm:NAME, any ResNet or ViT of timm: DINO, DINOv2, DINOv3 and others. Licences: on their cards in timm's hub."""
+"""timm:NAME, any ResNet or ViT of timm: DINO, DINOv2, DINOv3 and others. An extension, not of the paper.
+
+DINO: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021); DINOv2: Oquab et al.
+(2023); DINOv3: Simeoni et al. (2025). Code: github.com/facebookresearch/dino, dinov2, dinov3. timm:vit_small_patch16_
+224.dino and so on fetch the weights from timm's hub; --weights takes the authors' own files, whose names timm converts,
+and DINO's full checkpoints (teacher, backbone). Licences: Apache-2.0, DINOv3 has its own; others on timm's cards.
+
+Features: the patch tokens of the last block, after the final norm. DINO's ViTs see what DINO's own script gives them: a
+deviation of red of 0.228, and position embeddings brought to the grid without anti-aliasing, where timm smooths them.
+DINOv2 without registers has the same embeddings. All other ViTs are as timm has them.
+
+On purpose not as DINO's script (eval_video_segmentation.py): labels go bilinearly to full size and the arg-max is taken
+there; theirs is taken at the network's input size, with nearest neighbour after it, so borders are coarser. Frames are
+reduced with anti-aliasing. With float weights the masks agree to 99.86-99.97 % (benchmarks/systems.md). DINOv2 has no
+program of its own for videos: DINO's settings are taken.
+"""
 
 import contextlib
 import io
@@ -6,10 +21,13 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import STILL, Encoder, Propagation, System, UserError, build_resnet, find_system, read_weights, unfit
+from common import STILL, Encoder, Propagation, System, UserError, build_net, find_system, read_weights
 
 SYSTEMS = {}
 
@@ -18,7 +36,7 @@ def find(arch: str) -> System:
     """The row of timm:ARCH. A ViT has the settings of DINO's, DINOv2's and DINOv3's authors."""
     settings = Propagation()
     if patch := re.search(r"patch(\d+)", arch):
-        settings = Propagation(
+        settings = Propagation(  # of DINO's script
             size="480/64",
             layer="last",
             stride=int(patch[1]),
@@ -36,10 +54,23 @@ def find(arch: str) -> System:
         "see its card in timm's hub",
         settings,
         **STILL,
+        build=build,
         load=load,
-        source="timm fetches them from its hub",
         licence="see there",
     )
+
+
+def add_positions(vit: nn.Module, x: Tensor) -> Tensor:
+    """timm's ViT._pos_embed as DINO has it: patch tokens B x h x w x C -> class and patch tokens with their positions,
+    resampled bicubically by (h + 0.1) / 14, which is not quite to h."""
+    h, w = x.shape[1:3]
+    base = vit.patch_embed.grid_size
+    places = vit.pos_embed[:, 1:].unflatten(1, base).permute(0, 3, 1, 2)  # 1 C 14 14
+    if (h, w) != base:
+        scale = [(side + 0.1) / old for side, old in zip((h, w), base, strict=True)]
+        places = F.interpolate(places.float(), scale_factor=scale, mode="bicubic").to(x.dtype)
+    first = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
+    return torch.cat([first, (x + places.permute(0, 2, 3, 1)).flatten(1, 2)], 1)
 
 
 class Tokens(nn.Module):
@@ -54,13 +85,26 @@ class Tokens(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, [side // self.patch for side in x.shape[-2:]])
 
 
-def build(system: System, s: Propagation, net: nn.Module) -> nn.Module:
-    """A whole network of timm up to the wanted layer."""
+def build(system: System, s: Propagation, net: nn.Module) -> nn.Module | None:
+    """A whole network of timm up to the wanted layer; None if it has none such."""
     if not hasattr(net, "patch_embed"):
-        return build_resnet(system, s, net)
-    if s.layer != "last" or s.stride != net.patch_embed.patch_size[0]:
-        raise unfit(system, s)
-    return Tokens(net)
+        return find_system("torchvision:resnet18").build(system, s, net)
+    return Tokens(net) if s.layer == "last" and s.stride == net.patch_embed.patch_size[0] else None
+
+
+def hint(state: dict[str, Tensor]) -> str:
+    """Which ViT a file of other names holds, for who gave it to another model."""
+    patches = next((value for key, value in state.items() if key.endswith("patch_embed.proj.weight")), None)
+    if patches is None:
+        return ""
+    width, patch = len(patches), patches.shape[-1]
+    size = {384: "small", 768: "base", 1024: "large", 1536: "giant"}.get(width, "SIZE")
+    family = "224.dino" if patch != 14 else "dinov2.lvd142m"
+    if "register_tokens" in state:
+        family = "reg4_dinov2.lvd142m"
+    if "storage_tokens" in state:
+        family = "dinov3.lvd1689m"
+    return f"; it is a ViT: say --model timm:vit_{size}_patch{patch}_{family}"
 
 
 def load(name: str, path: Path | None, settings: Propagation) -> Encoder:
@@ -99,4 +143,8 @@ def load(name: str, path: Path | None, settings: Propagation) -> Encoder:
             raise UserError(f"{path}: does not fit timm:{arch}: it lacks {len(missing)} entries, such as {missing[0]}")
         print(f"note: {path}: used as timm:{arch}", file=sys.stderr)
     mean, std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
-    return Encoder(build(system, settings, net), settings, system, mean, std)
+    if arch.endswith(".dino"):
+        std = (0.228, 0.224, 0.225)
+    if arch.endswith(".dino") or re.search("patch14_dinov2", arch):
+        net._pos_embed = MethodType(add_positions, net)
+    return Encoder(build_net(system, settings, net), settings, system, mean, std)

@@ -1,13 +1,32 @@
-"""torchvision:NAME, any ResNet or VGG of torchvision with its ImageNet weights. BSD-3; none is stated for weights."""
+"""torchvision:NAME, any ResNet or VGG of torchvision, with its first ImageNet weights (IMAGENET1K_V1).
+
+Code: github.com/pytorch/vision, BSD-3; no licence is stated for the weights. The systems of the paper are networks of
+torchvision as well: how these are built up to a layer, and how a released file is read into them, stands here.
+"""
 
 import re
-from collections import OrderedDict
+import sys
+from collections import Counter, OrderedDict
+from pathlib import Path
 
 import torch
 import torchvision
 from torch import nn
 
-from common import STILL, Propagation, System, UserError, unfit
+from common import (
+    STILL,
+    Encoder,
+    Propagation,
+    System,
+    UserError,
+    build_net,
+    files,
+    find_system,
+    find_weights,
+    fit,
+    read_weights,
+    recognise,
+)
 
 SYSTEMS = {}
 
@@ -21,18 +40,49 @@ def find(arch: str) -> System:
         )
     layer = "res3" if "resne" in arch else "last" if arch.startswith("vgg11") else "conv10"
     url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
-    build = build_vgg if arch.startswith("vgg") else None
-    return System(arch, "ImageNet classification", Propagation(layer=layer), **STILL, build=build, source=url)
+    build = build_vgg if arch.startswith("vgg") else build_resnet
+    settings = Propagation(layer=layer)
+    return System(arch, "ImageNet classification", settings, **STILL, build=build, load=load, source=url)
 
 
-def build_vgg(system: System, s: Propagation) -> nn.Module:
+def build_resnet(system: System, s: Propagation, net: nn.Module | None = None) -> nn.Module | None:
+    """A ResNet up to s.layer, whose stages beyond s.stride no longer reduce (section 4.2); None if there is none such.
+    net: the whole network, if it is there already."""
+    parts = dict((net or torchvision.models.get_model(system.arch)).named_children())  # conv1, bn1, ..., layer1, ...
+    layer = "layer4" if s.layer == "last" else s.layer.replace("res", "layer")
+    if layer not in parts:
+        return None
+    parts = dict(list(parts.items())[: list(parts).index(layer) + 1])
+    reduction = 4
+    if s.stride < 8:
+        parts.pop("maxpool")
+        reduction = 2
+    for stage in (parts[name][0] for name in ("layer2", "layer3", "layer4") if name in parts):
+        if reduction < s.stride:
+            reduction *= 2
+            continue
+        for part in stage.modules():
+            if isinstance(part, nn.Conv2d):
+                part.stride = (1, 1)
+            elif isinstance(part, nn.AvgPool2d):  # timm's shortcuts
+                part.kernel_size = part.stride = 1
+    if reduction != s.stride:
+        return None
+    net = nn.Sequential(OrderedDict(parts | (system.head() if s.layer == system.settings.layer else {})))
+    for conv in net.modules():
+        if isinstance(conv, nn.Conv2d) and any(conv.padding):
+            conv.padding_mode = system.padding
+    return net
+
+
+def build_vgg(system: System, s: Propagation) -> nn.Module | None:
     """A VGG up to the ReLU of the wanted convolution; the max-pools beyond the wanted stride are left out."""
     with torch.device("meta"):  # the classifier, dropped here, has 10^8 weights
         features = torchvision.models.get_model(system.arch).features
     convs = [i for i, part in enumerate(features) if isinstance(part, nn.Conv2d)]
     number = len(convs) if s.layer == "last" else int(s.layer[4:]) if s.layer.startswith("conv") else 99
     if number > len(convs):
-        raise unfit(system, s)
+        return None
     stop = next(i for i in range(convs[number - 1], len(features)) if isinstance(features[i], nn.ReLU)) + 1
     features, reduction = features[:stop], 1
     for i, part in enumerate(features):
@@ -41,5 +91,39 @@ def build_vgg(system: System, s: Propagation) -> nn.Module:
         elif isinstance(part, nn.MaxPool2d):
             features[i] = nn.Identity()  # keeps the numbers of the layers after it
     if reduction != s.stride:
-        raise unfit(system, s)
+        return None
     return nn.Sequential(OrderedDict(features=features.to_empty(device="cpu")))
+
+
+def load(name: str, weights: Path | None, settings: Propagation) -> Encoder:
+    """The extractor of a system with the weights of its released file, or of the one given."""
+    system, path = find_system(name), weights or find_weights(name)
+    released, rest = read_weights(path)
+    guess, state = recognise(released, rest), {}
+    for key, value in released.items():
+        key = key.removeprefix("module.")
+        for pattern, replacement in system.keys:
+            key = re.sub(pattern, replacement, key)
+        state[key] = value.squeeze(2) if value.dim() == 5 else value  # convolutions over time of one frame
+    with torch.device("meta"):  # no initial weights, the file has them
+        net = build_net(system, settings)
+    encoder = Encoder(net.to_empty(device="cpu"), settings, system)
+    if why := fit(encoder.net, state):
+        hint = "".join(module.hint(state) for module in files() if hasattr(module, "hint"))
+        if guess and guess != name:
+            hint = f"; it looks like {guess} ({find_system(guess).arch}): say --model {guess}"
+        elif not hint and settings.layer in ("res4", "last") and "such as layer4." in why:
+            hint = "; it ends at layer3: say --layer res3"
+        elif not hint and path.name == "last.pth":
+            hint = "; give weights.pth, beside it"
+        elif " as well" in why:
+            hint = "; a deeper network: say --model torchvision:NAME"
+        raise UserError(f"{path}: does not fit {name} ({system.arch} up to {settings.layer}): {why}{hint}")
+    if weights:
+        wanted = encoder.net.state_dict()
+        unused = Counter(key.split(".")[0] for key in state if key not in wanted)
+        ignored = [*(f"{key} ({count})" for key, count in unused.items()), *rest]
+        what = f"recognised as {guess}" if guess else "names no system"
+        what += f", used as {name}" if guess != name else ""
+        print(f"note: {path}: {what}; ignored: {', '.join(ignored) or 'nothing'}", file=sys.stderr)
+    return encoder

@@ -1,11 +1,22 @@
 """UVC: Li et al., "Joint-task Self-supervised Learning for Temporal Correspondence" (NeurIPS 2019); and UVC+, section 5
 of the paper: UVC with an image loss beside.
 
-Code: github.com/Liusifei/UVC (as of c448a26), MIT. File: weights/checkpoint_latest.pth.tar there. It sees grey frames
-and follows each object with a box (`track`). UVC+ is not released: train_uvc_plus.py trains it.
+Code: github.com/Liusifei/UVC, MIT. File: weights/checkpoint_latest.pth.tar there. UVC+ is not released:
+train_uvc_plus.py trains it.
+Names in it: gray_encoder. before torchvision's. The rgb_encoder and the decoder of its training are not used.
+Network: a ResNet-18 up to layer4 (res4 here), layer3 and layer4 at stride 1. Features are not normalised.
+Input: grey. OpenCV's 8-bit L of the resized frame, over 256, in three channels, less ImageNet's mean (`Lightness`).
+Settings: test_with_track.py on DAVIS; each object is followed by a box (`track`). On VIP those of test_mask_vip.py, on
+JHMDB those of the branch jhmdb, both without boxes.
+
+Their script runs as of commit c448a26 only: later versions of its helpers do not fit it. That is what `track` follows.
+On purpose not as theirs: they take the arg-max at the network's input size, and bring it to full size by nearest
+neighbour; here labels go bilinearly to full size first, so that borders are finer. A first box of fewer than k cells,
+and an object that is not in the first frame, stop their program and not this one. Before that last step, and with the
+first boxes from the mask, the masks are theirs, pixel by pixel (benchmarks/systems.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -50,12 +61,13 @@ def track(
     annotated: int,
     ages: Sequence[int],
     boxes: Sequence[np.ndarray] | None = None,
+    share: Callable = map,
 ) -> Tensor:
     """propagate_labels where an object's label comes from its box in the context frame and goes to its box in the
     target frame (UVC's track, as released: github.com/Liusifei/UVC at c448a26). A context frame in which, or from
     which, any object is lost is used without boxes.
 
-    boxes: of each context frame, by label_boxes (default: found in the labels).
+    share(task, items) runs the tasks, side by side where it can. boxes: of each context frame, by label_boxes (default: found in the labels).
     """
     boxes = np.stack([label_boxes(each, s) for each in labels] if boxes is None else boxes)
     n, C, h, w = features.shape
@@ -86,7 +98,9 @@ def track(
         i >= annotated and any(values[i, l].sum() < 3 or small(boxes[i, l]) or small(goal[l]) for l in range(L))
         for i in range(n)
     ]
-    for a, b in cuts(h * w, 192):
+
+    def fill(cells: tuple[int, int]) -> None:
+        a, b = cells
         scratch = query.new_empty(h * w, b - a)
         for i in range(n):
             products(keys[i], query[a:b], out=scratch)
@@ -106,15 +120,27 @@ def track(
                 best, cell = near.topk(min(s.topk, len(near)), dim=0)
                 copied = values[i, l].view(h, w)[top:bottom, left:right].flatten()[cell]
                 z[l, a + into] += (copied * (best - total[into]).exp()).sum(0)
+
+    list(share(fill, cuts(h * w, 192)))
     return z.view(L, h, w) / n
 
 
-def label_boxes(labels: Tensor, s: Propagation, before: np.ndarray | None = None) -> np.ndarray:
+def label_boxes(
+    labels: Tensor, s: Propagation, before: np.ndarray | None = None, mask: Tensor | None = None
+) -> np.ndarray:
     """The box of each label of a frame (labels L x h x w) for `track`, L x (left, right, top, bottom) in cells: of an
-    annotated frame, or after a frame whose boxes are `before`. nan: there is none, now or before."""
+    annotated frame, or after a frame whose boxes are `before`. nan: there is none, now or before.
+
+    mask: the number of each pixel's label, H x W, of an annotated frame: the box is then that of the mask at the
+    network's input size, as released; without it, of the labels enlarged to that size.
+    """
     (L, h, w), p = labels.shape, s.stride
-    full = F.interpolate((labels if before is None else stretch(labels))[None].float(), scale_factor=p, mode="bilinear")
-    hard = full[0].argmax(0).cpu().numpy()
+    if mask is not None:
+        hard = F.interpolate(mask[None, None].float(), size=(h * p, w * p), mode="nearest-exact")[0, 0]
+    else:
+        labels = labels if before is None else stretch(labels)
+        hard = F.interpolate(labels[None].float(), scale_factor=p, mode="bilinear")[0].argmax(0)
+    hard = hard.cpu().numpy()
     boxes = np.full((L, 4), np.nan)
     boxes[0] = 0, w, 0, h
     for l in range(1, L):

@@ -3,6 +3,14 @@
 
 Code: github.com/xvjiarui/VFS, Apache-2.0. Files: r18_nc_sgd_cos_100e_r2_1xNx8_k400-db1a4c0d.pth and
 r50_nc_sgd_cos_100e_r5_1xNx2_k400-d7ce3ad0.pth of its releases.
+Names in them: torchvision's; a file as trained has OpenMMLab's (backbone.layer1.0.conv1.conv.weight). Both are read.
+Network: a ResNet-18 or -50 up to layer3.
+Settings: its configurations for DAVIS; the ResNet-50 searches 18 cells far. There are none for VIP and JHMDB: sizes and
+contexts are the paper's (Tables 7b and 8).
+
+On purpose not as theirs: up to frame 20 their context has the first frame twice, so it weighs double; here it is there
+once. With it twice, the masks are theirs, pixel by pixel; without, 99.66-99.98 % (benchmarks/systems.md). An object
+that vanishes on the grid stays known, where theirs counts the objects on the grid.
 """
 
 from dataclasses import replace

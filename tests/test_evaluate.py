@@ -221,6 +221,120 @@ def test_davis_2016_has_one_object(cli, tmp_path, number):
     assert read(tmp_path / "out")["per_object"]["s_1"]["J_M"] == 0.5
 
 
+def soft(mask: np.ndarray) -> np.ndarray:
+    """A mask of 0 and 255 that was resized bilinearly."""
+    return cv2.resize(cv2.resize(mask, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), mask.shape[::-1])
+
+
+@pytest.mark.parametrize("kind", ["truth", "prediction", "both"])
+def test_davis_2016_takes_smooth_edges_at_half(cli, tmp_path, kind):
+    """As if the masks had been thresholded before, also in what is propagated."""
+    white = [255 * square((5, 5 + 3 * i), (31, 41), ids=(1, 1)) for i in range(5)]
+    mine = [255 * square((9, 5 + 3 * i), (31, 41), ids=(1, 1)) for i in range(5)]
+    smooth = {name: [soft(mask) for mask in masks] for name, masks in (("truth", white), ("prediction", mine))}
+    hard = {name: [(mask > 127) * np.uint8(255) for mask in masks] for name, masks in smooth.items()}
+    smooth["prediction"][2] = hard["prediction"][2]
+    scores = []
+    for name in "smooth", "hard":
+        masks = {k: (smooth if name == "smooth" and kind in (k, "both") else hard)[k] for k in hard}
+        davis(tmp_path / name, {"s": masks["truth"]}, year="2016")
+        put(tmp_path / name / "mine/s", masks["prediction"])
+        argv = ("--dataset", "davis2016", "--data", tmp_path / name, "--out", tmp_path / name / "out")
+        code, _, err = cli(evaluate, *argv, "--predictions", tmp_path / name / "mine")
+        assert code == 0 and err.count("has grey levels, as a smoothed edge has") == (
+            {"both": 2}.get(kind, 1) if name == "smooth" else 0
+        )
+        scores.append(read(tmp_path / name / "out")["per_object"])
+    assert scores[0] == scores[1] and scores[0]["s_1"]["J_M"] > 0.6
+    code, _, err = cli(evaluate, *argv, *RANDOM)
+    first = next((tmp_path / "hard/out").glob("predictions/*/s/00000.png"))
+    assert code == 0 and (read_ids(first) == (hard["truth"][0] > 0)).all(), err
+
+
+def test_davis_2016_knows_void_by_the_whole_sequence(cli, tmp_path):
+    """255 beside ids is void in the annotation, even in a frame without ids; in a prediction it is the object."""
+    void = [square((5, 5), (30, 40), ids=(1, 255)), square((30, 40), ids=(255,)), square((5, 5), ids=(2,))]
+    data = davis(tmp_path / "data", {"s": [void[0], *void, void[0]]}, year="2016")
+    mine = square((5, 5), (30, 40), ids=(3, 255))
+    put(tmp_path / "mine/s", [square((5, 5)), mine, square(), square((5, 5)), void[0]])
+    argv = ("--dataset", "davis2016", "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and read(tmp_path / "out")["per_object"]["s_1"]["J_M"] == pytest.approx((1 / 2 + 1 + 1) / 3), err
+
+
+def test_masks_of_one_bit(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"a": masks, "b": masks})
+    put(tmp_path / "mine/a", masks), put(tmp_path / "mine/b", masks)
+    for folder in (data / "Annotations/480p/a", tmp_path / "mine/b"):
+        for path, mask in zip(sorted(folder.iterdir()), masks, strict=True):
+            Image.fromarray(mask > 0).save(path)
+    code, _, err = cli(evaluate, "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    assert code == 0 and read(tmp_path / "out")["overall"]["J&F_M"] == 1, err
+
+
+def test_what_begins_with_a_dot_is_no_data(cli, tmp_path):
+    """macOS keeps a ._ file beside each file on other disks; the run and its scores are those without them."""
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"a": masks})
+    clips = jhmdb(tmp_path / "jhmdb", {"clip": grid_of_joints(3)})
+    put(tmp_path / "mine/a", masks)
+    for path in [*data.rglob("*"), *clips.rglob("*"), *(tmp_path / "mine").rglob("*")]:
+        (path.parent / f"._{path.name}").write_bytes(b"Mac OS X")
+    for argv in (*RANDOM,), ("--predictions", tmp_path / "mine"):
+        code, _, err = cli(evaluate, "--data", data, *argv, "--out", tmp_path / "out")
+        assert code == 0 and list(read(tmp_path / "out")["per_object"]) == ["a_1"] and "note: " not in err, err
+    code, _, err = cli(evaluate, "--dataset", "jhmdb", "--data", clips, *RANDOM, "--out", tmp_path / "out")
+    assert code == 0 and list(read(tmp_path / "out")["per_sequence"]) == ["wave/clip"], err
+
+
+def test_a_frame_that_cannot_be_read_is_a_grey_cell_of_the_report(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"a": masks})
+    for i, broken in enumerate((b"", b"no picture")):
+        (data / f"JPEGImages/480p/a/0000{i}.jpg").write_bytes(broken)
+    (data / "JPEGImages/480p/a/notes.jpg").write_bytes(b"of another name")
+    argv = ("--data", data, "--predictions", data / "Annotations/480p", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and "Best: a" in (tmp_path / "out/report.html").read_text(), err
+
+
+def test_ids_with_gaps_are_told(cli, tmp_path):
+    """199 of 200 objects are nowhere, so right everywhere: the official tool's figure, with a word about it."""
+    data = davis(tmp_path / "data", {"a": [square((5, 5 + i), ids=(200,)) for i in range(4)]})
+    put(tmp_path / "mine/a", [square((5, 30), ids=(200,))] * 4)
+    argv = ("--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and read(tmp_path / "out")["overall"]["J_M"] > 0.99
+    assert "00000.png: of the ids 1 to 200 only 1 are objects of the first frame" in err
+    code, _, err = cli(evaluate, "--dataset", "folder", *argv)
+    assert code == 0 and read(tmp_path / "out")["overall"]["J_M"] < 0.1 and "note" not in err, err
+
+
+def test_sequences_without_a_frame_to_score_are_told(cli, tmp_path):
+    short, long = [square((5, 5))] * 2, [square((5, 5))] * 3
+    for sequences, code in (({"a": short, "b": long}, 0), ({"a": short}, 1)):
+        data = davis(tmp_path / f"data{code}", sequences)
+        argv = ("--data", data, "--predictions", data / "Annotations/480p", "--out", tmp_path / "out")
+        got, _, err = cli(evaluate, *argv)
+        assert got == code and "a: is annotated in 2 frames; without the first and the last none is scored" in err
+        evaluate.note.cache_clear()
+
+
+def test_the_best_row_is_told_by_the_sequences_that_all_have(cli, tmp_path):
+    """`partly` has only the easy sequence: better on average, worse where both have one."""
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", {"easy": masks, "hard": masks})
+    put(tmp_path / "partly/easy", [square((5, 7))] * 4)
+    put(tmp_path / "whole/easy", masks), put(tmp_path / "whole/hard", [square((30, 50))] * 4)
+    argv = ("--data", data, "--predictions", tmp_path / "partly", tmp_path / "whole", "--out", tmp_path / "out")
+    code, _, _ = cli(evaluate, *argv)
+    report, rows = (tmp_path / "out/report.html").read_text(), read(tmp_path / "out")["rows"]
+    assert code == 1 and rows[0]["overall"]["J&F_M"] > rows[1]["overall"]["J&F_M"]
+    assert "val: whole</h1>" in report and "<tr class=best><td>whole" in report
+    assert "the best of 2 rows over the sequences that all have (1)" in report
+
+
 def truncate(path: Path) -> Path:
     path.write_bytes(path.read_bytes()[:-30])
     return path
@@ -421,12 +535,333 @@ def test_wrong_flags_are_told_before_any_work(cli, tmp_path, argv, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_that_leads_out_of_the_folder_is_refused(cli, tmp_path):
+    """A list decides what is written and what is replaced: its names stay within."""
+    masks = [square((5, 5 + i)) for i in range(3)]
+    davis(tmp_path / "davis", {"a": masks}), jhmdb(tmp_path / "jhmdb", {"clip": grid_of_joints(3)})
+    vip(tmp_path / "vip", "flat", masks, masks, {1: 1})
+    (tmp_path / "out/predictions/esc").mkdir(parents=True)
+    (tmp_path / "out/predictions/esc/00000.png").touch()
+    before = sorted(tmp_path.rglob("*"))
+    lists = {
+        "davis": ("ImageSets/2017/val.txt", "a\n\n{}\n"),
+        "vip": ("lists/val_videos.txt", "videos1\n\n{}\n"),
+        "jhmdb": ("splits/wave_test_split1.txt", "clip.avi 2\n\n{}.avi 2\n"),
+    }
+    for dataset, (path, text) in lists.items():
+        for name in ("../esc", "../../x", "a/../b", "a//b", ".hidden", "a\\b", "a\0b", "b" * 300):
+            (tmp_path / dataset / path).write_text(text.format(name))
+            argv = ("--dataset", dataset, "--data", tmp_path / dataset, *RANDOM, "--out", tmp_path / "out")
+            code, _, err = cli(evaluate, *argv)
+            assert code == 2 and len(err.splitlines()) == 1 and f"{tmp_path / dataset / path}, line 3: " in err, err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_is_deleted_that_no_run_made(cli, data, tmp_path):
+    """A half prediction is replaced, but not if something else lies there."""
+    argv = ("--data", data, "--sequences", "first", *RANDOM, "--out", tmp_path / "out")
+    assert cli(evaluate, *argv)[0] == 0
+    (folder,) = (tmp_path / "out").glob("predictions/*/first")
+    remove(folder / "00002.png")
+    (folder / "notes.md").write_text("mine")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 1 and f"{folder / 'notes.md'}: no run has made it; move it away" in err, err
+    assert (folder / "notes.md").read_text() == "mine" and (folder / "00001.png").exists()
+    remove(folder / "notes.md")
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(elsewhere)
+    code, _, err = cli(evaluate, *argv)
+    assert code == 1 and f"{folder}: no run has made it" in err and len(list(elsewhere.iterdir())) == 5
+    remove(folder)
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and len(list(folder.iterdir())) == 6, err
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (("--data", "a-file"), "ImageSets/2017/val.txt: not found"),
+        (("--data", "loop"), "ImageSets/2017/val.txt: not found"),
+        (("--dataset", "folder", "--data", "a-file"), "a-file: no such folder"),
+        (("--dataset", "folder", "--data", "empty"), "list is empty"),
+        (("--dataset", "folder", "--subset", "train"), "--subset train: a folder has no subsets"),
+        (("--out", "a-file"), "a-file: cannot be written (File exists)"),
+        (("--out", "a-file/inside"), "a-file/inside: cannot be written (Not a directory)"),
+        (("--out", "loop"), "loop: cannot be written"),
+        (("--sequences", " , "), "--sequences ' , ': names no sequence"),
+        (("--predictions", "mine", "nowhere"), "nowhere: no such folder"),
+        (("--predictions", "loop"), "loop: no such folder"),
+        (("--predictions", "a-pipe"), "a-pipe: no such folder"),
+        (("--predictions", "a-file"), "a-file: no such folder"),
+        (("--subset", "test-dev", "--predictions", "mine"), "cannot be scored here, its annotations are not public"),
+        (("--grid",), "--grid: is about --sweep"),
+        (("--split", "2"), "--split: is for --dataset jhmdb alone"),
+        (("--split", "4"), "--split"),
+        (("--all-frames",), "--all-frames: is for --dataset folder alone"),
+        (("--sweep", "topk="), "--sweep topk=: give factor=value,value,..."),
+        (("--sweep", "topk=1e9999"), "'1e9999' is no whole number"),
+        (("--sweep", "temperature=nan"), "--temperature nan: give a number above 0"),
+        (("--sweep", "context=-1"), "--context -1: give 0 or more"),
+        (("--device", "tpu"), "tpu"),
+        (("--dtype", "int8"), "--dtype"),
+    ],
+)
+def test_bad_flags_and_paths_are_one_line_before_any_work(cli, tmp_path, monkeypatch, argv, says):
+    monkeypatch.chdir(tmp_path)
+    davis(Path("data/davis"), {"s": [square((5, 5))] * 3}), put(Path("data/folder/s"), [square((5, 5))] * 3)
+    put(Path("mine/s"), [square((5, 5))] * 3)
+    Path("a-file").touch(), Path("loop").symlink_to("loop"), os.mkfifo("a-pipe"), Path("empty").mkdir()
+    few = () if "--predictions" in argv else RANDOM[:-2] if "--device" in argv else RANDOM
+    code, out, err = cli(evaluate, *few, *argv)
+    assert code == 2 and says in err and len(err.splitlines()) == 1 and not out, err
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (pipe, "not found, it lists the sequences"),
+        (lambda path: path.write_bytes(b"s\n\xff\xfe\n"), "cannot be read as text ('utf-8'"),
+        (lambda path: path.unlink() or path.mkdir(), "not found, it lists the sequences"),
+        (lambda path: path.write_text("\n \n"), "list is empty"),
+    ],
+)
+@pytest.mark.parametrize("dataset", ["davis", "vip", "jhmdb"])
+def test_a_bad_list_is_one_line(cli, tmp_path, dataset, damage, says):
+    masks = [square((5, 5))] * 3
+    davis(tmp_path / "davis", {"s": masks}), vip(tmp_path / "vip", "flat", masks, masks, {1: 1})
+    jhmdb(tmp_path / "jhmdb", {"clip": grid_of_joints(3)})
+    lists = {"davis": "ImageSets/2017/val.txt", "vip": "lists/val_videos.txt", "jhmdb": "splits/wave_test_split1.txt"}
+    damage(tmp_path / dataset / lists[dataset])
+    argv = ("--dataset", dataset, "--data", tmp_path / dataset, *RANDOM, "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 2 and says in err and len(err.splitlines()) == 1, err
+
+
+def test_pipes_and_files_in_place_of_data_are_not_waited_for(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    data = davis(tmp_path / "data", dict.fromkeys(("mask", "folder", "empty", "good"), masks))
+    pipe(data / "Annotations/480p/mask/00000.png")
+    for kind in ("Annotations", "JPEGImages"):
+        shutil.rmtree(data / kind / "480p/folder"), shutil.rmtree(data / kind / "480p/empty")
+        (data / kind / "480p/folder").touch(), (data / kind / "480p/empty").mkdir()
+    code, _, err = cli(evaluate, "--data", data, *RANDOM, "--out", tmp_path / "out")
+    assert code == 1 and list(read(tmp_path / "out")["per_object"]) == ["good_1"], err
+    failed = read(tmp_path / "out")["rows"][0]["failed"]
+    says = {"mask": "00000.png: not found", "folder": "not found", "empty": "no masks"}
+    assert failed.keys() == says.keys() and all(text in failed[name] for name, text in says.items())
+    clips = jhmdb(tmp_path / "jhmdb", {"bad": grid_of_joints(3), "good": grid_of_joints(3)})
+    mat = clips / "joint_positions/wave/bad/joint_positions.mat"
+    for content in ({"pos_img": np.zeros((2, 14, 3))}, {"pos_img": "text"}, {}, None):
+        savemat(mat, content) if content is not None else pipe(mat)
+        argv = ("--dataset", "jhmdb", "--data", clips, "--predictions", clips / "joint_positions")
+        code, _, err = cli(evaluate, *argv, "--out", tmp_path / "out")
+        assert code == 1 and str(mat) in err and list(read(tmp_path / "out")["per_sequence"]) == ["wave/good"], err
+
+
+def test_a_factor_that_is_swept_twice_has_all_its_values(cli, data, tmp_path):
+    argv = ("--sweep", "topk=1", "--sweep", "topk=2", "--sequences", "first", "--out", tmp_path)
+    code, _, err = cli(evaluate, "--data", data, *RANDOM, *argv)
+    assert code == 0 and [row["settings"]["topk"] for row in read(tmp_path)["rows"]] == [1, 2], err
+
+
 @pytest.mark.parametrize("flag", [("--no-l2",), ("--topk", "3"), ("--model", "crw"), ("--dtype", "bfloat16")])
 def test_what_has_no_say_in_predictions_is_told(cli, tmp_path, flag):
     data = davis(tmp_path / "data", {"s": [square((5, 5))] * 3})
     code, _, err = cli(evaluate, "--data", data, "--predictions", data / "Annotations/480p", *flag)
     says = "has no say in --predictions, which are only scored; leave it out"
     assert code == 2 and err == f"error: {flag[0].replace('no-', '')}: {says}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any folder of masks
+
+
+def vos_benchmark(truth: Path, preds: Path, all_frames: bool) -> dict[str, tuple[float, float]]:
+    """The rules of hkchengrex/vos-benchmark, plainly: <sequence>_<id> -> J, F."""
+    scores = {}
+    for folder in sorted(truth.iterdir()):
+        names = sorted(path.name for path in folder.iterdir())
+        seen, true, values = set(), set(), {}
+        for name in names if all_frames else names[1:-1]:
+            t, p = (np.array(Image.open(root / folder.name / name)) for root in (truth, preds))
+            true |= set(np.unique(t).tolist()) - {0}
+            seen |= true | set(np.unique(p).tolist()) - {0}
+            for k in seen:
+                values.setdefault(k, []).append(official(t == k, p == k))
+        for k in true:
+            scores[f"{folder.name}_{k}"] = tuple(np.mean(values[k], axis=0))
+    return scores
+
+
+def sparse(root: Path, seed: int) -> tuple[Path, Path]:
+    """Truth and predictions with ids with gaps, objects that come, go, and are predicted before they are there."""
+    rng = np.random.default_rng(seed)
+    for name, ids in (("first", (1, 7, 255)), ("second", (3, 40, 41)), ("only predicted", (2,))):
+        for kind in ("truth", "mine"):
+            masks = []
+            for t in range(7):
+                shown = [
+                    k for k in ids if rng.random() < 0.6 and (t or k != ids[-1]) and (name[0] != "o" or kind == "mine")
+                ]
+                masks.append(square(*[tuple(rng.integers(0, 30, 2)) for _ in shown], (31, 31), ids=(*shown, 9)))
+                masks[-1][masks[-1] == 9] = 0 if kind == "truth" else 9
+            put(root / kind / name, masks, first=5)
+    return root / "truth", root / "mine"
+
+
+@pytest.mark.parametrize("all_frames", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_folder_is_scored_as_vos_benchmark_does(cli, tmp_path, all_frames, seed):
+    truth, mine = sparse(tmp_path, seed)
+    expected = vos_benchmark(truth, mine, all_frames)
+    argv = ("--dataset", "folder", "--data", truth, "--predictions", mine, "--out", tmp_path / "out")
+    code, out, err = cli(evaluate, *argv, *["--all-frames"] * all_frames)
+    assert code == 0 and "J&F_ungiven" in out, err
+    scores = read(tmp_path / "out")
+    assert scores["per_object"].keys() == expected.keys() and len(expected) > 4
+    for name, (j, f) in expected.items():
+        assert scores["per_object"][name]["J_M"] == pytest.approx(j, abs=1e-6)
+        assert scores["per_object"][name]["F_M"] == pytest.approx(f, abs=1e-6)
+    assert scores["overall"]["J_M"] == pytest.approx(np.mean([j for j, _ in expected.values()]), abs=1e-6)
+    assert scores["overall"]["J&F_M"] == pytest.approx(np.mean(list(expected.values())), abs=1e-6)
+
+
+def test_the_fairer_column_leaves_out_the_frame_that_gives_an_object(cli, tmp_path):
+    """Object 5 comes in frame 2: its mask is given there, so 1 says nothing."""
+    truth = [square((5, 5)), square((5, 5)), square((5, 5), (35, 40), ids=(1, 5)), *[square((35, 40), ids=(5,))] * 3]
+    mine = [square(), square((5, 15)), truth[2], square((35, 50), ids=(5,)), square(), square()]
+    put(tmp_path / "truth/s", truth), put(tmp_path / "mine/s", mine)
+    argv = ("--dataset", "folder", "--data", tmp_path / "truth", "--predictions", tmp_path / "mine")
+    assert cli(evaluate, *argv, "--out", tmp_path / "out")[0] == 0
+    one, five = (read(tmp_path / "out")["per_object"][f"s_{k}"] for k in (1, 5))
+    assert one["J_M"] == pytest.approx((1 / 3 + 1 + 1 + 1) / 4) and one["J&F_ungiven"] == one["J&F_M"]
+    assert five["J_M"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert five["J&F_ungiven"] == pytest.approx((five["J&F_M"] * 3 - 1) / 2)
+    with (tmp_path / "out/scores.csv").open(newline="") as file:
+        assert next(csv.reader(file))[3:] == ["J&F_M", "J_M", "F_M", "J&F_ungiven"]
+
+
+@pytest.mark.parametrize("place", ["", "Annotations", "Annotations/480p", "Annotations/480p as data"])
+def test_a_folder_is_read_in_each_layout(cli, tmp_path, place):
+    masks = [square((5, 5 + i), ids=(3,)) for i in range(5)]
+    at = tmp_path / "data" / place.removesuffix(" as data")
+    put(at / "s", masks)
+    if place:
+        put(
+            tmp_path / "data" / at.relative_to(tmp_path / "data").as_posix().replace("Annotations", "JPEGImages") / "s",
+            masks,
+            suffix=".jpg",
+        )
+    data = at if place.endswith("data") else tmp_path / "data"
+    argv = ("--dataset", "folder", "--data", data, "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv, "--predictions", at)
+    assert code == 0 and read(tmp_path / "out")["overall"]["J&F_M"] == 1, err
+    code, _, err = cli(evaluate, *argv, *RANDOM)
+    assert (code, "to predict needs the frames" in err) == ((0, False) if place else (1, True)), err
+
+
+def test_a_folder_of_two_resolutions_asks_which(cli, tmp_path):
+    for name in ("480p", "Full-Resolution"):
+        put(tmp_path / "data/Annotations" / name / "s", [square((5, 5))] * 3)
+    code, _, err = cli(evaluate, "--dataset", "folder", "--data", tmp_path / "data", *RANDOM)
+    assert code == 2 and "in each of 480p, Full-Resolution; take one, such as --data " in err
+
+
+def test_objects_that_come_in_later(cli, tmp_path):
+    """Nothing is known before frame 1; object 7 is given in frame 3, where 2 keeps its prediction."""
+    clean = list(clip.render(8, 64, 96, objects=2, seed=0))
+    for t, (frame, mask) in enumerate(clean):
+        (tmp_path / "data/JPEGImages/s").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(frame).save(tmp_path / f"data/JPEGImages/s/{t + 40:05d}.png")
+        mask = np.array([0, 2, 7 if t > 2 else 0], np.uint8)[mask]
+        if t in (1, 3, 4, 6):
+            put(tmp_path / "data/Annotations/s", [mask], first=t + 40)
+    argv = ("--dataset", "folder", "--data", tmp_path / "data", *RANDOM, "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0, err
+    scores = read(tmp_path / "out")
+    assert list(scores["per_object"]) == ["s_2", "s_7"]  # frames 3 and 4 are scored
+    masks = [read_ids(path) for path in sorted(Path(scores["rows"][0]["predictions"], "s").iterdir())]
+    given = [read_ids(tmp_path / f"data/Annotations/s/{t + 40:05d}.png") for t in (1, 3)]
+    assert len(masks) == 8 and not masks[0].any() and (masks[1] == given[0]).all()
+    assert set(np.unique(masks[2])) == {0, 2}
+    assert ((masks[3] == 7) == (given[1] == 7)).all() and (masks[3] == 2).any() and (masks[3] != given[1]).any()
+    # as Algorithm 1 has it: frame 3 predicted from what came before, merged, and kept as an annotated frame
+    frames = torch.stack([torch.from_numpy(frame) for frame, _ in clean[1:]])
+    encoder = evaluate.load_encoder("random", None, evaluate.Args(propagation=SMALL).propagation, "cpu")
+    with torch.inference_mode():
+        features = [encoder(frame[None])[0] for frame in frames]
+    grid = features[0].shape[1:]
+    first, later = (evaluate.labels_from_mask(torch.from_numpy(mask), [2, 7], grid) for mask in given)
+    named = {2: (later, torch.tensor([False, False, True]))}
+    soft = list(evaluate.propagate_video(features[1:], [(features[0], first)], SMALL, given=named))
+    for t in (2, 4, 5, 6, 7):
+        expected = evaluate.mask_from_labels(soft[t - 2], [2, 7], (64, 96))
+        assert (masks[t] == expected.numpy()).all()
+    made = scores["rows"][0]["predictions"]
+    code, _, err = cli(evaluate, *argv[:4], "--predictions", made, f"{made}/", "--out", tmp_path / "b")
+    assert code == 0 and read(tmp_path / "b")["overall"] == scores["overall"], err
+    assert len(read(tmp_path / "b")["rows"]) == 1
+
+
+def test_a_folder_at_its_usual_place(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(Path("data/folder/Annotations/s"), [square((5, 5))] * 3)
+    code, out, err = cli(evaluate, "--dataset", "folder", "--predictions", "data/folder/Annotations")
+    assert code == 0 and "results/folder/report.html" in out, err
+    assert "Folder of masks: Annotations</h1>" in Path("results/folder/report.html").read_text()
+
+
+def test_real_sequences_of_which_one_object_comes_in_later(shared, imagenet, cli, tmp_path):
+    """The annotation of bmx-trees' second object, the bicycle, is taken away up to frame 20."""
+    for kind in ("Annotations", "JPEGImages"):
+        (tmp_path / "data" / kind / "bmx-trees").mkdir(parents=True)
+    for t in range(18, 25):
+        frame = shared / f"data/DAVIS/JPEGImages/480p/bmx-trees/{t:05d}.jpg"
+        (tmp_path / f"data/JPEGImages/bmx-trees/{t:05d}.jpg").symlink_to(frame)
+        mask = read_ids(shared / f"data/DAVIS/Annotations/480p/bmx-trees/{t:05d}.png")
+        mask[(mask == 2) & (t < 20)] = 0
+        write_mask(tmp_path / f"data/Annotations/bmx-trees/{t:05d}.png", mask)
+    argv = ("--dataset", "folder", "--data", tmp_path / "data", "--model", "imagenet", "--weights", imagenet)
+    code, _, err = cli(evaluate, *argv, "--size", "240", "--radius", 9, "--out", tmp_path / "out")
+    assert code == 0, err
+    scores = read(tmp_path / "out")
+    bicycle = scores["per_object"]["bmx-trees_2"]
+    assert bicycle["J&F_M"] > bicycle["J&F_ungiven"] > 0.1
+    masks = {path.stem: read_ids(path) for path in Path(scores["rows"][0]["predictions"], "bmx-trees").iterdir()}
+    truth = read_ids(tmp_path / "data/Annotations/bmx-trees/00020.png")
+    assert 2 not in masks["00018"] and 2 not in masks["00019"] and 2 in masks["00021"]
+    assert ((masks["00020"] == 2) == (truth == 2)).all() and (masks["00020"] != truth).any()
+
+
+def test_real_sequences_in_a_folder(shared, imagenet, cli, tmp_path):
+    """Frame numbers do not begin at 0, and in one sequence they go by twos."""
+    data = shared / "data/DAVIS_multi_512"
+    argv = ("--dataset", "folder", "--data", data, "--model", "imagenet", "--weights", imagenet, "--size", "192")
+    code, _, err = cli(evaluate, *argv, "--radius", 6, "--out", tmp_path / "out")
+    assert code == 0 and "note: " not in err.replace("note: " + str(imagenet), ""), err
+    scores = read(tmp_path / "out")
+    assert list(scores["per_object"]) == [f"{name}_{k}" for name in ("kid-football", "stroller") for k in (1, 2)]
+    assert scores["overall"]["J_M"] > 0.5
+    made = Path(scores["rows"][0]["predictions"])
+    expected = vos_benchmark_of(data / "Annotations/480p", made)
+    assert scores["overall"]["J_M"] == pytest.approx(expected, abs=1e-6)
+
+
+def vos_benchmark_of(truth: Path, preds: Path) -> float:
+    """Its mean J, where every object is there in every frame."""
+    scores = []
+    for folder in sorted(truth.iterdir()):
+        pairs = [(read_ids(path), read_ids(preds / folder.name / path.name)) for path in sorted(folder.iterdir())[1:-1]]
+        for k in (1, 2):
+            scores.append(np.mean([((t == k) & (p == k)).sum() / ((t == k) | (p == k)).sum() for t, p in pairs]))
+    return float(np.mean(scores))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,6 +956,58 @@ def test_a_video_of_vip_whose_first_frame_has_no_instance(cli, tmp_path):
     assert code == 0 and read(tmp_path / "out")["overall"].keys() == {"mIoU"}, err
 
 
+def test_a_video_of_vip_that_begins_without_a_person_is_background(cli, tmp_path):
+    mask, ids = square((8, 8), ids=(13,), side=32), square((8, 8), ids=(3,), side=32)
+    data = vip(tmp_path / "data", "flat", [mask * 0, mask, mask], [ids * 0, ids, ids], {3: 13})
+    code, _, err = cli(evaluate, "--dataset", "vip", "--data", data, *RANDOM, "--out", tmp_path / "out")
+    assert code == 0 and "shows nobody, so all of videos1 is predicted as background" in err, err
+    ground = (3 * 4800 - 2 * 1024) / (3 * 4800)
+    assert read(tmp_path / "out")["overall"]["mIoU"] == pytest.approx((ground + 0) / 2)
+
+
+def public_ap(frames: list[tuple[np.ndarray, dict, np.ndarray, list]]) -> float:
+    """AP^r_vol as the public script has it. frames: true ids, their classes, predicted ids 1, 2, ..., their (class,
+    score)."""
+    aps = []
+    for kind in {k for _, classes, *_ in frames for k in classes.values()}:
+        for threshold in np.arange(1, 10) / 10:
+            found, count = [], 0
+            for truth, classes, pred, parts in frames:
+                true = [truth == n for n, k in classes.items() if k == kind and (truth == n).any()]
+                mine = [(score, pred == i) for i, (k, score) in enumerate(parts, 1) if k == kind]
+                count += len(true)
+                if all(mask.any() for _, mask in mine):
+                    for score, mask in mine:
+                        iou = max(((mask & t).sum() / (mask | t).sum() for t in true), default=0)
+                        found.append((score, iou > threshold))
+            hits = np.array([hit for _, hit in sorted(found, reverse=True)], bool)
+            recall = np.concatenate([[0], np.cumsum(hits) / count])
+            precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+            aps.append(sum((recall[i + 1] - recall[i]) * precision[i:].max() for i in range(len(hits))))
+    return float(np.mean(aps))
+
+
+def test_vip_leaves_out_a_class_where_a_part_of_it_vanishes(cli, tmp_path):
+    """Two hats and a coat; in the second frame one hat is listed and has no pixels."""
+    truth, classes = square((0, 0), (0, 40), (30, 0), ids=(5, 9, 7)), {5: 1, 9: 1, 7: 6}
+    data = vip(tmp_path / "data", "flat", [truth % 4] * 3, [truth] * 3, classes)
+    preds = [square((0, 4), (0, 40), (30, 9)), square((0, 2), (30, 3), ids=(1, 3)), square((0, 9), (0, 47), (33, 0))]
+    lists, mine = [[(1, 0.9), (1, 0.5), (6, 0.7)], [(1, 0.8), (1, 0), (6, 0.6)], [(1, 0.3), (1, 0.4), (6, 0.9)]], []
+    (tmp_path / "mine/Instance_ids/videos1").mkdir(parents=True)
+    for name, pred, parts in zip(("00001", "00026", "00051"), preds, lists, strict=True):
+        write_mask(tmp_path / f"mine/videos1/{name}.png", pred % 4)
+        write_mask(tmp_path / f"mine/Instance_ids/videos1/{name}.png", pred)
+        text = "".join(f"{kind} {score}\n" for kind, score in parts)
+        (tmp_path / f"mine/Instance_ids/videos1/{name}.txt").write_text(text)
+        mine.append((truth, classes, pred, parts))
+    argv = ("--dataset", "vip", "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    ours = read(tmp_path / "out")["overall"]["AP^r_vol"]
+    assert code == 0 and ours == pytest.approx(public_ap(mine), abs=1e-12), err
+    with_all = [(t, c, p, [k for k in parts if k[1]] if len(parts) == 3 else parts) for t, c, p, parts in mine]
+    assert ours < 0.99 * public_ap(with_all[:1] + with_all[2:])
+
+
 @pytest.mark.parametrize("text", ["3 25 1\n", "999 13 1\n", "3\n"])
 @pytest.mark.parametrize("of", ["truth", "prediction"])
 def test_a_bad_list_of_vips_parts_is_named_and_the_others_are_run(cli, tmp_path, text, of):
@@ -596,6 +1083,24 @@ def test_pck_needs_no_frames(cli, tmp_path):
     argv = ("--dataset", "jhmdb", "--data", data, "--predictions", data / "joint_positions", "--out", tmp_path / "out")
     code, _, err = cli(evaluate, *argv)
     assert code == 0 and read(tmp_path / "out")["overall"]["PCK@0.1"] == 1, err
+
+
+def test_a_clip_with_a_frame_missing_is_told(cli, tmp_path):
+    data = jhmdb(tmp_path / "data", {"bad": grid_of_joints(4), "good": grid_of_joints(4)})
+    remove(data / "Rename_Images/wave/bad/00003.png")
+    code, _, err = cli(evaluate, "--dataset", "jhmdb", "--data", data, *RANDOM, "--out", tmp_path / "out")
+    assert code == 1 and err.count("error: ") == 1, err
+    assert "Rename_Images/wave/bad: holds 3 frames, yet" in err and "has the joints of 4; download" in err
+    argv = ("--predictions", data / "joint_positions", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, "--dataset", "jhmdb", "--data", data, *argv)
+    assert code == 0 and read(tmp_path / "out")["overall"]["PCK@0.1"] == 1, err
+
+
+def test_a_clip_of_one_frame_has_nothing_to_score(cli, tmp_path):
+    data = jhmdb(tmp_path / "data", {"clip": grid_of_joints(1)})
+    argv = ("--dataset", "jhmdb", "--data", data, "--predictions", data / "joint_positions", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 1 and "wave/clip: has joints in 1 frame; the first is given, so none is scored" in err, err
 
 
 def test_pck_scale_is_the_box_of_the_joints_shown(tmp_path):
@@ -719,6 +1224,27 @@ def test_other_settings_never_take_old_masks(cli, data, tmp_path):
         code, _, err = cli(evaluate, "--data", data, "--sequences", "first", *RANDOM, *argv, "--out", tmp_path)
         assert code == 0, err
     assert len(list(tmp_path.glob("predictions/*/first"))) == 3
+
+
+@pytest.mark.parametrize("change", ["annotation", "frame", "fewer"])
+def test_what_was_made_from_something_else_is_made_again(cli, data, tmp_path, change):
+    root = shutil.copytree(data, tmp_path / "data")
+    argv = ("--data", root, *RANDOM)
+    assert cli(evaluate, *argv, "--out", tmp_path / "out")[0] == 0
+    first, other = (root / kind / "480p/first" for kind in ("Annotations", "JPEGImages"))
+    if change == "annotation":
+        write_mask(first / "00000.png", read_ids(first / "00000.png")[:, ::-1].copy())
+    elif change == "frame":
+        Image.open(other / "00003.jpg").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other / "00002.jpg")
+    else:
+        remove(other / "00005.jpg"), remove(first / "00005.png")
+    second = next((tmp_path / "out").glob("predictions/*/second/00001.png"))
+    before = second.stat().st_mtime_ns
+    code, _, err = cli(evaluate, *argv, "--out", tmp_path / "out")
+    assert code == 0 and "first: is made again, its annotation or its frames have changed" in err, err
+    assert cli(evaluate, *argv, "--out", tmp_path / "fresh")[0] == 0
+    assert read(tmp_path / "out")["per_object"] == read(tmp_path / "fresh")["per_object"]
+    assert second.stat().st_mtime_ns == before  # the other sequence is left as it is
 
 
 def test_half_a_sequence_is_made_again(cli, data, whole, tmp_path):
@@ -957,6 +1483,28 @@ def test_two_processes_give_the_scores_of_one(whole, data, tmp_path):
     assert done.stdout.count("J&F_M") == 1  # one table
     ours, theirs = read(tmp_path), read(whole)
     assert ours["per_object"] == theirs["per_object"] and ours["overall"] == theirs["overall"]
+
+
+def test_the_report_is_written_before_any_process_leaves(data, tmp_path):
+    """torchrun ends all processes when one leaves with an exit code; the one that writes the report is the last."""
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/ImageSets/2017/val.txt").write_text("first\nnowhere\nsecond\n")
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import evaluate, functools, os, pathlib, time\n"
+        "write, report = evaluate.write_report, pathlib.Path('out/report.html')\n"
+        "evaluate.write_report = lambda *args: time.sleep(1) or write(*args)\n"
+        "try:\n"
+        "    evaluate.run(evaluate.main, functools.partial(evaluate.parse, evaluate.Args))\n"
+        "finally:\n"
+        "    pathlib.Path('left' + os.environ['RANK']).write_text(str(report.exists()))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*torchrun, "slow.py", "--data", "data", *RANDOM, "--out", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1 and (tmp_path / "left1").read_text() == "True", done.stderr
+    assert "(1 of 3 sequences are missing)" in done.stderr and len(read(tmp_path / "out")["per_sequence"]) == 2
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

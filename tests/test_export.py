@@ -21,6 +21,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import clip
@@ -289,6 +290,13 @@ def test_tensorrt_reads_the_graph(graph, request):
     assert_tensorrt_reads(request.getfixturevalue(graph))
 
 
+@pytest.mark.parametrize(("graph", "opset", "ir"), [("tracker", 18, 8), ("int8", 18, 8), ("half", 20, 9)])
+def test_a_graph_asks_for_no_newer_runtime_than_its_operators_do(graph, opset, ir, request):
+    """ONNX Runtime 1.17 ends at IR version 9, 1.15 at 8."""
+    model = onnx.load(request.getfixturevalue(graph))
+    assert (model.opset_import[0].version, model.ir_version) == (opset, ir)
+
+
 def test_the_walk_finds_what_tensorrt_does_not_read(tracker, tmp_path):
     for change in ("topk", "operator", "float64"):
         model = onnx.load(tracker)
@@ -488,7 +496,7 @@ def test_propagate_runs_it_to_the_same_masks(graph, share, flags, small_clip, tm
 
 def test_q_stops_an_engine_too(tracker, small_clip, tmp_path, cli, monkeypatch):
     shown = []
-    monkeypatch.setattr(propagate, "need_window", lambda flag: None)
+    monkeypatch.setattr(propagate, "need_window", lambda: None)
     monkeypatch.setattr(propagate, "show", lambda picture: shown.append(picture))  # False: as if q was pressed
     job = ["--engine", tracker, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
     assert cli(propagate, *job, "--mask-frame", 6, "--show", "--out", tmp_path / "out")[0] == 0
@@ -520,29 +528,92 @@ def test_the_example_gives_the_same_masks(graph, share, small_clip, tmp_path, re
     tracker = request.getfixturevalue(graph)
     cv2.imwrite(str(tmp_path / "grey.png"), 20 * read_ids(small_clip / "f0.png"))
     engine, mask = export.load_engine(tracker), read_ids(small_clip / "f0.png")
-    for given in (tmp_path / "grey.png", small_clip / "f0.png"):
+    for given, step in ((tmp_path / "grey.png", 20), (small_clip / "f0.png", 1)):
         result = example(tracker, small_clip / "clip.mp4", given, tmp_path / "out")
         assert result.returncode == 0 and result.stdout == f"{tmp_path / 'out'}: 12 masks\n", result.stderr
         for index, frame in propagate.Video(small_clip / "clip.mp4").frames(range(12)):
             answer = engine.step(frame, None if index else mask)
-            own = cv2.imread(str(tmp_path / "out" / f"{index:05d}.png"), cv2.IMREAD_GRAYSCALE)
-            assert (own == answer).mean() > share  # OpenCV's decoder rounds colours in its own way
-    assert len((ROOT / "examples" / "run_onnx.py").read_text().splitlines()) < 60
+            own = read_ids(tmp_path / "out" / f"{index:05d}.png")
+            assert (own == step * answer).mean() > share  # OpenCV's decoder rounds colours in its own way
+    assert len((ROOT / "examples" / "run_onnx.py").read_text().splitlines()) < 90
+
+
+IDS = np.array([0, 5, 9, 200], np.uint8)
+
+
+@pytest.mark.parametrize(
+    "kind", ["palette", "grey palette", "grey", "RGB of ids", "reds", "transparent", "16 bits", "void", "shuffled"]
+)
+def test_the_example_reads_every_kind_of_mask(kind, tracker, small_clip, tmp_path):
+    """The first mask comes back as it was given: ids, or the colours of a picture that has no ids."""
+    numbers = read_ids(small_clip / "f0.png")
+    ids, reds = IDS[numbers], np.array([[0, 0, 0], [255, 0, 0], [254, 0, 0], [0, 0, 255]], np.uint8)
+    picture = Image.fromarray(ids)
+    if kind == "palette":
+        picture.putpalette(propagate.PALETTE.tobytes())
+    elif kind == "grey palette":
+        picture.putpalette(np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes())
+    elif kind == "RGB of ids":
+        picture = Image.fromarray(np.repeat(ids[..., None], 3, 2))
+    elif kind in ("reds", "transparent"):
+        picture = Image.fromarray(reds[numbers])
+    elif kind == "16 bits":
+        picture = Image.fromarray(ids.astype(np.uint16) * 300)
+    elif kind == "void":
+        picture = Image.fromarray(np.where(numbers == 3, 255, ids).astype(np.uint8))
+    elif kind == "shuffled":  # as quantising makes them: black is number 3
+        picture = Image.fromarray(3 - numbers)
+        picture.putpalette(reds[::-1].tobytes())
+    if kind == "transparent":  # of what colour it is there says nothing
+        picture.putalpha(Image.fromarray(np.where(numbers, 255, 0).astype(np.uint8)))
+    picture.save(tmp_path / "mask.png")
+    result = example(tracker, small_clip / "clip.mp4", tmp_path / "mask.png", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert ("255 beside other ids is void" in result.stderr) == (kind == "void")
+    masks = [Image.open(path) for path in sorted((tmp_path / "out").iterdir())]
+    if kind in ("reds", "transparent", "shuffled"):
+        first, last = (np.array(masks[i].convert("RGB")) for i in (0, -1))
+        assert (first == reds[numbers]).all() and {*map(tuple, last.reshape(-1, 3))} == {*map(tuple, reds)}
+    else:
+        first, last = np.array(masks[0]), np.array(masks[-1])
+        expected = np.array(picture.convert("L") if kind == "RGB of ids" else picture)
+        expected = np.where(expected == 255, 0, expected) if kind == "void" else expected
+        assert (first == expected).all() and set(np.unique(last)) == set(np.unique(expected))
+        assert masks[0].getpalette() == picture.getpalette()
 
 
 def test_the_example_says_what_it_cannot_use(tracker, small_clip, tmp_path):
     film, mask, out = small_clip / "clip.mp4", small_clip / "f0.png", tmp_path / "out"
-    cv2.imwrite(str(tmp_path / "other.png"), np.zeros((10, 10), np.uint8))
+    cv2.imwrite(str(tmp_path / "other.png"), np.ones((10, 10), np.uint8))
     cv2.imwrite(str(tmp_path / "four.png"), np.repeat(np.arange(160, dtype=np.uint8)[None] // 35, 96, 0))
+    cv2.imwrite(str(tmp_path / "empty.png"), np.zeros((96, 160), np.uint8))
+    (tmp_path / "text.png").write_text("no picture")
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    foreign = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", [x], [y]), opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8
+    )
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    clip.write_clip(tmp_path / "small", frames=2, height=64, width=80)
     for args, message in (
         ((), "usage: "),
-        ((tracker, tmp_path / "none.mp4", mask, out), "none.mp4: gives no frames of 160x96"),
-        ((tracker, film, tmp_path / "none.png", out), "none.png: give a mask of 160x96"),
-        ((tracker, film, tmp_path / "other.png", out), "other.png: give a mask of 160x96"),
-        ((tracker, film, tmp_path / "four.png", out), "with 3 object(s) at most"),
+        ((tmp_path / "none.onnx", film, mask, out), "none.onnx: is not a graph of export.py that runs here"),
+        ((tmp_path / "text.png", film, mask, out), "text.png: is not a graph of export.py that runs here"),
+        ((tmp_path / "foreign.onnx", film, mask, out), "foreign.onnx: is not a graph of export.py that runs here"),
+        ((tracker, tmp_path / "none.mp4", mask, out), "none.mp4: gives no frame 0 of 160x96"),
+        ((tracker, tmp_path / "small" / "clip.mp4", mask, out), "clip.mp4: gives no frame 0 of 160x96"),
+        ((tracker, film, tmp_path / "none.png", out), "none.png: cannot be read as a mask"),
+        ((tracker, film, tmp_path / "text.png", out), "text.png: cannot be read as a mask"),
+        ((tracker, film, tmp_path / "other.png", out), "other.png: is 10x10 with 1 object(s); give 160x96 pixels"),
+        ((tracker, film, tmp_path / "four.png", out), "with 4 object(s); give 160x96 pixels with 1 to 3 object(s)"),
+        ((tracker, film, tmp_path / "empty.png", out), "with 0 object(s); give 160x96 pixels with 1 to 3 object(s)"),
+        ((tracker, film, mask, tmp_path / "text.png"), "text.png: cannot be the output folder (File exists)"),
     ):
         result = example(*args)
         assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
+        own = [line for line in result.stderr.splitlines() if "onnxruntime" not in line and "cap_" not in line]
+        assert "Traceback" not in result.stderr and len(own) <= 1, result.stderr
+    assert not out.exists() or not any(out.iterdir())
 
 
 def test_half_precision_is_checked_too(half):
@@ -705,6 +776,26 @@ def test_real_video(precision, shared, imagenet, tmp_path, cli):
         (["--height", 0], "--height 0 --width 854: give 16 pixels or more"),
         (["--context", -1], "--context -1: give 0 or more"),
         (["--frames", 1], "--frames 1: give 2 or more"),
+        (["--frames", 10**8], "--frames 100000000: give 2 or more, at most 10000"),
+        (["--height", 10**6], "--height 1000000 --width 854: give 16 pixels or more, and at most 8192"),
+        (["--width", 15], "--height 480 --width 15: give 16 pixels or more"),
+        (["--width", "wide"], "Error parsing --width: "),
+        (["--context", 10**9], "--context 1000000000: a memory of over 2^31 numbers, no runtime takes it"),
+        (["--radius", 10**12], "--radius 1000000000000: no grid is as large; give at most 8192"),
+        (["--size", "100000x100000"], "makes an input of 100000x100000; give at most 8192 pixels a side"),
+        (["--upsample", 10**6], "--size 480 --upsample 1000000: makes an input of 480000000x854000000;"),
+        (["--topk", 0], "--topk 0: give 1 or more"),
+        (["--temperature", "nan"], "--temperature nan: give a number above 0"),
+        (["--stride", 3], "--layer res3 --stride 3: not to be had of resnet18"),
+        (["--layer", "conv13"], "--layer conv13 --stride 8: not to be had of resnet18"),
+        (["--weights", "none.pth"], "none.pth: no such weights file"),
+        (["--weights", Path(__file__).parent], "no such weights file"),
+        (["--weights", __file__], "is not a PyTorch checkpoint"),
+        (["--video", __file__, "--mask", __file__], "cannot be read as a film"),
+        (["--video", Path(__file__).parent, "--mask", "f0.png"], "holds no pictures"),
+        (["--mask", "f0.png"], "--video and --mask: give both"),
+        (["--model", "torchvision:none"], "torchvision has no ResNet or VGG of this name"),
+        (["--out", ""], "--out .: give a name that ends in .onnx"),
         (["--video", "clip.mp4"], "--video and --mask: give both"),
         (["--video", "clip.mp4", "--mask", "f0.png"], "clip.mp4: no such video"),
         (["--int8"], "--int8: needs --video and --mask"),

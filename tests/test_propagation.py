@@ -163,6 +163,37 @@ def test_the_context_is_the_first_frame_and_the_latest_n(context):
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(again, expected[4:], strict=True))
 
 
+@pytest.mark.parametrize("factors", [{}, {"exempt_first": True}, {"aggregation": "per-frame"}, {"keep_first": False}])
+def test_annotations_that_name_some_objects(factors):
+    """Against a plain list of frames: the named labels are laid over the prediction, the frame stays for good."""
+    torch.manual_seed(0)
+    frames = F.normalize(torch.randn(12, 6, 5, 7), dim=1)
+    first, s = torch.rand(4, 5, 7), Propagation(context=3, radius=3, topk=4, **factors)
+    named = torch.tensor([False, False, True, True])
+    square = torch.zeros(4, 5, 7)
+    square[2, 1:3, 2:5], square[3, 3:, :2] = 1, 0.5
+    given = {3: (square, named), 8: (square.flip(2), named)}
+    pinned, latest, expected = [(frames[0], first)], [], []
+    if not s.keep_first:
+        pinned, latest = [], pinned
+    for t, f in enumerate(frames[1:], 1):
+        chosen = pinned + [(g, z) for g, z in latest[-3:] if g is not None]
+        features, labels = (torch.stack(each) for each in zip(*chosen, strict=True))
+        z = algorithm_1(f, features, labels, s, annotated=len(pinned))
+        latest.append((f, z))
+        if t in given:
+            z[0] += z[2:].sum(0)  # what a named object leaves is background
+            z = torch.where(named[:, None, None], given[t][0], z * (1 - given[t][0][2:].sum(0)))
+            latest[-1] = (f, z)
+            if s.keep_first:
+                latest[-1] = None, None
+                pinned.append((f, z))
+        expected.append(z)
+    got = list(propagate_video(iter(frames[1:]), [(frames[0], first)], s, given=given))
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, expected, strict=True))
+    assert (got[2][2:] == square[2:]).all() and (got[2][:2, 1:3, 2:5] == 0).all()
+
+
 def test_targets_are_pulled_one_at_a_time():
     """So that several settings can share one pass over the features."""
     frames = F.normalize(torch.randn(5, 4, 6, 6), dim=1)

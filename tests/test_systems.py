@@ -9,6 +9,8 @@ import importlib
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 
 import common
 import propagate
@@ -236,41 +239,76 @@ def after(p, into):
 
 
 R18, R50 = resnet_weights, lambda **stages: resnet_weights(True, **stages)
-STRANGER = {"layer4.0.conv1.weight": torch.zeros(2, 2, 1, 1)}  # stands for all of layer4, which is not used
-TRAINED = {"epoch": 3, "arch": "resnet50", "optimizer": {"state": {}, "param_groups": []}}
+
+
+def unused(*shape):
+    """An entry that nobody reads: of any shape, and four bytes on disk."""
+    return torch.zeros(()).expand(shape)
+
+
+def beyond(arch, *but):
+    """The entries of torchvision's network that a system has no use for."""
+    with torch.device("meta"):
+        state = torchvision.models.get_model(arch).state_dict()
+    return {key: unused(*value.shape) for key, value in state.items() if not key.startswith(("conv1", "bn1", *but))}
+
+
+def after_layer3(arch, fc=True):
+    return beyond(arch, "layer1", "layer2", "layer3", *(() if fc else ("fc",)))
+
+
+def convolution(name, out, into, k):
+    return {f"{name}.weight": unused(out, into, k, k), f"{name}.bias": unused(out)}
+
+
+def linear(name, out, into):
+    return {f"{name}.weight": unused(out, into), f"{name}.bias": unused(out)}
+
+
+def optimizer(**group):
+    state = {i: {"momentum_buffer": unused(64, 3, 7, 7)} for i in range(2)}
+    return {"state": state, "param_groups": [{"lr": 0.03, "momentum": 0.9, **group, "params": [0, 1]}]}
 
 
 def system(name):
-    """(torchvision-named weights, the file's content, features of frames) of a system."""
-    if name in ("imagenet", "rotation", "imagenet-r50"):
-        p = R50(stages=3) if "r50" in name else R18(stages=3)
-        fc = torch.zeros(4 if name == "rotation" else 1000, 2048 if "r50" in name else 512)
-        return p, {**p, **STRANGER, "fc.weight": fc}, lambda f: F.normalize(resnet(p, rgb(f)))
+    """(torchvision-named weights, the file's content, features of frames) of a system. The content has every entry of
+    the released file, the training's own included: heads, second encoders, queues, optimisers, arguments."""
+    arch = "resnet50" if name in ("moco", "timecycle") or name.endswith("-r50") else "resnet18"
+    p = None if name == "deepcluster" else (R50 if arch == "resnet50" else R18)(stages=3)
+    width = {"resnet18": 256, "resnet50": 1024}[arch]
+    if name in ("imagenet", "imagenet-r50"):
+        return p, p | after_layer3(arch), lambda f: F.normalize(resnet(p, rgb(f)))
+    if name == "rotation":
+        return p, p | after_layer3(arch, fc=False) | linear("fc", 4, 512), lambda f: F.normalize(resnet(p, rgb(f)))
     if name == "default":  # grey, layer2
-        p = R18(stages=3)
         return p, {"state_dict": {**p}, "meta": {"task": name}}, lambda f: F.normalize(resnet(p, lightness(f), 2))
     if name.endswith("-finetuned"):  # train_finetune.py writes the name beside the weights
-        p = R18(stages=3)
-        content = {"state_dict": p | STRANGER | {"fc.weight": torch.zeros(4, 512)}, "meta": {"task": name}}
-        return p, content, lambda f: F.normalize(resnet(p, rgb(f)))
+        state = p | after_layer3(arch, fc=False) | linear("fc", 4, 512)
+        return p, {"state_dict": state, "meta": {"task": name}}, lambda f: F.normalize(resnet(p, rgb(f)))
     if name.startswith("moco"):
-        p = R18(stages=3) if "r18" in name else R50(stages=3)
-        heads = {"module.encoder_q.fc.weight": torch.zeros(128, 8), "module.queue": torch.zeros(128, 9)}
-        state = under("module.encoder_q.", p) | under("module.encoder_k.", STRANGER) | heads
-        return p, {"state_dict": state, **TRAINED}, lambda f: F.normalize(resnet(p, rgb(f)))
+        head = linear("fc.0", 2 * width, 2 * width) | linear("fc.2", 128, 2 * width)
+        query = p | after_layer3(arch, fc=False) | head
+        state = under("module.encoder_q.", query) | under("module.encoder_k.", beyond(arch, "fc") | head)
+        state |= {"module.queue": unused(128, 65536), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+        content = {"epoch": 800, "arch": arch, "state_dict": state, "optimizer": optimizer(nesterov=False)}
+        return p, content, lambda f: F.normalize(resnet(p, rgb(f)))
     if name == "deepcluster":
         p = vgg_weights()
         state = {k.replace("features.", "features.module."): v for k, v in p.items()}
-        state |= {"top_layer.weight": torch.zeros(10, 8), "classifier.0.weight": torch.zeros(8, 8)}
-        return p, {"state_dict": state, **TRAINED}, lambda f: F.normalize(deepcluster(p, rgb(f)))
+        state |= linear("classifier.0", 4096, 25088) | linear("classifier.3", 4096, 4096)
+        state |= linear("top_layer", 10000, 4096)
+        content = {"epoch": 500, "arch": "vgg16", "state_dict": state, "optimizer": optimizer(dampening=0)}
+        return p, content, lambda f: F.normalize(deepcluster(p, rgb(f)))
     if name.startswith("timecycle"):
-        p = after(R18(stages=3), 256) if "r18" in name else after(R50(stages=3), 1024)
-        video = {k: v for k, v in p.items() if not k.startswith("after")} | STRANGER
+        after(p, width)
+        video = {k: v for k, v in p.items() if not k.startswith("after")} | after_layer3(arch, fc=False)
         state = under("module.encoderVideo.", video, time=True)
-        state |= {"module.afterconv1.weight": p["afterconv1.weight"][:, :, None], "module.linear2.bias": torch.ones(3)}
+        state |= {"module.afterconv1.weight": p["afterconv1.weight"][:, :, None]}
+        state |= {f"module.afterconv{i}_trans.{k}": v for i in (3, 4) for k, v in convolution("0", 128, 512, 3).items()}
+        state |= linear("module.linear1", 512, 900) | linear("module.linear2", 6, 512)
         return (
             p,
-            {"state_dict": state, "epoch": 14},
+            {"epoch": 14, "state_dict": state},
             lambda f: F.normalize(conv(p, resnet(p, rgb(f)), "afterconv1").relu()),
         )
     if name in ("corrflow", "mast"):
@@ -279,22 +317,37 @@ def system(name):
         see = unit if name == "corrflow" else lab
         return (
             p,
-            {"state_dict": state, "epoch": 1, "optimizer": {}},
+            {"epoch": 1, "state_dict": state, "optimizer": optimizer(betas=(0.9, 0.999), amsgrad=False)},
             lambda f: conv(p, resnet(p, see(f), 4, pool=False), "post_convolution", padding=1),
         )
     if name in ("uvc", "uvc+"):
         p = R18()
-        state = under("module.gray_encoder.", p) | {"module.rgb_encoder.conv1.weight": torch.zeros(8, 3, 3, 3)}
-        state |= {"module.normalize.mean": torch.zeros(3)}
-        return p, {"state_dict": state, "epoch": 1, "best_loss": 0.5}, lambda f: resnet(p, lightness(f), 4)
+        colours = {"conv1": (3, 3, 1), "conv2": (64, 3, 3), "conv3": (64, 64, 3), "conv4": (128, 64, 3)}
+        colours |= {"conv5": (128, 128, 3), "conv6": (256, 128, 3), "downsample.1": (256, 256, 1)}
+        picture = {"upsample.1": (256, 256, 1), "conv7": (128, 256, 3), "conv8": (128, 128, 3), "conv9": (64, 128, 3)}
+        picture |= {"conv10": (64, 64, 3), "conv11": (3, 64, 3)}
+        state = under("module.gray_encoder.", p)
+        for part, layers in (("rgb_encoder", colours), ("decoder", picture)):
+            for layer, shape in layers.items():
+                state |= convolution(f"module.{part}.{layer}", *shape)
+        state |= {"module.normalize.mean": unused(3), "module.normalize.std": unused(3)}
+        return p, {"epoch": 29, "state_dict": state, "best_loss": 0.5}, lambda f: resnet(p, lightness(f), 4)
     if name == "crw":
-        p = R18(stages=3)
-        state = crw_names(p | STRANGER) | {"selfsim_fc.0.weight": torch.zeros(128, 512)}
-        rest = {"args": argparse.Namespace(lr=0.1, name="crw"), "optimizer": {}, "lr_scheduler": {}, "epoch": 1}
+        state = crw_names(p | after_layer3(arch, fc=False)) | linear("selfsim_fc.0", 128, 512)
+        args = argparse.Namespace(lr=0.1, name="crw", lr_milestones=[20, 30], device="cuda")
+        scheduler = {"milestones": {20: 1, 30: 1}, "gamma": 0.3, "base_lrs": [0.0001], "last_epoch": 24}
+        rest = {"optimizer": optimizer(eps=1e-8), "lr_scheduler": scheduler, "epoch": 24, "args": args}
         return p, {"model": state, **rest}, lambda f: F.normalize(resnet(p, rgb(f), mode="reflect"))
     if name in ("vfs", "vfs-r50"):
-        p = R50(stages=3) if "r50" in name else R18(stages=3)
-        return p, {"state_dict": p | STRANGER, "meta": {}}, lambda f: F.normalize(resnet(p, rgb(f)))
+        meta = {
+            "epoch": 100,
+            "iter": 93900,
+            "mmaction_version": "0.6.0",
+            "config": "model = dict(...)",
+            "CLASSES": None,
+        }
+        state = p | after_layer3(arch, fc=False)
+        return p, {"meta": meta, "state_dict": state}, lambda f: F.normalize(resnet(p, rgb(f)))
     raise AssertionError(name)
 
 
@@ -528,7 +581,7 @@ def test_containers(tmp_path, capsys):
     for content in (p, {"state_dict": under("module.", p)}, {"model": p}, {"teacher": p, "student": {}}):
         load_encoder("imagenet", save(tmp_path / "w.pth", content), device="cpu")
     load_encoder("crw", save(tmp_path / "crw.pth", system("crw")[1]), device="cpu")
-    assert "layer4 (1), selfsim_fc (1), args, optimizer, lr_scheduler, epoch" in capsys.readouterr().err
+    assert "layer4 (30), selfsim_fc (2), optimizer, lr_scheduler, epoch, args" in capsys.readouterr().err
 
 
 class Code:
@@ -625,12 +678,49 @@ def test_names_that_are_not_known_are_refused():
             load_encoder(name)
 
 
+def test_names_are_known_in_any_case_and_a_slip_is_guessed(tmp_path):
+    assert find_system("CRW") is find_system("crw") and find_system("UVC+") is find_system("uvc+")
+    path = str(save(tmp_path / "w.pth", system("crw")[1]))
+    assert parse(propagate.Args, ["--model", "CRW", "--weights", path]).model == "crw"
+    assert parse(propagate.Args, ["--model", "CRW"]).propagation == find_system("crw").settings
+    for slip, name in (("image-net", "imagenet"), ("Time-Cycle", "timecycle"), ("dafault", "default")):
+        with pytest.raises(UserError, match=rf"unknown model '{slip.lower()}': did you mean {name}\? choose one of"):
+            find_system(slip)
+    with pytest.raises(UserError, match="unknown model 'nonsense': choose one of"):
+        find_system("nonsense")
+
+
+def test_a_system_is_a_file(tmp_path):
+    """One more file in systems/ is one more model of every script; a name imports its own file alone."""
+    root = Path(propagate.__file__).parent
+    shutil.copytree(root / "systems", tmp_path / "systems", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("common.py", "propagate.py"):
+        shutil.copy(root / file, tmp_path)
+    row = 'SYSTEMS = {"mine-r18": System("resnet18", "my own", paper=12.3, source="my disk", licence="my own")}\n'
+    (tmp_path / "systems" / "mine.py").write_text("from common import System\n\n" + row)
+    code = (
+        "import sys, common, propagate\n"
+        "loaded = lambda: sorted(name for name in sys.modules if name.startswith(('systems.', 'torchvision')))\n"
+        "assert common.find_system('crw').padding == 'reflect' and loaded() == ['systems.crw'], loaded()\n"
+        "assert common.find_system('mine-r18').paper == 12.3\n"
+        "assert loaded() == ['systems.crw', 'systems.mine'], loaded()\n"
+        "common.build_net(common.find_system('mine-r18'), common.Propagation())\n"
+        "propagate.list_models()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    line = next(line for line in run.stdout.splitlines() if line.startswith("mine-r18 "))
+    assert "resnet18 res3, L2" in line and "12.3" in line and "not here: my disk; licence: my own" in line
+
+
 def test_timm_vit(tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     arch = "vit_tiny_patch16_224"
     vit = timm.create_model(arch, pretrained=False, num_classes=0, dynamic_img_size=True).eval()
-    path = save(tmp_path / "dino.pth", {"teacher": under("module.backbone.", vit.state_dict()), "student": {}})
+    head = linear("module.head.mlp.0", 2048, 192) | {"module.head.last_layer.weight_v": unused(65536, 256)}
+    both = {"teacher": under("module.backbone.", vit.state_dict()) | head, "student": {}, "optimizer": optimizer()}
+    path = save(tmp_path / "dino.pth", both | {"epoch": 800, "args": argparse.Namespace(arch=arch), "dino_loss": {}})
     settings = replace(preset(f"timm:{arch}"), size="full")
     assert settings.stride == 16 and settings.layer == "last"
     with torch.inference_mode():
@@ -644,6 +734,29 @@ def test_timm_vit(tmp_path):
         load_encoder(f"timm:{arch}", path, replace(settings, stride=8), "cpu")
     with pytest.raises(UserError, match="does not fit"):
         load_encoder(f"timm:{arch}", save(tmp_path / "w.pth", R18(stages=3)), settings, "cpu")
+
+
+@torch.inference_mode()
+def test_dino_sees_what_its_own_script_gives_it(tmp_path):
+    """Its deviation of red, and its position embeddings: 14 x 14 to the grid by (side + 0.1) / 14, bicubic, plain."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    arch = "vit_small_patch16_224.dino"
+    vit = timm.create_model(arch, pretrained=False, num_classes=0).eval()
+    vit.pos_embed.normal_()
+    path = save(tmp_path / "dino_deitsmall16_pretrain.pth", vit.state_dict())
+    settings = replace(preset(f"timm:{arch}"), size="full")
+    encoder = load_encoder(f"timm:{arch}", path, settings, "cpu")
+    frames = np.random.default_rng(0).integers(0, 256, (1, 160, 256, 3), dtype=np.uint8)
+    x = (unit(frames) - MEAN[:, None, None]) / torch.tensor([0.228, 0.224, 0.225])[:, None, None]
+    x = F.conv2d(x, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=16).flatten(2).transpose(1, 2)
+    places = vit.pos_embed[:, 1:].reshape(1, 14, 14, 384).permute(0, 3, 1, 2)
+    places = F.interpolate(places, scale_factor=(10.1 / 14, 16.1 / 14), mode="bicubic").flatten(2).transpose(1, 2)
+    x = torch.cat([vit.cls_token, x], 1) + torch.cat([vit.pos_embed[:, :1], places], 1)
+    tokens = vit.norm(vit.blocks(x))[:, 1:].transpose(1, 2)
+    same(encoder(torch.from_numpy(frames)), F.normalize(tokens.unflatten(2, (10, 16))))
+    square = torch.from_numpy(frames[:, :, :160]).repeat(1, 2, 2, 1)[:, :224, :224]
+    assert encoder(square).shape == (1, 384, 14, 14)  # its own size: no resampling
 
 
 @pytest.mark.parametrize("family", ["dinov2", "dinov3"])
@@ -747,3 +860,41 @@ def test_files_of_other_networks_are_refused_with_what_they_are(file, message, t
     torch.save(state, tmp_path / "file.pth")
     with pytest.raises(UserError, match=re.escape(message)):
         common.load_encoder("imagenet", tmp_path / "file.pth")
+
+
+def test_uvcs_first_boxes_are_those_of_the_mask_at_the_networks_input_size():
+    """To the pixel (models.md 3.4, step 1), where the labels on the grid would give them to the cell."""
+    uvc = importlib.import_module("systems.uvc")
+    mask = np.zeros((96, 160), np.uint8)
+    mask[30:53, 41:98], mask[60:61, 9:12] = 1, 2  # the second is between the middles of the cells: not on the grid
+    settings = replace(find_system("uvc").settings, size="64x96")
+    labels = propagate.labels_from_mask(torch.from_numpy(mask), [1, 2], (8, 12), "nearest")
+    small = np.array(Image.fromarray(mask).resize((96, 64), Image.Resampling.NEAREST))
+    boxes = uvc.label_boxes(labels, settings, mask=torch.from_numpy(mask))
+    assert boxes[0].tolist() == [0, 12, 0, 8]
+    for number in (1, 2):
+        y, x = np.nonzero(small == number)
+        grown = []
+        for low, high, end in ((x.min(), x.max(), 96), (y.min(), y.max(), 64)):
+            more = 0.3 * (high - low)
+            grown += [max(math.floor(low - more), 0) // 8, min(math.ceil(high + more), end) // 8]
+        assert boxes[number].tolist() == grown
+    assert not labels[2].any() and np.isnan(uvc.label_boxes(labels, settings)[2]).all()
+
+
+def test_the_mask_of_an_annotated_frame_reaches_uvcs_boxes(monkeypatch):
+    seen = []
+
+    def spy(target, features, labels, settings, annotated, ages, boxes):
+        seen.append([each[1].tolist() for each in boxes])
+        return labels[0]
+
+    module, settings = importlib.import_module("systems.uvc"), replace(find_system("uvc").settings, size="64x96")
+    monkeypatch.setitem(module.SYSTEMS, "uvc", replace(find_system("uvc"), localize=spy))
+    mask = torch.zeros(64, 96, dtype=torch.uint8)
+    mask[16:32, 17:47] = 1
+    first = torch.ones(3, 8, 12), propagate.labels_from_mask(mask, [1], (8, 12), "nearest")
+    for item, box in (((*first, mask), [1, 6, 1, 4]), (first, [0, 7, 1, 4])):
+        seen.clear()
+        list(propagate.propagate_video(torch.ones(2, 3, 8, 12), [item], settings))
+        assert [boxes[0] for boxes in seen] == [box, box]
