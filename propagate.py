@@ -1717,7 +1717,8 @@ def track(
                 annotated[index] = encode(read_frame(video, index)), z.to(device)
         latest = rest[max(0, done - s.context) : done]
         back = rest[:done] if s.history else latest
-        early = [index for index in rest[: done - len(back)] if index in given and s.keep_first]
+        place = {index: rest.index(index) for index in given if index in rest}
+        early = [index for index in sorted(place, key=place.get) if place[index] < done - len(back) and s.keep_first]
         if not all(results.state_path(index).is_file() for index in [*early, *back]):
             back, early, done = [], [], 0  # its soft labels are gone: run this stretch from its annotated frame
         # Of all that came before, propagate_video looks again at the labels, but only at these frames' features.
@@ -1725,10 +1726,10 @@ def track(
         known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
         other = annotated[next(iter(labels))][0]
         recent = [(known.get(index, other), state(index)) for index in back]
-        later = {
-            t: (given[index].labels.to(device), given[index].named.to(device))
-            for t, index in enumerate([*back, *rest[done:]], 1)
-            if index in given
+        later = {  # by their numbers among recent and todo
+            place[index] - done + len(back) + 1: (each.labels.to(device), each.named.to(device))
+            for index, each in given.items()
+            if index in place and place[index] >= done - len(back)
         }
         current = deque()
 
