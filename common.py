@@ -17,13 +17,10 @@ import io
 import itertools
 import math
 import os
-import queue
 import re
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -64,7 +61,7 @@ def rank_world() -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The factors
+# The factors; the systems, each a file of systems/
 
 
 @dataclass(frozen=True)
@@ -119,6 +116,9 @@ class Propagation:
     """Search annotated frames as a whole, whatever the fixed region (as CRW's code does)."""
     minmax: bool = False
     """Stretch each label to 0..1 over the frame before the arg-max."""
+    refine: float = 0.0
+    """Let the masks' edges follow the picture's: how far, as a share of the object's thickness; 0 is off, as in the
+    paper. It changes what is written, not what is carried on."""
 
     def __post_init__(self):
         if not re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?|full)(/[1-9]\d*)?", self.size):
@@ -134,6 +134,8 @@ class Propagation:
                 raise UserError(f"--{flag} {getattr(self, flag)}: is too large; give {most} or less")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature {self.temperature}: give a number above 0; affinities are divided by it")
+        if not 0 <= self.refine <= 10:
+            raise UserError(f"--refine {self.refine}: give 0 (off) to 10; 0.35 is a good strength")
         if self.context < 1 and not self.keep_first:
             raise UserError(
                 "--context 0 --no-keep-first: nothing is left to copy labels from; give --context 1 or more"
@@ -175,10 +177,6 @@ class Propagation:
         return tuple(math.ceil(side / self.stride) for side in self.input_size(height, width))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Systems, each a file of systems/
-
-
 @dataclass(frozen=True)
 class System:
     """A row of the paper, declared by a file of systems/: a network, its weights, and how its authors propagate."""
@@ -201,7 +199,7 @@ class System:
     licence: str = "none stated"
     keys: tuple[tuple[str, str], ...] = ()  # (regex, replacement), in turn: names in the released file -> torchvision's
     mark: str = ""  # regex that tells its file by its lines: "entry" of the container, "name shape" of tensors
-    load: Callable | None = None  # (name, file or None, settings) -> Encoder, where load_released does not do
+    load: Callable | None = None  # (name, file or None, settings) -> Encoder, where torchvision's does not do
     # A way to localise of its own: propagate_labels by itself, and what it keeps of a frame beside features and labels
     localize: Callable[..., Tensor] | None = None
     note: Callable | None = None
@@ -254,7 +252,7 @@ def preset(name: str, dataset: str = "davis") -> Propagation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Feature extractors
+# Feature extractors and their weights
 
 
 def build_net(system: System, s: Propagation, *whole: nn.Module) -> nn.Module:
@@ -369,14 +367,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if "GLOBAL" in str(error):  # the unpickler's word for a function or class that it will not touch
             why = "refused, it holds pickled code beside tensors; save its state_dict alone"
         raise UserError(f"{path}: {why}") from error
-    rest, content = [], state if isinstance(state, dict) else {}
-    if inner := [key for key in ("state_dict", "model", "teacher", "method") if isinstance(content.get(key), dict)]:
-        state, rest = content[inner[0]], [str(key) for key in content if key != inner[0]]
-        meta = content.get("meta")
-        task = str(meta.get("task")) if isinstance(meta, dict) else ""
-        if task in systems() or task.startswith("torchvision:"):  # of a training script
-            rest[rest.index("meta")] = f"meta {task}"
-    tensors = {key: value for key, value in dict(state).items() if isinstance(value, Tensor)} if content else {}
+    content = state if isinstance(state, dict) else {}
+    inner = next(
+        (key for key in ("state_dict", "model", "teacher", "method") if isinstance(content.get(key), dict)), ""
+    )
+    rest = [str(key) for key in content if inner and key != inner]
+    task = str(content["meta"].get("task")) if isinstance(content.get("meta"), dict) else ""
+    if inner and (task in systems() or task.startswith("torchvision:")):  # of a training script
+        rest[rest.index("meta")] = f"meta {task}"
+    tensors = {key: value for key, value in content.get(inner, content).items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
     return tensors, rest
@@ -420,97 +419,7 @@ def fold_batchnorm(module: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One pool of single-threaded tasks: nothing waits for a thread that another program keeps from running
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes on this
-    machine; at most OMP_NUM_THREADS."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    group = Path("/sys/fs/cgroup")
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
-        if all((group / file).is_file() for file in files):
-            quota, period = " ".join((group / file).read_text() for file in files).split()
-            if quota not in ("max", "-1"):
-                count = min(count, math.ceil(int(quota) / int(period)))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if processes > 1:  # torchrun sets OMP_NUM_THREADS=1 unasked
-        return max(1, count // processes)
-    most = os.environ.get("OMP_NUM_THREADS", "")
-    return min(count, int(most)) if most.isdecimal() and int(most) else count
-
-
-class Pool:
-    """Threads that run tasks, each with one intra-op thread: many small operators never wait for one another.
-
-    Tasks of the lowest `order` go first, those of the same order as they came.
-    """
-
-    def __init__(self, workers: int):
-        self.workers, self.tasks, self.number = workers, queue.PriorityQueue(), itertools.count()
-        self.local = threading.local()  # a worker knows itself by it, and keeps its buffers there
-        threads = torch.get_num_threads()
-        ready = threading.Barrier(workers + 1)
-        for _ in range(workers):
-            threading.Thread(target=self._work, args=(ready,), daemon=True).start()
-        ready.wait()
-        torch.set_num_threads(threads)  # a worker's own setting is the default of threads to come
-
-    def _work(self, ready: threading.Barrier) -> None:
-        torch.set_num_threads(1)
-        self.local.inside = True
-        ready.wait()
-        while True:
-            *_, future, inference, task, args = self.tasks.get()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                with torch.inference_mode(inference), torch.no_grad():
-                    future.set_result(task(*args))
-            except BaseException as error:
-                future.set_exception(error)
-            del future, task, args  # nothing is kept while it waits
-
-    def submit(self, task: Callable, *args, order: int = 0) -> Future:
-        """The future of task(*args). Called by a task it is computed at once, so that none waits for another."""
-        future, inference = Future(), torch.is_inference_mode_enabled()
-        if getattr(self.local, "inside", False):
-            future.set_result(task(*args))
-        else:
-            self.tasks.put((order, next(self.number), future, inference, task, args))
-        return future
-
-    def map(self, task: Callable, items: Iterable) -> list:
-        """[task(item) for item in items], shared out. What is left is cancelled where one raises."""
-        futures = [self.submit(task, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-
-
-_pool: Pool | None = None
-
-
-def pool() -> Pool:
-    """The pool of this process, made when it is first asked for."""
-    global _pool
-    _pool = _pool or Pool(usable_cpus())
-    return _pool
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # a forked process has none of the threads
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Small things that Algorithm 1 and the systems' own ways to localise share
+# Small things: what Algorithm 1 and the systems' own ways to localise share; files
 
 
 def cuts(length: int, step: int) -> list[tuple[int, int]]:
@@ -542,9 +451,6 @@ def stretch(labels: Tensor) -> Tensor:
     low, high = labels.amin((1, 2), keepdim=True), labels.amax((1, 2), keepdim=True)
     return torch.where(high > 0, (labels - low) / (high - low).clamp_min(1e-12), labels)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
@@ -617,13 +523,12 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
     if hasattr(default, "propagation"):
         if not fixed:
             peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            peek.add_argument("--model")
-            peek.add_argument("--weights", type=Path)
-            peek.add_argument("--dataset", default="davis")
+            for flag in ("--model", "--weights", "--dataset"):
+                peek.add_argument(flag)
             given = peek.parse_known_args(argv)[0]
             name = given.model or default.model
             if given.weights and not given.model:  # without a sign of a system: a ResNet of torchvision's, most likely
-                name = recognise(*read_weights(given.weights)) or "imagenet"
+                name = recognise(*read_weights(Path(given.weights))) or "imagenet"
             fixed = name, preset(name, given.dataset)
         default = replace(default, model=fixed[0], propagation=fixed[1])
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
@@ -631,7 +536,7 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
     try:
         with contextlib.redirect_stderr(said):
             args = tyro.cli(args_type, args=argv, default=default, config=config)
-        return replace(args, model=args.model.lower()) if hasattr(args, "propagation") else args
+        return replace(args, model=args.model.lower()) if fixed else args
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -12,8 +12,10 @@ runs through it again.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
+import functools
 import glob
 import hashlib
 import itertools
@@ -21,6 +23,7 @@ import json
 import math
 import os
 import platform
+import queue
 import re
 import shutil
 import struct
@@ -31,7 +34,7 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from fractions import Fraction
@@ -57,7 +60,6 @@ from common import (
     atomic,
     cuts,
     localizer,
-    pool,
     products,
     read_picture,
     stretch,
@@ -163,9 +165,10 @@ def propagate_labels(
     """
     s = settings
     n, _, h, w = features.shape
+    share = pool().map if target.is_cpu else map_here
     if own := localizer(s.localization):
         ages = list(range(n, 0, -1)) if ages is None else ages
-        return own.localize(target, features, labels, s, annotated, ages, notes)
+        return own.localize(target, features, labels, s, annotated, ages, notes, share)
     query = target.permute(1, 2, 0)  # h w C
     if s.norm != "topk":
         query = query / s.temperature
@@ -182,12 +185,13 @@ def propagate_labels(
         z[tile.top : tile.bottom, tile.left : tile.right] = label_tile(query, parts, values, s, tile)
 
     boxes = tiles(parts, s, (h, w))
-    if target.is_cpu:
-        pool().map(fill, boxes)
-    else:
-        for tile in boxes:
-            fill(tile)
+    share(fill, boxes)
     return z.permute(2, 0, 1)
+
+
+def map_here(task: Callable, items: Iterable) -> list:
+    """What Pool.map does, without a pool: a GPU has its own."""
+    return [task(item) for item in items]
 
 
 def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation, tile: Box) -> Tensor:
@@ -451,6 +455,94 @@ def lay_over(z: Tensor, labels: Tensor, named: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One pool of single-threaded tasks: nothing waits for a thread that another program keeps from running
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes on this
+    machine; at most OMP_NUM_THREADS."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    group = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        if all((group / file).is_file() for file in files):
+            quota, period = " ".join((group / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                count = min(count, math.ceil(int(quota) / int(period)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1:  # torchrun sets OMP_NUM_THREADS=1 unasked
+        return max(1, count // processes)
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    return min(count, int(most)) if most.isdecimal() and int(most) else count
+
+
+class Pool:
+    """Threads that run tasks, each with one intra-op thread: many small operators never wait for one another.
+
+    Tasks of the lowest `order` go first, those of the same order as they came.
+    """
+
+    def __init__(self, workers: int):
+        self.workers, self.tasks, self.number = workers, queue.PriorityQueue(), itertools.count()
+        self.local = threading.local()  # a worker knows itself by it
+        threads, ready = torch.get_num_threads(), threading.Barrier(workers + 1)
+        self.threads = [threading.Thread(target=self._work, args=(ready,), daemon=True) for _ in range(workers)]
+        for thread in self.threads:
+            thread.start()
+        ready.wait()
+        torch.set_num_threads(threads)  # a worker's own setting is the default of threads to come
+        atexit.register(self.close)  # a thread that is at work while Python ends would abort the process
+
+    def close(self) -> None:
+        for _ in self.threads:
+            self.tasks.put((-math.inf, next(self.number), None, None, ()))
+        for thread in self.threads:
+            thread.join()
+
+    def _work(self, ready: threading.Barrier) -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # torch reads it in each thread when first asked: now, before __init__ sets it back
+        self.local.inside = True
+        ready.wait()
+        while (entry := self.tasks.get())[2]:
+            *_, future, task, args = entry
+            if future.set_running_or_notify_cancel():
+                try:
+                    with torch.inference_mode():
+                        future.set_result(task(*args))
+                except BaseException as error:
+                    future.set_exception(error)
+            del entry, future, task, args  # nothing is kept while it waits
+
+    def submit(self, task: Callable, *args, order: int = 0) -> Future:
+        """The future of task(*args). Called by a task it is computed at once, so that none waits for another."""
+        future = Future()
+        if getattr(self.local, "inside", False):
+            future.set_result(task(*args))
+        else:
+            self.tasks.put((order, next(self.number), future, task, args))
+        return future
+
+    def map(self, task: Callable, items: Iterable) -> list:
+        """[task(item) for item in items], shared out. What is left is cancelled where one raises."""
+        futures = [self.submit(task, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def pool() -> Pool:
+    """The pool of this process, made when it is first asked for."""
+    return _pool(os.getpid())  # a forked process has none of the threads
+
+
+@functools.cache
+def _pool(process: int) -> Pool:
+    return Pool(usable_cpus())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Labels on the grid, masks and points at full size
 
 
@@ -465,24 +557,134 @@ def labels_from_mask(mask: Tensor, ids: Sequence[int], grid: tuple[int, int], sa
 
 
 def mask_from_labels(
-    labels: Tensor, ids: Sequence[int], size: tuple[int, int], minmax: bool = False, chunk: int = 8
+    labels: Tensor,
+    ids: Sequence[int],
+    size: tuple[int, int],
+    minmax: bool = False,
+    frame: Tensor | None = None,
+    refine: float = 0.0,
+    chunk: int = 8,
 ) -> Tensor:
     """Soft labels L x h x w -> mask H x W uint8: up-sampled bilinearly to full size, then the arg-max (section 4.2).
 
-    minmax stretches each label that occurs to 0..1 over the frame first. Labels are up-sampled `chunk` at a time.
+    minmax stretches each label that occurs to 0..1 over the frame first. refine: then the edges of the labels are
+    moved to those of the frame (H x W x 3 uint8), see guide. Labels are up-sampled `chunk` at a time.
     """
+
+    def full(first: int) -> Tensor:
+        some = F.interpolate(labels[None, first : first + chunk].float(), size=size, mode="bilinear")[0]
+        return stretch(some) if minmax else some
+
+    starts = range(0, len(labels), chunk)
+    if not refine or len(labels) == 1:
+        winner = largest(full(start) for start in starts)
+    elif len(labels) == 2:  # the background is the rest, so one map is enough
+        background, own = full(0)
+        lead = own.sub_(background)[None]
+        picture, radius = frame.to(labels.device), radii((lead[0] > 0).long(), 2, refine)
+        winner = (guide(lead, picture, radius[1:])[0] > 0).long()
+    else:
+        picture, radius = frame.to(labels.device), radii(largest(map(full, starts)), len(labels), refine)
+        winner = largest(guide(full(start), picture, radius[start : start + chunk]) for start in starts)
+    return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
+
+
+def largest(chunks: Iterable[Tensor]) -> Tensor:
+    """The number of the largest of many maps, which come some at a time (each K x H x W): H x W."""
     best = winner = None
-    for start in range(0, len(labels), chunk):
-        full = F.interpolate(labels[None, start : start + chunk].float(), size=size, mode="bilinear")[0]
-        if minmax:
-            full = stretch(full)
-        value, index = full.max(0)
+    first = 0
+    for chunk in chunks:
+        value, index = chunk.max(0)
         if best is None:
             best, winner = value, index
         else:
-            winner = torch.where(value > best, index + start, winner)
+            winner = torch.where(value > best, index + first, winner)
             best = torch.maximum(value, best)
-    return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
+        first += len(chunk)
+    return winner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks that follow the picture: a guided filter (He, Sun, Tang, TPAMI 2013) on the up-sampled labels, its coefficients
+# computed on a small picture (He, Sun, "Fast Guided Filter", 2015)
+
+FLAT = 1e-5  # eps: differences of colour (in 0..1) well below its root are no edges (benchmarks/tuning.md)
+WIDEST = 4  # cells of the small picture
+
+
+def reduction(size: tuple[int, int]) -> int:
+    """How many pixels of a frame (H, W) make a cell of the small picture: 4, or more so that it has about 120 rows."""
+    return max(4, round(min(size) / 120))
+
+
+def radii(winner: Tensor, count: int, strength: float) -> Tensor:
+    """The filter's radius for each of `count` labels by the hard labels `winner` (H x W), in cells of the small
+    picture; 0 leaves a label alone.
+
+    It is strength x thickness, where thickness = area / outline in pixels: w / 2 for a strip of width w. What is less
+    than half a pixel is 0. The background takes the smallest radius of the objects that have one.
+    """
+    edge = torch.zeros_like(winner, dtype=torch.bool)  # the right or lower neighbour is another label
+    edge[:, :-1] |= winner[:, :-1] != winner[:, 1:]
+    edge[:-1] |= winner[:-1] != winner[1:]
+    area, outline = (torch.bincount(x.flatten(), minlength=count).float() for x in (winner, winner[edge]))
+    pixels = (strength * area / outline.clamp_min(1)).round() * (outline > 0)
+    cells, widest = (
+        reduction(winner.shape),
+        max(1, min(WIDEST, round(min(winner.shape) / 30 / reduction(winner.shape)))),
+    )
+    radius = (pixels / cells).round().clamp(1, widest) * (pixels >= 1)
+    own = radius[1:]
+    radius[0] = torch.where(own > 0, own, math.inf).amin() if (own > 0).any() else 0
+    return radius.long()
+
+
+def guide(maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:
+    """The guided filter of maps (K x H x W) by a frame (H x W x 3 uint8), each with a radius of its own (K), in cells of
+    the small picture; those of radius 0 come back as they are."""
+    size = maps.shape[1:]
+    small = [math.ceil(side / reduction(size)) for side in size]
+    picture = frame.permute(2, 0, 1).float()  # 3 H W
+    p, guiding = (F.interpolate(x[None], size=small, mode="bilinear")[0] for x in (maps, picture))
+    for r in filter(None, radius.unique().tolist()):
+        own = (radius == r).nonzero()[:, 0]
+        a, b = coefficients(p[own], guiding / 255, r)
+        for k, ab in zip(own.tolist(), torch.cat([a / 255, b[:, None]], 1), strict=True):
+            *a, b = F.interpolate(ab[None], size=size, mode="bilinear")[0]
+            for weight, colour in zip(a, picture, strict=True):
+                b.addcmul_(weight, colour)
+            maps[k] = b
+    return maps
+
+
+def coefficients(p: Tensor, picture: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """In each window of (2r + 1)^2 cells the a, b for which a . picture + b is nearest to p, averaged over the windows
+    that a cell is in. p K x h x w, picture 3 x h x w -> K x 3 x h x w, K x h x w."""
+
+    def box(x: Tensor) -> Tensor:
+        for size, pad in (((2 * r + 1, 1), (r, 0)), ((1, 2 * r + 1), (0, r))):  # rows, then columns: less work
+            x = F.avg_pool2d(x, size, 1, pad, count_include_pad=False)
+        return x
+
+    R, G, B = picture
+    mean, mean_p = box(picture), box(p)
+    r_, g_, b_ = mean
+    rr, rg, rb, gg, gb, bb = box(torch.stack([R * R, R * G, R * B, G * G, G * B, B * B])) - torch.stack(
+        [r_ * r_, r_ * g_, r_ * b_, g_ * g_, g_ * b_, b_ * b_]
+    )
+    rr, gg, bb = rr + FLAT, gg + FLAT, bb + FLAT
+    # The inverse of the symmetric 3 x 3 covariance: its adjugate over its determinant.
+    i, j, k = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
+    l, m, n = rr * bb - rb * rb, rg * rb - rr * gb, rr * gg - rg * rg
+    determinant = rr * i + rg * j + rb * k
+    x, y, z = (box(p * colour) - mean_p * own for colour, own in zip(picture, mean, strict=True))
+    a = torch.stack([i * x + j * y + k * z, j * x + l * y + m * z, k * x + m * y + n * z], 1) / determinant
+    b = mean_p - (a * mean).sum(1)
+    return box(a.flatten(0, 1)).view_as(a), box(b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Points
 
 
 def labels_from_points(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -785,8 +987,11 @@ def film_writer(
             picture.pts, picture.time_base = last, tick
             film.mux(stream.encode(picture))
 
-        yield append
-        film.mux(stream.encode())
+        try:
+            yield append
+            film.mux(stream.encode())
+        except av.error.FFmpegError as error:  # frames that are half a day apart
+            raise UserError(f"{path}: cannot be written ({error.strerror}); --no-film leaves it out") from error
 
 
 def write_mask(path: Path, mask: np.ndarray, palette: np.ndarray = PALETTE) -> None:
@@ -1017,6 +1222,8 @@ def read_points(path: Path, size: tuple[int, int]) -> dict[int | None, dict[str,
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file, skipinitialspace=True)
             columns, rows = list(table.fieldnames or ()), list(table)
+        if missing := {"id", "x", "y"} - set(columns):
+            raise KeyError(sorted(missing)[0])
         if unknown := set(columns) - {"frame", "id", "x", "y"}:
             raise UserError(f"{path}: column {sorted(unknown)[0]!r} is not known; give id,x,y and, if you like, frame")
         whole = [row for row in rows if row["x"] != "" or row["y"] != ""]
@@ -1536,7 +1743,9 @@ def track(
                     answer = shifted(points_from_labels(z, video.size), shift, video.size)
                 else:
                     rest_of = z * ~given[index].named.to(device)[:, None, None] if index in given else z
-                    answer = mask_from_labels(rest_of, results.ids, video.size, s.minmax).cpu().numpy()
+                    picture = torch.from_numpy(frame)
+                    mask = mask_from_labels(rest_of, results.ids, video.size, s.minmax, picture, s.refine)
+                    answer = mask.cpu().numpy()
                 if index in given:  # at full size, what is given is exactly as given
                     own = given[index].known
                     answer = np.where(own >= 0 if results.points else own > 0, own, answer)

@@ -14,6 +14,7 @@ weights.pth (bare torchvision names, with the task head), log.csv and validation
 import contextlib
 import copy
 import csv
+import functools
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -75,6 +77,11 @@ class Training:
     """Epochs between two such scores."""
     validate_sequences: str = ""
     """Clips to score, separated by commas (default: the first two of the val list)."""
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether processes exchange samples within a step, as moco does: their number then decides what is learnt."""
+        return False
 
 
 @dataclass
@@ -127,6 +134,10 @@ class Args(Training):
     processes and --accumulate parts: what shuffled BatchNorm is on one GPU. Default: 8, and 2 or more at a time in a
     process that is alone."""
 
+    @property
+    def shuffles(self) -> bool:
+        return self.objective == "moco"
+
 
 # objective, fine-tuning: epochs, learning rate, epochs of decay (section 3.3; PyTorch's ImageNet example; MoCo's code)
 PAPER = {
@@ -137,7 +148,20 @@ PAPER = {
     ("rotation", True): (40, 0.01, (20,)),
     ("moco", True): (40, 0.003, (20,)),
 }
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def check_numbers(args: Training, least: dict[str, float], most: dict[str, float]) -> None:
+    """UserError for a flag that is below or above what makes sense; None is a default."""
+    for flag in (*least, *most):
+        values = getattr(args, flag)
+        for value in values if isinstance(values, tuple) else (values,):
+            what = f"--{flag.replace('_', '-')} {value}"
+            if value is None:
+                continue
+            if flag in least and not value >= least[flag]:  # nan is not either
+                raise UserError(f"{what}: give {least[flag]} or more")
+            if flag in most and not value <= most[flag]:
+                raise UserError(f"{what}: is too large; give {most[flag]} or less")
 
 
 def settle(args: Args) -> Args:
@@ -154,17 +178,20 @@ def settle(args: Args) -> Args:
         "temperature": 0.2 if args.moco_v2 else 0.07,
         "bn_groups": parts * max(math.ceil(8 / parts), 2 if world == 1 else 1) if moco else None,
     }
+    check_numbers(args, {"batch_size": 1}, {"batch_size": 2**20})
     args = replace(args, **{name: value for name, value in chosen.items() if getattr(args, name) is None})
     if args.data is None:
         raise UserError("--data: missing; give the folder of pictures to learn from")
-    for flag in ("epochs", "batch_size", "crop", "queue", "dim", "lr", "temperature", "min_area"):
+    for flag in ("epochs", "crop", "queue", "dim", "lr", "temperature", "min_area"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
     for flag in ("momentum", "weight_decay", "holdout", "key_momentum", "min_area"):
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 to 1")
-    if args.crop < 8:
-        raise UserError(f"--crop {args.crop}: give 8 or more")
+    most = {"epochs": 10**6, "crop": 4096, "lr": 1000, "temperature": 1000, "queue": 2**24, "dim": 2**16}
+    check_numbers(args, {"crop": 8, "decay_epochs": 1}, most)
+    if moco and args.queue * args.dim > 2**31:
+        raise UserError(f"--queue {args.queue} --dim {args.dim}: these keys take more than 8 GiB; give fewer")
     batch = f"--batch-size {args.batch_size}"
     if args.moco_v2 and not moco:
         raise UserError(f"--moco-v2: is for --objective moco, not {args.objective}; leave it out")
@@ -194,6 +221,49 @@ def learning_rate(args: Args) -> Callable[[int], float]:
 # Pictures
 
 
+class Unreadable(Exception):
+    """Raised with "path: why" by a data set that cannot read a sample: train() names it and draws another."""
+
+
+def leads_back(folder: Path) -> bool:
+    """Whether a link leads to a folder that it was reached through: a loop."""
+    return folder.is_symlink() and any(folder.samefile(above) for above in folder.parents)
+
+
+def visible(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders below one, in order, with the names of their files; links are followed, what is hidden left out."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != "." and not leads_back(Path(place, name)))
+        yield place, sorted(name for name in files if name[0] != ".")
+
+
+def pictures_in(folder: str | Path) -> list[str]:
+    """The pictures below a folder, in order."""
+    return [f"{at}/{name}" for at, files in visible(folder) for name in files if name.lower().endswith(PICTURES)]
+
+
+def class_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def list_classes(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """The pictures of the class folders in a folder, each (path, class number). UserError for one that is empty or no
+    class; pictures beside the class folders are left out, with a note."""
+    found, folders = [], class_folders(folder)
+    loose = sum(path.suffix.lower() in PICTURES and path.name[0] != "." for path in folder.iterdir())
+    if not folders and loose:
+        raise UserError(f"{folder}: has {loose} pictures but no class folders; move them into one folder a class")
+    for path in folders:
+        if path.name not in classes:
+            raise UserError(f"{path}: is no class of {folder.parent / 'train'}; remove it, or add it there")
+        if not (inside := pictures_in(path)):
+            raise UserError(f"{path}: an empty class folder, no pictures in it; fill or remove it")
+        found += [(picture, classes.index(path.name)) for picture in inside]
+    if loose and not rank_world()[0]:
+        print(f"note: {folder}: {loose} pictures beside the class folders are left out", file=sys.stderr)
+    return found
+
+
 def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[str]]:
     """Pictures to learn from and pictures held out, each (path, class number), and the names of the classes."""
     if not args.data.is_dir():
@@ -204,23 +274,13 @@ def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, in
     apart = val.is_dir() and val != folder
     if apart and args.holdout != Args.holdout:
         raise UserError(f"--holdout {args.holdout}: accuracy is measured on {val}; leave it out")
-
-    def folders(folder: Path) -> list[Path]:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-    classes = [path.name for path in folders(folder)] if args.objective == "imagenet" else []
+    classes = [path.name for path in class_folders(folder)] if args.objective == "imagenet" else []
     if args.objective == "imagenet" and len(classes) < 2:
         what = f"holds {len(classes)} class folders, classification needs 2"
         raise UserError(f"{folder}: {what}; --objective rotation and moco take pictures of any kind")
 
     def listed(folder: Path) -> list[tuple[str, int]]:
-        found = [] if classes else [(path, 0) for path in pictures_in(folder)]
-        for path in folders(folder) if classes else []:
-            if path.name not in classes:
-                raise UserError(f"{path}: is no class of {args.data / 'train'}; remove it, or add it there")
-            if not (inside := pictures_in(path)):
-                raise UserError(f"{path}: an empty class folder, no pictures in it; fill or remove it")
-            found += [(picture, classes.index(path.name)) for picture in inside]
+        found = list_classes(folder, classes) if classes else [(path, 0) for path in pictures_in(folder)]
         if not found:
             raise UserError(f"{folder}: holds no pictures ({', '.join(PICTURES[:3])}, ...) at any depth; check --data")
         return found
@@ -228,13 +288,35 @@ def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, in
     pictures = listed(folder)
     if apart:
         return pictures, listed(val) if args.objective != "moco" else [], classes
-    train, held, owed = [], [], 0.0
-    for _, inside in groupby(pictures, lambda picture: Path(picture[0]).parent):  # a class, the frames of a video, ...
+    if args.objective == "moco":
+        return pictures, [], classes
+    return *hold_out(pictures, args.holdout), classes
+
+
+def hold_out(pictures: Sequence[tuple[str, int]], share: float) -> tuple[list, list]:
+    """The pictures without a share of them, and these: the last ones of each folder (a class, the frames of a video),
+    all but one of a class at the most. What is too little for a picture is added to the next folder's share."""
+    left = Counter(label for _, label in pictures)
+    learned, held, owed = [], [], 0.0
+    for _, inside in groupby(pictures, lambda picture: Path(picture[0]).parent):
         inside = list(inside)
-        owed += len(inside) * (args.holdout if args.objective != "moco" else 0)
-        kept, owed = len(inside) - int(owed), owed % 1
-        train, held = train + inside[:kept], held + inside[kept:]
-    return train, held, classes
+        label = inside[0][1]
+        owed += len(inside) * share
+        count = min(int(owed), len(inside), left[label] - 1)
+        owed, left[label] = owed - count, left[label] - count
+        kept = len(inside) - count
+        learned, held = learned + inside[:kept], held + inside[kept:]
+    return learned, held
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """A picture file -> H x W x 3 uint8 RGB. Raises Unreadable."""
+    if not Path(path).is_file():  # a FIFO would wait for ever
+        raise Unreadable(f"{path}: is no file (any more)")
+    try:
+        return common.read_picture(path)
+    except UserError as error:
+        raise Unreadable(str(error)) from error
 
 
 class Pictures(Dataset):
@@ -249,10 +331,7 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
-        try:
-            picture = torch.from_numpy(common.read_picture(os.fsdecode(self.paths[index]))).permute(2, 0, 1)
-        except UserError as error:
-            raise Unreadable(str(error)) from error
+        picture = torch.from_numpy(read_picture(os.fsdecode(self.paths[index]))).permute(2, 0, 1)
         return {"label": int(self.labels[index]), **{view: self.transform(picture) for view in self.views}}
 
 
@@ -263,20 +342,24 @@ class HeldOut(Pictures):
         try:
             return super().__getitem__(index)
         except Unreadable:
-            return {
-                "label": -1,
-                **{view: self.transform(torch.zeros(3, 9, 9, dtype=torch.uint8)) for view in self.views},
-            }
+            black = torch.zeros(3, 9, 9, dtype=torch.uint8)
+            return {"label": -1, **{view: self.transform(black) for view in self.views}}
 
 
 def augmentation(args: Args) -> v2.Transform:
     """What a picture goes through on its way to a crop, uint8 to uint8."""
-    steps = [v2.RandomResizedCrop(args.crop, scale=(args.min_area, 1), antialias=True)]
-    if args.objective == "moco" and args.moco_v2:
+    version = (2 if args.moco_v2 else 1) if args.objective == "moco" else 0
+    return random_view(args.crop, args.min_area, version)
+
+
+def random_view(side: int, min_area: float, moco: int = 0) -> v2.Transform:
+    """A random crop, flipped or not; its colours changed as version 1 or 2 of moco does. uint8 to uint8."""
+    steps = [v2.RandomResizedCrop(side, scale=(min_area, 1), antialias=True)]
+    if moco == 1:
+        steps += [v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.4)]
+    if moco == 2:
         steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
         steps += [v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], 0.5)]
-    elif args.objective == "moco":
-        steps += [v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.4)]
     return v2.Compose([*steps, v2.RandomHorizontalFlip()])
 
 
@@ -286,7 +369,9 @@ def centre(args: Args) -> v2.Transform:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The network and the three methods
+# The network and the three objectives; train_uvc_plus.py has the same objectives for another network
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Net(ResNet):
@@ -332,6 +417,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {f"top{k}": (place < k).float().mean() for k in (1, 5) if k == 1 or logits.shape[1] > 5}
 
 
+def classify(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy of logits N x classes, and accuracy."""
+    return {"loss": F.cross_entropy(logits, labels), **accuracy(logits, labels)}
+
+
 class Classification(nn.Module):
     """Cross-entropy over the classes."""
 
@@ -340,8 +430,7 @@ class Classification(nn.Module):
         self.net = net
 
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
-        logits, labels = self.net(batch["pictures"]["image"]), batch["pictures"]["label"]
-        return {"loss": F.cross_entropy(logits, labels), **accuracy(logits, labels)}
+        return classify(self.net(batch["pictures"]["image"]), batch["pictures"]["label"])
 
 
 def rotations(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,13 +450,61 @@ class Rotation(nn.Module):
 
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = rotations(batch["pictures"]["image"])
-        logits = self.net(images)
-        return {"loss": F.cross_entropy(logits, labels), **accuracy(logits, labels)}
+        return classify(self.net(images), labels)
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """x of all processes, one after the other."""
+    world = rank_world()[1]
+    if world == 1:
+        return x
+    x = x.contiguous()  # not channels last, whose strides a gather does not heed
+    everybody = x.new_empty(world * len(x), *x.shape[1:])
+    new = hasattr(torch.distributed, "all_gather_single")  # the name from torch 2.14 on
+    gather = torch.distributed.all_gather_single if new else torch.distributed.all_gather_into_tensor
+    gather(everybody, x)
+    return everybody
 
 
 def contrast(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Logits of each query (N x D) with its own key (N x D), then with the queue (D x K): N x (1 + K)."""
     return torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / temperature
+
+
+def tell_own_key(q: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> dict[str, Tensor]:
+    """Terms of momentum contrast: queries N x D of this process, keys of all processes, negatives D x K."""
+    own = keys[rank_world()[0] * len(q) :][: len(q)]
+    with torch.autocast(q.device.type, enabled=False):
+        logits = contrast(q, own, negatives, temperature)
+        return classify(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+@torch.no_grad()
+def follow(keys: nn.Module, queries: nn.Module, momentum: float) -> None:
+    """Key network <- m key network + (1 - m) query network: parameters alone, statistics are its own."""
+    for own, other in zip(keys.parameters(), queries.parameters(), strict=True):
+        if other.requires_grad:
+            own.lerp_(other, 1 - momentum)
+
+
+@torch.no_grad()
+def shuffled_keys(embed: Callable[[Tensor], Tensor], images: Tensor, step: int) -> Tensor:
+    """Keys of the images of all processes, in their order: embed() gets them dealt out anew, as the step says, so that
+    BatchNorm sees them in other company than their queries."""
+    rank, everybody = rank_world()[0], all_gather(images)
+    generator = torch.Generator(images.device).manual_seed(step)
+    order = torch.randperm(len(everybody), generator=generator, device=images.device)
+    own = order[rank * len(images) : (rank + 1) * len(images)]
+    shuffled = all_gather(embed(everybody[own]))
+    return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
+
+
+@torch.no_grad()
+def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    """The keys take the places of the oldest ones in the queue, D x K."""
+    places = (pointer + torch.arange(len(keys), device=keys.device)) % queue.shape[1]
+    queue[:, places] = keys.T
+    pointer.copy_((pointer + len(keys)) % queue.shape[1])
 
 
 class MoCo(nn.Module):
@@ -393,74 +530,24 @@ class MoCo(nn.Module):
         """Images N x 3 x S x S -> keys of length 1, N x D; BatchNorm in groups."""
         return F.normalize(torch.cat([net(part) for part in images.chunk(self.groups)]), dim=1)
 
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Key encoder <- m key encoder + (1 - m) query encoder: parameters alone, statistics are its own."""
-        for own, other in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
-            if other.requires_grad:
-                own.lerp_(other, 1 - self.momentum)
-
-    @torch.no_grad()
     def keys(self, images: Tensor, step: int) -> Tensor:
         """Keys of the images of all processes, in their order."""
-        rank, everybody = rank_world()[0], all_gather(images)
-        generator = torch.Generator(images.device).manual_seed(step)
-        order = torch.randperm(len(everybody), generator=generator, device=images.device)
-        own = order[rank * len(images) : (rank + 1) * len(images)]
-        shuffled = all_gather(self.embed(self.encoder_k, everybody[own]))
-        return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
+        return shuffled_keys(functools.partial(self.embed, self.encoder_k), images, step)
 
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
         query, key = batch["pictures"]["query"], batch["pictures"]["key"]
         q = self.embed(self.encoder_q, query)
         if step != self.step:
-            self.follow()
+            follow(self.encoder_k, self.encoder_q, self.momentum)
             self.step, self.negatives = step, self.queue.clone()
         keys = self.keys(key, step)
-        place = rank_world()[0] * len(q)
-        with torch.autocast(q.device.type, enabled=False):
-            logits = contrast(q, keys[place : place + len(q)], self.negatives, self.temperature)
-            labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
-            terms = {"loss": F.cross_entropy(logits, labels), **accuracy(logits, labels)}
-        places = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.queue.shape[1]
-        self.queue[:, places] = keys.T
-        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.queue.shape[1])
+        terms = tell_own_key(q, keys, self.negatives, self.temperature)
+        enqueue(self.queue, self.queue_ptr, keys)
         return terms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The training loop, with its guarantees; train_uvc_plus.py has the same
-
-
-@dataclass
-class Training:
-    """Flags of both training scripts."""
-
-    out: Path = Path("results/train")
-    """Folder for weights.pth (for propagate.py), last.pth (to go on from), log.csv, TensorBoard and pictures; one that
-    all nodes share."""
-    resume: bool = True
-    """Go on from OUT/last.pth where there is one; --no-resume begins again."""
-    max_steps: int = 0
-    """Stop after this many steps in all; 0: after the last epoch."""
-    accumulate: int = 1
-    """Parts that a batch is cut into, their gradients added up: for small memories."""
-    workers: int = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    """Processes that read and augment the data, for each GPU."""
-    amp: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of convolutions; float16 with loss scaling."""
-    device: str = "auto"
-    """auto, cpu or cuda; under torchrun each process takes a GPU of its own."""
-    seed: int = 0
-    """Of initial weights, order and augmentation."""
-    save_minutes: float = 10
-    """Minutes between checkpoints; also one at the end of an epoch (of a minute or more) and on SIGTERM or Ctrl-C."""
-    validate: Path | None = None
-    """A DAVIS root: score label propagation on a few clips while training."""
-    validate_every: int = 5
-    """Epochs between two such scores."""
-    validate_sequences: str = ""
-    """Clips to score, separated by commas (default: the first two of the val list)."""
+# The training loop, with its guarantees; train_uvc_plus.py trains by the same
 
 
 # what may change when a run is resumed; every other flag decides what is learnt
@@ -470,28 +557,13 @@ FREE |= {"data", "image_data"}  # the number of samples must be the same
 MOVED = {"finetune", "init", "autoencoder"}  # not read again; the same name elsewhere is taken for the same file
 
 
-class Unreadable(Exception):
-    """Raised with "path: why" by a data set that cannot read a sample: train() names it and draws another."""
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """x of all processes, one after the other."""
-    world = rank_world()[1]
-    if world == 1:
-        return x
-    x = x.contiguous()  # not channels last, whose strides a gather does not heed
-    everybody = x.new_empty(world * len(x), *x.shape[1:])
-    torch.distributed.all_gather_into_tensor(everybody, x)
-    return everybody
-
-
 def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> torch.device:
     """Check the flags, the batch sizes of the streams (as in train) and both against OUT/last.pth, seed, join the
     process group. To be called first."""
-    flags = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
-    for flag, least in flags.items():
-        if not getattr(args, flag) >= least:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
+    least = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
+    check_numbers(args, least, {"workers": 256, "seed": 2**63 - 1})
+    if os.path.lexists(args.out) and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is there, and is no folder; choose another")
     if args.validate:
         clips(args)
     parts = rank_world()[1] * args.accumulate
@@ -501,7 +573,14 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
             raise UserError(f"{what}: there are {len(samples)} samples to learn from; give fewer")
         if size % parts:
             raise UserError(f"{what}: is no multiple of {parts}, processes x --accumulate; change one of them")
-    step = read_checkpoint(args, streams)["step"] if resumes(args) else 0
+    step = 0
+    if resumes(args):
+        state = read_checkpoint(args, streams)
+        step, before, world = state["step"], state["processes"], rank_world()[1]
+        same = before is None or before * int(state["config"]["accumulate"]) == world * args.accumulate
+        if not same and not rank_world()[0]:
+            what = f"was trained by {before} processes, not {world}; BatchNorm sees other parts of a batch from here on"
+            print(f"note: {args.out / 'last.pth'}: {what}", file=sys.stderr)
     name, _, index = args.device.partition(":")
     if name in ("auto", "cuda") and torch.cuda.is_available():  # on GPU 0 each process would keep some memory
         name, index = "cuda", os.environ.get("LOCAL_RANK", index or "0")
@@ -531,14 +610,19 @@ def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str]]) ->
     """OUT/last.pth of train(). UserError if it was trained with other flags or another number of samples."""
     path = args.out / "last.pth"
     try:
-        state = {"samples": {}, **torch.load(path, map_location="cpu", weights_only=True)}  # older ones have no count
-        state = {key: state[key] for key in ("step", "config", "samples", "method", "optimizer", "scaler")}
+        older = {"samples": {}, "processes": None}  # do not say so
+        state = older | torch.load(path, map_location="cpu", weights_only=True)
+        state = {key: state[key] for key in ("step", "config", "method", "optimizer", "scaler", *older)}
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
     remedy = "give the same, another --out, or --no-resume to begin again"
+    free, world = FREE, rank_world()[1]
+    if state["processes"] and not args.shuffles:  # processes or --accumulate may cut a batch into the same parts
+        same = state["processes"] * int(state["config"]["accumulate"]) == world * args.accumulate
+        free = FREE | ({"accumulate"} if same else set())
     for flag, old in state["config"].items():
         now = str(getattr(args, flag, None))
-        if now != old and flag not in FREE and not (flag in MOVED and Path(now).name == Path(old).name):
+        if now != old and flag not in free and not (flag in MOVED and Path(now).name == Path(old).name):
             raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, not {now}; {remedy}")
     for name, (samples, _) in streams.items():
         if (old := state["samples"].get(name, len(samples))) != len(samples):
@@ -586,10 +670,9 @@ class Draws(torch.utils.data.Dataset):
     @staticmethod
     def collate(drawn: list) -> tuple:
         samples = [sample for sample, _ in drawn]
+        skipped = [line for _, lines in drawn for line in lines]
         whole = all(sample is not None for sample in samples)
-        return torch.utils.data.default_collate(samples) if whole else None, [
-            line for _, lines in drawn for line in lines
-        ]
+        return torch.utils.data.default_collate(samples) if whole else None, skipped
 
 
 class Batches(torch.utils.data.Sampler):
@@ -609,18 +692,6 @@ class Batches(torch.utils.data.Sampler):
             first = step % (self.count // self.size) * self.size
             places = range(rank * share, (rank + 1) * share)
             yield [(int(order[first + place]), seed_of(*self.seed, step, place), step) for place in places]
-
-
-def visible(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """The folders below one, in order, with the names of their files; links are followed, what is hidden left out."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        yield place, sorted(name for name in files if name[0] != ".")
-
-
-def pictures_in(folder: str | Path) -> list[str]:
-    """The pictures below a folder, in order."""
-    return [f"{at}/{name}" for at, files in visible(folder) for name in files if name.lower().endswith(PICTURES)]
 
 
 def quiet_worker(_) -> None:
@@ -671,7 +742,14 @@ def clips(args: Training) -> list[str]:
     listing = args.validate / "ImageSets" / "2017" / "val.txt"
     if not names and not listing.is_file():
         raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
-    names = names or listing.read_text().split()[:2]
+    names = names or listing.read_text(errors="replace").split()[:2]
+    if not names:
+        raise UserError(f"{listing}: names no sequence; give --validate-sequences, or the root of DAVIS 2017")
+    for name in names:
+        if name != Path(name).name or name == "..":
+            raise UserError(
+                f"--validate {args.validate}: {name!r} is no name of a sequence; give names without folders"
+            )
     for place in (f"{folder}/480p/{name}" for folder in ("JPEGImages", "Annotations") for name in names):
         if not (args.validate / place).is_dir():
             raise UserError(
@@ -684,24 +762,183 @@ def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
     """J&F of label propagation with OUT/weights.pth, by evaluate.py in a process of its own; {} if that fails."""
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         command = [sys.executable, Path(__file__).parent / "evaluate.py", "--data", args.validate, "--out", folder]
-        command += [
-            "--weights",
-            args.out / "weights.pth",
-            "--sequences",
-            ",".join(clips(args)),
-            "--device",
-            args.device,
-            *flags,
-        ]
+        command += ["--weights", args.out / "weights.pth", "--sequences", ",".join(clips(args))]
+        command += ["--device", args.device, *flags]
         alone = {name: value for name, value in os.environ.items() if not name.endswith(("RANK", "WORLD_SIZE"))}
         done = subprocess.run(command, capture_output=True, text=True, env=alone)
         if done.returncode:
-            tqdm.write(
-                f"warning: validation failed: {(done.stderr.splitlines() or ['no message'])[-1]}", file=sys.stderr
-            )
+            why = (done.stderr.splitlines() or ["no message"])[-1]
+            tqdm.write(f"warning: validation failed: {why}", file=sys.stderr)
             return {}
         overall = json.loads((Path(folder) / "scores.json").read_text())["overall"]
     return {name: 100 * overall[name] for name in ("J&F_M", "J_M", "F_M")}
+
+
+def together(values: Sequence[float], how: str) -> list[float]:
+    """The "max" or "mean" of each value over all processes; on the CPU, as a GPU would have to finish its work."""
+    world = rank_world()[1]
+    if world == 1:
+        return list(values)
+    x = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM)
+    return (x if how == "max" else x / world).tolist()
+
+
+@torch.no_grad()
+def share_statistics(method: nn.Module) -> None:
+    """BatchNorm's running statistics: in every process the mean over all. They are running means, so it does not matter
+    how often this is done."""
+    norms = [part for part in method.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    own = [values for norm in norms for values in (norm.running_mean, norm.running_var)]
+    world = rank_world()[1]
+    if world == 1 or not own:
+        return
+    everything = torch.cat(own)
+    torch.distributed.all_reduce(everything)
+    for values, mean in zip(own, (everything / world).split([len(values) for values in own]), strict=True):
+        values.copy_(mean)
+
+
+class Feed:
+    """Batches of all streams, from step `step` on. Samples that cannot be read are named once, and kept in
+    OUT/unreadable.txt. UserError where there are too many of them."""
+
+    def __init__(self, args: Training, streams: dict[str, tuple[Sequence, int]], step: int, device: torch.device):
+        self.streams, self.device, self.file = streams, device, args.out / "unreadable.txt"
+        self.lost, self.waited = set(), 0.0  # lines of unreadable.txt; seconds
+        self.loaders = [
+            iter(
+                torch.utils.data.DataLoader(
+                    Draws(samples),
+                    batch_sampler=Batches(len(samples), size, (args.seed, number), step),
+                    collate_fn=Draws.collate,
+                    num_workers=math.ceil(args.workers / len(streams)),
+                    worker_init_fn=quiet_worker,
+                    pin_memory=device.type == "cuda",
+                )
+            )
+            for number, (samples, size) in enumerate(streams.values())
+        ]
+
+    def next(self) -> dict:
+        start, batch = time.perf_counter(), {}
+        for loader, (name, (samples, _)) in zip(self.loaders, self.streams.items(), strict=True):
+            batch[name], skipped = next(loader)
+            for line in set(skipped) - self.lost:
+                tqdm.write(f"warning: {line}: skipped", file=sys.stderr)
+                with self.file.open("a") as file:
+                    file.write(f"{line}\n")
+            self.lost.update(skipped)
+            if batch[name] is None or len(self.lost) > max(10, len(samples) // 10):
+                count, example = len(self.lost), min(self.lost)
+                raise UserError(f"{count} samples of {name} cannot be read, such as {example}; check --data")
+        self.waited += time.perf_counter() - start
+        return each(batch, lambda x: x.to(self.device, non_blocking=True))
+
+
+class Log:
+    """What is written down of a run: log.csv, validation.csv and TensorBoard's events by rank 0, and a bar. The terms
+    of a row are means over the steps since the row before, and over all processes."""
+
+    def __init__(self, out: Path, step: int, total: float):
+        self.rows, self.scores = (Curve(out / name, step) for name in ("log.csv", "validation.csv"))
+        self.writes = rank_world()[0] == 0
+        self.board = None
+        if self.writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out, purge_step=step)
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=not self.writes, dynamic_ncols=True)
+        self.sums, self.since = {}, (time.perf_counter(), step)
+
+    def note(self, terms: dict[str, Tensor]) -> None:
+        """The terms of one step."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.bar.update()
+
+    def means(self, step: int) -> dict[str, float]:
+        """Of the terms since the last row; together() with the other processes."""
+        steps = step - self.since[1]
+        return dict(
+            zip(self.sums, together([float(value) / steps for value in self.sums.values()], "mean"), strict=True)
+        )
+
+    def row(self, step: int, epoch: int, lr: float, pictures: int, waiting: float, means: dict[str, float]) -> None:
+        """pictures: of one step, over all processes; waiting: share of the time that this process waited for data."""
+        now = time.perf_counter()
+        speed = pictures * (step - self.since[1]) / (now - self.since[0])
+        row = {"lr": lr, "images_per_s": speed, "waiting": waiting, **means}
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in {**means, **row}.items()}, refresh=False)
+        if self.writes:
+            self.rows.add({"step": step, "epoch": epoch, **row})
+            for name, value in row.items():
+                self.board.add_scalar(name, value, step)
+        self.sums, self.since = {}, (now, step)
+
+    def judged(self, step: int) -> bool:
+        """Whether a run before this one has the scores of this step."""
+        return any(int(row["step"]) == step for row in self.scores.kept)
+
+    def score(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        if values and self.writes:
+            self.scores.add({"step": step, "epoch": epoch, **values})
+            for name, value in values.items():
+                self.board.add_scalar(f"validation/{name}", value, step)
+            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def picture(self, step: int, picture: np.ndarray, path: Path) -> None:
+        with atomic(path) as temporary:
+            temporary.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1])
+        self.board.add_image("picture", picture, step, dataformats="HWC")
+
+    def restart_clock(self, step: int) -> None:
+        """The time that a validation took is not counted."""
+        self.since = time.perf_counter(), step
+
+    def close(self) -> None:
+        self.bar.close()
+        with contextlib.suppress(OSError):
+            if self.board:
+                self.board.close()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The numbers of the signals to stop (SIGTERM, SIGINT) that came; a second SIGINT is a KeyboardInterrupt."""
+    came = []
+
+    def note(number: int, _) -> None:
+        if came and number == signal.SIGINT:  # asked twice: now
+            raise KeyboardInterrupt
+        came.append(number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def update(args: Training, parallel: nn.Module, optimizer, scaler, batch: dict, step: int) -> dict[str, Tensor]:
+    """One step of the optimiser on a batch, in --accumulate parts. The method's terms, means over the parts."""
+    rank, world = rank_world()
+    device, means = next(parallel.parameters()).device, {}
+    for part in range(args.accumulate):
+        torch.manual_seed(seed_of(args.seed, step, rank * args.accumulate + part))
+        piece = each(batch, lambda x, part=part: x.chunk(args.accumulate)[part])
+        exchange = part == args.accumulate - 1 or world == 1  # gradients, at the last part
+        with contextlib.nullcontext() if exchange else parallel.no_sync():
+            with torch.autocast(device.type, getattr(torch, args.amp), enabled=args.amp != "float32"):
+                terms = parallel(piece, step)
+            scaler.scale(terms["loss"] / args.accumulate).backward()
+        for name, value in terms.items():
+            means[name] = means.get(name, 0) + value.detach().float() / args.accumulate
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return means
 
 
 def train(
@@ -729,8 +966,6 @@ def train(
     step before. Raises UserError for a loss that is not finite, data that cannot be read and a full disk; the last
     checkpoint stays.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     rank, world = rank_world()
     device, last = next(method.parameters()).device, args.out / "last.pth"
     try:
@@ -739,151 +974,87 @@ def train(
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another") from error
     total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
     streams = {name: (samples, getattr(args, flag)) for name, (samples, flag) in streams.items()}
-    scaler, step = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
+    scaler, first = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
     if resumes(args):
         state = read_checkpoint(args, streams)
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        step = state["step"]
-    loaders = [
-        iter(
-            torch.utils.data.DataLoader(
-                Draws(samples),
-                batch_sampler=Batches(len(samples), size, (args.seed, number), step),
-                collate_fn=Draws.collate,
-                num_workers=math.ceil(args.workers / len(streams)),
-                worker_init_fn=quiet_worker,
-                pin_memory=device.type == "cuda",
-            )
-        )
-        for number, (samples, size) in enumerate(streams.values())
-    ]
+        first = state["step"]
     parallel = method
     if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(
-            method, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        gpu = [device] if device.type == "cuda" else None
+        parallel = nn.parallel.DistributedDataParallel(method, device_ids=gpu)
+        parallel.broadcast_buffers = False  # the argument's name depends on torch's version
+    feed, log = Feed(args, streams, first, device), Log(args.out, first, total)
+    began = saved = time.perf_counter()
+    step, halt = first, 0
+
+    def ends_epoch() -> bool:
+        return step % steps_per_epoch == 0
+
+    def validates() -> bool:
+        return bool(args.validate) and (step == total or step % (args.validate_every * steps_per_epoch) == 0)
 
     def save() -> None:
-        state = {"step": step, "config": {flag: str(value) for flag, value in vars(args).items()}}
-        state["samples"] = {name: len(samples) for name, (samples, _) in streams.items()}
+        config = {flag: str(value) for flag, value in vars(args).items()}
+        samples = {name: len(samples) for name, (samples, _) in streams.items()}
+        state = {"step": step, "config": config, "samples": samples, "processes": world}
         state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         write_checkpoint(last, state)
         write_checkpoint(args.out / "weights.pth", weights())
 
-    stopped, halt, lost, sums = [], 0, set(), {}
-
-    def stop(number: int, _) -> None:
-        if stopped and number == signal.SIGINT:  # asked twice: now
-            raise KeyboardInterrupt
-        stopped.append(number)
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    began = saved = time.perf_counter()
-    waited, first, since = 0.0, step, (began, step)
-    log, scores = (Curve(args.out / name, step) for name in ("log.csv", "validation.csv"))  # rank 0 adds to them
-    board = SummaryWriter(args.out, purge_step=step) if not rank else None
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-
-    def due_to_validate() -> bool:
-        return bool(args.validate) and (step == total or step % (args.validate_every * steps_per_epoch) == 0)
-
     def judge() -> None:
         """Scores of an epoch that is over, and of the end."""
-        row = score() if score and step % steps_per_epoch == 0 else {}
-        if due_to_validate() and not rank:
-            row |= validate(args, validation)
-        if row and not rank:
-            epoch = (step - 1) // steps_per_epoch
-            scores.add({"step": step, "epoch": epoch, **row})
-            for name, value in row.items():
-                board.add_scalar(f"validation/{name}", value, step)
-            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        values = score() if score and ends_epoch() else {}
+        if validates() and not rank:
+            values |= validate(args, validation)
+        log.score(step, (step - 1) // steps_per_epoch, values)
+        log.restart_clock(step)
         method.train()
 
     method.train()
     try:
-        if step and not any(int(row["step"]) == step for row in scores.kept):  # stopped before it could be judged
-            judge()
-        while step < total and not halt:
-            epoch = step // steps_per_epoch
-            for group in optimizer.param_groups:
-                group["lr"] = lr(epoch)
-            start, batch = time.perf_counter(), {}
-            for loader, name in zip(loaders, streams, strict=True):
-                batch[name], skipped = next(loader)
-                for line in set(skipped) - lost:
-                    tqdm.write(f"warning: {line}: skipped", file=sys.stderr)
-                    with (args.out / "unreadable.txt").open("a") as file:
-                        file.write(f"{line}\n")
-                lost.update(skipped)
-                if batch[name] is None or len(lost) > max(10, len(streams[name][0]) // 10):
-                    raise UserError(f"{len(lost)} samples of {name} cannot be read, such as {min(lost)}; check --data")
-            waited += time.perf_counter() - start
-            batch = each(batch, lambda x: x.to(device, non_blocking=True))
-            for part in range(args.accumulate):
-                torch.manual_seed(seed_of(args.seed, step, rank * args.accumulate + part))
-                cut = each(batch, lambda x, part=part: x.chunk(args.accumulate)[part])
-                final = part == args.accumulate - 1 or world == 1
-                with contextlib.nullcontext() if final else parallel.no_sync():
-                    with torch.autocast(device.type, getattr(torch, args.amp), enabled=args.amp != "float32"):
-                        terms = parallel(cut, step)
-                    scaler.scale(terms["loss"] / args.accumulate).backward()
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0) + value.detach().float() / args.accumulate
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-            halt = max(stopped, default=0)
-            if world > 1:  # all stop at the same step
-                flag = torch.tensor(halt)  # on the CPU: a GPU would have to finish the step first
-                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-                halt = int(flag)
-            over = step % steps_per_epoch == 0
-            since_saved = (time.perf_counter() - saved) / 60
-            due = halt or due_to_validate() or step == total
-            due = due or since_saved > (min(1, args.save_minutes) if over else args.save_minutes)
-            if due or over or step % 10 == 0 or step <= 10:
-                now, steps = time.perf_counter(), step - since[1]
-                means = {name: float(value) / steps for name, value in sums.items()}
-                whole = not due or all(value.isfinite().all() for value in method.parameters())
-                if not (math.isfinite(means["loss"]) and whole):
-                    raise UserError(
-                        f"loss or weights are no numbers by step {step}; {last if last.exists() else 'nothing'} is "
-                        "kept from before; lower the learning rate, or take --amp float32"
-                    )
-                speed = steps * sum(size for _, size in streams.values()) / (now - since[0])
-                row = {"lr": lr(epoch), "images_per_s": speed, "waiting": waited / (now - began), **means}
-                bar.set_postfix({name: f"{value:.4g}" for name, value in {**means, **row}.items()}, refresh=False)
-                if not rank:
-                    log.add({"step": step, "epoch": epoch, **row})
-                    for name, value in row.items():
-                        board.add_scalar(name, value, step)
-                sums, since = {}, (now, step)
-            if due:
-                if not rank:
-                    save()
-                saved = time.perf_counter()
-            if look and not rank and step % look_every == 0:
-                picture = look()
-                with atomic(args.out / "pictures" / f"{step:07}.jpg") as path:
-                    path.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1])
-                board.add_image("picture", picture, step, dataformats="HWC")
-            if (over or step == total) and not halt:
+        with stop_signals() as signals:
+            if step and not log.judged(step):  # stopped before there was time for it
                 judge()
-                since = time.perf_counter(), step
+            while step < total and not halt:
+                epoch = step // steps_per_epoch
+                for group in optimizer.param_groups:
+                    group["lr"] = lr(epoch)
+                log.note(update(args, parallel, optimizer, scaler, feed.next(), step))
+                step += 1
+
+                minutes = (time.perf_counter() - saved) / 60
+                late = minutes > (min(1, args.save_minutes) if ends_epoch() else args.save_minutes)
+                halt, late = map(int, together([max(signals, default=0), late], "max"))  # all at the same step
+                due = halt or late or validates() or step == total
+                if due or ends_epoch():
+                    share_statistics(method)
+                if due or ends_epoch() or step % 10 == 0 or step <= 10:
+                    means = log.means(step)
+                    whole = not due or all(value.isfinite().all() for value in method.parameters())
+                    if not (math.isfinite(means["loss"]) and whole):
+                        raise UserError(
+                            f"loss or weights are no numbers by step {step}; {last if last.exists() else 'nothing'} is "
+                            "kept from before; lower the learning rate, or take --amp float32"
+                        )
+                    pictures = sum(size for _, size in streams.values())
+                    waiting = feed.waited / (time.perf_counter() - began)
+                    log.row(step, epoch, lr(epoch), pictures, waiting, means)
+                if due:
+                    if not rank:
+                        save()
+                    saved = time.perf_counter()
+                if look and not rank and step % look_every == 0:
+                    log.picture(step, look(), args.out / "pictures" / f"{step:07}.jpg")
+                if (ends_epoch() or step == total) and not halt:
+                    judge()
     except OSError as error:  # of the logs; a checkpoint's says so itself
         why = error.strerror or error
         raise UserError(f"{args.out}: cannot be written ({why}); free space, the same command goes on") from error
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        bar.close()
-        with contextlib.suppress(OSError):
-            board and board.close()
+        log.close()
     if world > 1:
         torch.distributed.barrier()  # last.pth is written before anybody leaves or reads it
     if halt:
@@ -893,7 +1064,7 @@ def train(
     if not rank:
         took = time.perf_counter() - began
         if step > first:
-            print(f"steps {first} to {step} in {took:.0f} s, {waited / took:.0%} of it waiting for data")
+            print(f"steps {first} to {step} in {took:.0f} s, {feed.waited / took:.0%} of it waiting for data")
         else:
             print(f"{last}: is at step {step} of {total}, nothing is left to do")
         print(args.out / "weights.pth")

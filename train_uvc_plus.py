@@ -15,6 +15,7 @@ import copy
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ import common
 import train_finetune
 from common import PICTURES, UserError, rank_world
 from propagate import Video
-from train_finetune import Unreadable, all_gather, pictures_in, read_start, resumes, visible
+from train_finetune import Unreadable, check_numbers, pictures_in, read_picture, read_start, resumes, visible
 
 
 @dataclass
@@ -102,6 +103,10 @@ class Args(train_finetune.Training):
     look_every: int = 500
     """Steps between two pictures in OUT/pictures: reference, target, its box, and the colours copied to it."""
 
+    @property
+    def shuffles(self) -> bool:
+        return self.image_objective == "moco"
+
 
 FILMS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".ts")
 IMAGE_WEIGHT = {"none": 0.0, "rotation": 0.3, "moco": 0.1, "imagenet": 0.05}
@@ -135,8 +140,10 @@ open_video = functools.lru_cache(maxsize=256)(Video)  # where its frames are; fo
 def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list[np.ndarray]:
     """The frames `choose(length)` of a video, or a picture. Raises Unreadable."""
     try:
-        if path.suffix.lower() in PICTURES and path.is_file():
-            return [common.read_picture(path)]
+        if path.suffix.lower() in PICTURES and not path.is_dir():
+            return [read_picture(path)]
+        if not (path.is_file() or path.is_dir()):  # a FIFO would wait for ever
+            raise UserError(f"{path}: is no file (any more)")
         video = open_video(path)
         times = choose(len(video))
         frames = dict(video.frames(sorted(set(times))))
@@ -269,10 +276,7 @@ def lab_crop(frame: np.ndarray, short_side: int, side: int) -> Tensor:
 def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
     """The data of the image objective."""
     objective, moco = args.image_objective, args.image_objective == "moco"
-    steps = [v2.RandomResizedCrop(args.image_size, scale=(0.2 if moco else 0.08, 1), antialias=True)]
-    if moco:  # version 1; without effect on the colours of grey pictures
-        steps += [v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.4)]
-    change = v2.Compose([*steps, v2.RandomHorizontalFlip()])
+    change = train_finetune.random_view(args.image_size, 0.2 if moco else 0.08, 1 if moco else 0)
     change = functools.partial(augment, change=change, grey=args.image_grey, views=2 if moco else 1)
     if args.image_data == "frames":
         if objective == "imagenet":
@@ -287,11 +291,14 @@ def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
         raise UserError(f"--image-data {args.image_data}: holds no pictures; give a folder of them, or frames")
     if objective != "imagenet":
         return Images(paths, change)
+    loose = [path for path in paths if Path(path).parent == root]
     paths = [path for path in paths if Path(path).parent != root]
     names = [Path(path).relative_to(root).parts[0] for path in paths]
     classes = {name: number for number, name in enumerate(sorted(set(names)))}
     if len(classes) < 2:
         raise UserError(f"--image-data {args.image_data}: has {len(classes)} folders of pictures; give one a class")
+    if loose and not rank_world()[0]:
+        print(f"note: {root}: {len(loose)} pictures beside the class folders are left out", file=sys.stderr)
     return Images(paths, change, [classes[name] for name in names])
 
 
@@ -512,8 +519,8 @@ class UVC(nn.Module):
         self.encoder, self.decoder = (
             part.requires_grad_(False).eval().to(memory_format=torch.channels_last) for part in coders
         )
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(train_finetune.MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(train_finetune.STD).view(3, 1, 1), persistent=False)
         outputs = {"none": 0, "rotation": 4, "moco": 128, "imagenet": classes}[args.image_objective]
         if outputs:
             channels = 512 if args.out_layer == "layer4" else 256
@@ -532,8 +539,7 @@ class UVC(nn.Module):
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
         a, terms = self.args, {}
         if "image" in batch:  # first, so that the running statistics weigh grey frames more
-            image_loss, image_accuracy = getattr(self, a.image_objective)(batch["image"], step)
-            terms = {"image": image_loss, "image_accuracy": image_accuracy}
+            terms["image"], terms["image_accuracy"] = getattr(self, a.image_objective)(batch["image"], step)
         x1, x2 = from_uint8(batch["video"]["reference"]), from_uint8(batch["video"]["target"])
         F1, F2 = self.features(x1), self.features(x2)  # two passes, each with statistics of its own
         n, N, legacy = F1.shape[-1], F2.shape[-1], a.legacy_align_corners
@@ -606,19 +612,18 @@ class UVC(nn.Module):
         x = x.float() / (256 if self.args.image_grey else 255)
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
+    def judged(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the image network's logits, and the share that is right."""
+        terms = train_finetune.classify(self.auxiliary(self.backbone(self.pictures(images))).float(), labels)
+        return terms["loss"], terms["top1"]
+
     def rotation(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Which of four turns, all four of each picture in the batch: cross-entropy, and the share that is right."""
-        x = self.pictures(images)
-        x = torch.stack([x.rot90(k, (2, 3)) for k in range(4)], 1).flatten(0, 1)  # picture by picture
-        logits = self.auxiliary(self.backbone(x.contiguous(memory_format=torch.channels_last))).float()
-        turns = torch.arange(4, device=x.device).repeat(len(images))
-        return F.cross_entropy(logits, turns), (logits.argmax(1) == turns).float().mean()
+        """Which of four turns, all four of each picture in the batch."""
+        return self.judged(*train_finetune.rotations(images))
 
     def imagenet(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor]:
-        """Which class: cross-entropy, and the share that is right."""
-        images, labels = batch
-        logits = self.auxiliary(self.backbone(self.pictures(images))).float()
-        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+        """Which class."""
+        return self.judged(*batch)
 
     def embed(self, backbone: nn.Module, auxiliary: nn.Module, images: Tensor) -> Tensor:
         """Pictures -> keys of length 1, N x 128. BatchNorm sees groups of a quarter of the batch, at least two at a
@@ -634,31 +639,18 @@ class UVC(nn.Module):
         return F.normalize(keys.float(), dim=1)
 
     def moco(self, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Which of the queue's keys and the picture's own is its own, q . k / 0.07 (MoCo v1), and the share that is
-        right. Keys are shuffled over all processes, so that BatchNorm sees them in other groups than the queries."""
-        rank, world = rank_world()
+        """Which of the queue's keys and the picture's own is its own (MoCo v1), and the share that is right."""
         query_images, key_images = images.unbind(1)
         query = self.embed(self.backbone, self.auxiliary, query_images)
-        with torch.no_grad():
-            if self.moved != step:  # once, also where gradients are accumulated
-                pairs = ((self.key_backbone, self.backbone), (self.key_auxiliary, self.auxiliary))
-                for old, new in ((o, p) for k, q in pairs for o, p in zip(k.parameters(), q.parameters(), strict=True)):
-                    old.lerp_(new, 0.001)
-                self.moved, self.negatives = step, self.queue.clone()
-            everything = all_gather(key_images)
-            generator = torch.Generator(images.device).manual_seed(step)
-            order = torch.randperm(len(everything), generator=generator, device=images.device)
-            mine = everything[order].chunk(world)[rank]
-            keys = all_gather(self.embed(self.key_backbone, self.key_auxiliary, mine))[order.argsort()]
-        with torch.autocast(images.device.type, enabled=False):
-            own = (query * keys.chunk(world)[rank]).sum(1, keepdim=True)
-            logits = torch.cat([own, query @ self.negatives], 1) / 0.07
-        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % self.queue.shape[1]
-        self.queue[:, places] = keys.T
-        self.pointer.copy_((self.pointer + len(keys)) % self.queue.shape[1])
-        return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)), (
-            logits.argmax(1) == 0
-        ).float().mean()
+        if self.moved != step:  # once, also where gradients are accumulated
+            train_finetune.follow(self.key_backbone, self.backbone, 0.999)
+            train_finetune.follow(self.key_auxiliary, self.auxiliary, 0.999)
+            self.moved, self.negatives = step, self.queue.clone()
+        embed = functools.partial(self.embed, self.key_backbone, self.key_auxiliary)
+        keys = train_finetune.shuffled_keys(embed, key_images, step)
+        terms = train_finetune.tell_own_key(query, keys, self.negatives, 0.07)
+        train_finetune.enqueue(self.queue, self.pointer, keys)
+        return terms["loss"], terms["top1"]
 
     def look(self) -> np.ndarray:
         """Rows of reference, whole target with its box, target, and the colours copied to it."""
@@ -692,24 +684,26 @@ def check(args: Args) -> Args:
         raise UserError(f"--crop {args.crop}: give a multiple of 64, the concentration loss has windows of 64 pixels")
     if args.full <= args.crop or args.full % 8:
         raise UserError(f"--full {args.full}: give a multiple of 8 above --crop {args.crop}")
-    lowest = dict.fromkeys(("epochs", "batch_size", "image_batch_size", "pairs_per_video", "gap", "look_every"), 1)
-    lowest |= {"autoencoder_steps": 1, "queue": 1, "image_size": 64, "image_weight": 0, "short_side": 0}
-    lowest |= {"threshold": 0, "color_switch": 0, "concentration": 0, "coordinate": 0}
-    for flag, least in lowest.items():
-        if (value := getattr(args, flag)) is not None and not value >= least:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: give {least} or more")
     for flag in ("lr", "temperature"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag} {getattr(args, flag)}: give a number above 0")
+    least = dict.fromkeys(("epochs", "batch_size", "image_batch_size", "pairs_per_video", "gap", "look_every"), 1)
+    least |= {"autoencoder_steps": 1, "queue": 1, "image_size": 64}
+    least |= dict.fromkeys(("image_weight", "short_side", "threshold", "color_switch", "concentration"), 0)
+    least |= dict.fromkeys(("coordinate", "threshold_steps", "concentration_steps"), 0)
+    most = dict.fromkeys(("lr", "temperature", "image_weight", "color_switch", "concentration", "coordinate"), 1000)
+    most |= {"epochs": 10**6, "pairs_per_video": 10**5, "queue": 2**24, "image_size": 4096, "short_side": 2**15}
+    check_numbers(args, least, most)
+    if (args.crop // 8) ** 2 * (args.full // 8) ** 2 > 2**31:
+        raise UserError(f"--crop {args.crop} --full {args.full}: affinities of a pair take over 8 GiB; give less")
     for flag in ("image_weight", "image_grey"):
         if args.image_objective == "none" and getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')}: --image-objective none has no use for it; say which")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: give 0 to --epochs {args.epochs}")
     if args.amp == "bfloat16":
-        raise UserError(
-            "--amp bfloat16: is too coarse for affinities of features that have no unit length; take float16"
-        )
+        what = "is too coarse for affinities of features that have no unit length"
+        raise UserError(f"--amp bfloat16: {what}; take float16")
     given = {
         "short_side": args.crop if args.short_side is None else args.short_side,
         "image_weight": IMAGE_WEIGHT[args.image_objective] if args.image_weight is None else args.image_weight,

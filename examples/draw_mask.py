@@ -25,18 +25,29 @@ for bit in range(8):
 
 
 def read_frame(video: Path, number: int) -> np.ndarray:
-    """Frame `number` of a film, a folder of pictures or a picture: H x W x 3 uint8 RGB."""
-    if video.is_dir() or video.suffix.lower() in PICTURES:
-        found = [path for path in video.glob("[!.]*") if path.suffix.lower() in PICTURES] or [video]
+    """Frame `number` of a film, a folder of pictures, a TIFF of several or a picture: H x W x 3 uint8 RGB."""
+    frame = None
+    if video.is_dir() or (video.is_file() and video.suffix.lower() in PICTURES):
+        found = [path for path in video.glob("[!.]*") if path.suffix.lower() in PICTURES and path.is_file()] or [video]
         found.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
-        frame = cv2.imread(str(found[number])) if number < len(found) else None
-    else:
-        film, frame = cv2.VideoCapture(str(video)), None
-        while number >= 0 and film.grab():  # seeking is not exact in every film
-            frame, number = (film.retrieve()[1] if number == 0 else None), number - 1
+        flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR
+        if found == [video] and video.is_file():
+            frame = next(iter(cv2.imreadmulti(str(video), number, 1, flags=flags)[1]), None) if number >= 0 else None
+        elif 0 <= number < len(found):
+            frame = cv2.imread(str(found[number]), flags)
+    elif video.is_file():
+        film, left = cv2.VideoCapture(str(video)), number
+        while left >= 0 and film.grab():  # seeking is not exact in every film
+            frame, left = (film.retrieve()[1] if left == 0 else None), left - 1
     if frame is None:
-        sys.exit(f"error: {video}: frame {number} cannot be read; give a film, a folder or a picture that has it")
-    return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        print(
+            f"error: {video}: frame {number} cannot be read; give a film, a folder or a picture that has it",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    if frame.dtype != np.uint8:  # 16 bits, of which a camera may use a small part
+        frame = cv2.normalize(frame, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
+    return cv2.cvtColor(frame, cv2.COLOR_GRAY2RGB if frame.ndim == 2 else cv2.COLOR_BGR2RGB)
 
 
 def need_window() -> None:

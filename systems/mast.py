@@ -17,7 +17,7 @@ program. None of these is done here. With labels carried as theirs 99.9 % of the
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,7 @@ def propagate_windows(
     annotated: int,
     ages: Sequence[int],
     notes: None = None,
+    share: Callable = map,
 ) -> Tensor:
     """propagate_labels where each context frame is searched in a square window of (2 radius + 1)^2 cells.
 

@@ -16,7 +16,7 @@ and an object that is not in the first frame, stop their program and not this on
 first boxes from the mask, the masks are theirs, pixel by pixel (benchmarks/systems.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Propagation, System, cuts, pool, products, stretch
+from common import Propagation, System, cuts, products, stretch
 
 
 class Lightness(nn.Module):
@@ -61,12 +61,13 @@ def track(
     annotated: int,
     ages: Sequence[int],
     boxes: Sequence[np.ndarray] | None = None,
+    share: Callable = map,
 ) -> Tensor:
     """propagate_labels where an object's label comes from its box in the context frame and goes to its box in the
     target frame (UVC's track, as released: github.com/Liusifei/UVC at c448a26). A context frame in which, or from
     which, any object is lost is used without boxes.
 
-    boxes: of each context frame, by label_boxes (default: found in the labels).
+    share(task, items) runs the tasks, side by side where it can. boxes: of each context frame, by label_boxes (default: found in the labels).
     """
     boxes = np.stack([label_boxes(each, s) for each in labels] if boxes is None else boxes)
     n, C, h, w = features.shape
@@ -120,7 +121,7 @@ def track(
                 copied = values[i, l].view(h, w)[top:bottom, left:right].flatten()[cell]
                 z[l, a + into] += (copied * (best - total[into]).exp()).sum(0)
 
-    pool().map(fill, cuts(h * w, 192))
+    list(share(fill, cuts(h * w, 192)))
     return z.view(L, h, w) / n
 
 

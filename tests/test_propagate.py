@@ -957,8 +957,15 @@ def test_a_mask_is_drawn_by_hand(small_clip, tmp_path, monkeypatch, capsys):
         draw_mask.main()
     film = draw_mask.read_frame(small_clip / "clip.mp4", 7).astype(int)  # the frame that is asked for
     assert np.abs(film - dict(Video(small_clip / "clip.mp4").frames([7]))[7]).mean() < 2
-    with pytest.raises(SystemExit, match="cannot be read"):
-        draw_mask.read_frame(small_clip / "clip.mp4", 700)
+    for video, number in ((small_clip / "clip.mp4", 700), (small_clip / "f0.png", 3), (small_clip / "truth", -1)):
+        with pytest.raises(SystemExit, match="2"):
+            draw_mask.read_frame(video, number)
+        assert f"frame {number} cannot be read" in capsys.readouterr().err
+    grey = first.astype(np.uint16) * 50 + 900
+    cv2.imwrite(str(tmp_path / "deep.png"), grey)
+    assert draw_mask.read_frame(tmp_path / "deep.png", 0).max() == 255
+    Image.fromarray(grey).save(tmp_path / "stack.tif", save_all=True, append_images=[Image.fromarray(grey[::-1])])
+    assert (draw_mask.read_frame(tmp_path / "stack.tif", 1)[..., 0] == 85 * first[::-1]).all()
 
 
 def test_show(small_clip, tmp_path, cli, monkeypatch):
@@ -1513,13 +1520,18 @@ def test_what_never_ends_or_takes_too_much(small_clip, tmp_path, cli):
 
 
 def test_a_film_of_a_frame_in_hours(small_clip, tmp_path, cli):
-    with propagate.film_writer(tmp_path / "slow.mkv", 25, (96, 160)) as append:
-        for i, (_, frame) in enumerate(Video(small_clip / "clip.mp4").frames(range(3))):
-            append(frame, 20000 * i)
-    job = [*RANDOM, "--video", tmp_path / "slow.mkv", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
-    code, _, err = cli(propagate, *job)
+    frames = dict(Video(small_clip / "clip.mp4").frames(range(3)))
+    for name, fps in (("slow.mp4", 1 / 20000), ("gaps.mkv", 25)):
+        with propagate.film_writer(tmp_path / name, fps, (96, 160)) as append:
+            for i, frame in frames.items():
+                append(frame, 20000 * i)
+    job = [*RANDOM, "--mask", small_clip / "f0.png", "--out", tmp_path / "o", "--overwrite"]
+    code, _, err = cli(propagate, *job, "--video", tmp_path / "slow.mp4")
     assert code == 0, err
     assert np.allclose(Video(tmp_path / "o/overlay.mp4").times, [0, 20000, 40000])
+    code, _, err = cli(propagate, *job, "--video", tmp_path / "gaps.mkv")
+    assert code == 2 and "overlay.mp4: cannot be written" in err and "--no-film leaves it out" in err
+    assert cli(propagate, *job, "--video", tmp_path / "gaps.mkv", "--no-film")[0] == 0
 
 
 def test_soft_labels_are_saved(small_clip, tmp_path, cli, monkeypatch):

@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import dataclasses
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -360,6 +362,12 @@ def test_two_processes_train_as_one_with_the_whole_batch(objective, data, tmp_pa
     run += ["--rdzv-endpoint", "localhost:0", *command(*flags, "--out", tmp_path / "two")[1:]]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr
+    logs = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("one", "two")]
+    for one, two in zip(*logs, strict=True):  # of both processes
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-2)
+    if objective == "rotation":
+        assert_score_is_of_the_saved_weights(data, tmp_path / "two")
     one, two = (state_of(tmp_path / name / "last.pth") for name in ("one", "two"))
     assert set(one) == set(two)
     moved = 0
@@ -368,6 +376,18 @@ def test_two_processes_train_as_one_with_the_whole_batch(objective, data, tmp_pa
             torch.testing.assert_close(value, two[key], rtol=1e-3, atol=2e-4, msg=key)
             moved += 1
     assert moved > 60
+
+
+def assert_score_is_of_the_saved_weights(data: Path, out: Path) -> None:
+    """The statistics of BatchNorm that are scored are those that are saved."""
+    args = settle(Args(data=data, objective="rotation", crop=96, batch_size=8, workers=0))
+    method = Rotation(Net("resnet18", 4))
+    method.net.load_state_dict(state_of(out / "weights.pth"))
+    kept = train_finetune.HeldOut(train_finetune.find_pictures(args)[1], train_finetune.centre(args))
+    expected = train_finetune.held_out_score(args, method, kept, torch.device("cpu"))
+    last = list(csv.DictReader((out / "validation.csv").open()))[-1]
+    assert float(last["loss"]) == pytest.approx(expected["loss"], rel=1e-4)
+    assert (float(last["top1"]), float(last["pictures"])) == pytest.approx((expected["top1"], 4), rel=1e-4)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path, cli):
@@ -482,6 +502,46 @@ def test_layouts(data, tmp_path):
     assert [len(part) for part in found(tmp_path, "moco")] == [20, 0, 0]
     learned, held, classes = found(tmp_path, "imagenet", holdout=0.1)
     assert classes == ["a", "b"] and held == [("a/009.jpg", 0), ("b/c/009.jpg", 1)] and len(learned) == 18
+
+
+def test_every_class_keeps_a_picture_to_learn_from(tmp_path):
+    """However much is held out: what is never learnt can never be right."""
+    for folder, count in (("a", 1), ("b", 3), ("c/1", 1), ("c/2", 1)):
+        write_pictures(tmp_path / folder, count)
+    for holdout, expected in ((0.4, 2), (0.6, 3), (1, 3)):
+        learned, held, _ = found(tmp_path, "imagenet", holdout=holdout)
+        assert {label for _, label in learned} == {0, 1, 2} and len(held) == expected
+        assert len(learned) + len(held) == 6
+    assert [len(part) for part in found(tmp_path, "rotation", holdout=1)] == [1, 5, 0]
+
+
+def test_links_that_lead_back_are_walked_once(tmp_path):
+    write_pictures(tmp_path / "a", 3)
+    write_pictures(tmp_path / "b", 3)
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "over").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "back").symlink_to(tmp_path / "a")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    learned, _, _ = found(tmp_path, "moco")
+    assert sorted(path for path, _ in learned) == sorted(
+        f"{folder}/{i:03}.jpg" for folder in ("a", "a/over", "b", "b/back") for i in range(3)
+    )
+
+
+def test_pictures_beside_the_class_folders_are_told(data, tmp_path, cli):
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copy(data / "train" / "class0" / "000.jpg", tmp_path / "data" / "train" / "loose.jpg")
+    code, _, said = cli(train_finetune, "--data", tmp_path / "data", *TINY, "--max-steps", "1", "--out", tmp_path / "o")
+    assert code == 0 and f"note: {tmp_path / 'data' / 'train'}: 1 pictures beside the class folders" in said, said
+
+
+def test_a_fifo_is_no_picture(tmp_path, cli):
+    """Reading it would wait for ever."""
+    write_pictures(tmp_path / "data", 11)
+    os.mkfifo(tmp_path / "data" / "pipe.jpg")
+    flags = ("--objective", "rotation", "--holdout", "0", "--data", tmp_path / "data", *TINY, "--out", tmp_path / "out")
+    code, _, said = cli(train_finetune, *flags, "--epochs", "1")
+    assert code == 0 and f"warning: {tmp_path / 'data' / 'pipe.jpg'}: is no file (any more): skipped" in said, said
 
 
 def test_pictures_of_many_kinds(tmp_path):
@@ -676,6 +736,9 @@ def test_rows_of_the_paper_take_the_fine_tuned_weights(tmp_path, monkeypatch):
         (("--data", "stray", "--holdout", "0.2"), "--holdout 0.2: accuracy is measured on stray/val; leave it out"),
         (("--data", "one", "--objective", "moco", "--holdout", "0.2"), "moco measures no accuracy"),
         (("--data", "one", "--objective", "rotation", "--validate", "empty"), "val.txt"),
+        (("--data", "one", "--objective", "rotation", "--validate", "listed"), "'../../one' is no name of a sequence"),
+        (("--data", "flat"), "flat/val: has 1 pictures but no class folders; move them into one folder a class"),
+        (("--data", "one", "--objective", "moco", "--queue", "16777216", "--dim", "1024"), "more than 8 GiB"),
         (("--data", "one", "--objective", "rotation", "--batch-size", "4", "--device", "cuda:77"), "--device cuda:77"),
     ],
 )
@@ -683,9 +746,73 @@ def test_bad_input_gets_one_line(flags, message, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "stray/train/a", "stray/train/b", "stray/val/c"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "listed" / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "listed" / "ImageSets" / "2017" / "val.txt").write_text("../../one\n")
+    for folder in ("flat/train/a", "flat/train/b", "flat/val"):
+        write_pictures(tmp_path / folder, 1)
     write_pictures(tmp_path / "one" / "class0", 10)
     for folder in ("stray/train/a", "stray/train/b", "stray/val/c"):
         write_pictures(tmp_path / folder, 1)
     code, _, said = cli(train_finetune, *flags, "--out", tmp_path / "out")
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and message in said, said
+    assert not (tmp_path / "out").exists()
+
+
+HUGE = str(10**12)
+BAD_NUMBERS = {  # for each flag that is a number
+    "max_steps": ("-1", "nan", "1.5"),
+    "accumulate": ("0", "-1", HUGE),
+    "workers": ("-1", HUGE),
+    "seed": ("-1", str(10**30), "x"),
+    "save_minutes": ("-1", "nan", "x"),
+    "validate_every": ("0", "-1", "x"),
+    "epochs": ("0", "-3", "nan", HUGE),
+    "batch_size": ("0", "-4", "x", HUGE),
+    "lr": ("0", "-1", "nan", "inf"),
+    "decay_epochs": ("0", "-1", "x"),
+    "momentum": ("-0.1", "1.5", "nan"),
+    "weight_decay": ("-0.1", "1.5", "nan"),
+    "crop": ("0", "-1", "7", HUGE),
+    "min_area": ("0", "1.5", "nan"),
+    "holdout": ("-1", "2", "nan"),
+    "queue": ("0", "-8", HUGE),
+    "dim": ("0", "-8", HUGE),
+    "temperature": ("0", "-1", "nan", "inf"),
+    "key_momentum": ("-1", "2", "nan"),
+    "bn_groups": ("0", "-2", HUGE),
+}
+
+
+def numbers_of(args_type) -> set[str]:
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(args_type)}
+    return {name for name, kind in kinds.items() if "int" in kind or ("float" in kind and "Literal" not in kind)}
+
+
+def one_line(cli, script, *flags) -> str:
+    code, _, said = cli(script, *flags)
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, (flags, said)
+    return said
+
+
+def test_every_number_is_checked(data, tmp_path, cli):
+    assert set(BAD_NUMBERS) == numbers_of(Args)
+    for name, values in BAD_NUMBERS.items():
+        flag = f"--{name.replace('_', '-')}"
+        for value in values:
+            flags = ("--data", data, "--objective", "moco", *TINY, "--out", tmp_path / "out", flag, value)
+            assert flag in one_line(cli, train_finetune, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_path_is_checked(data, tmp_path, cli):
+    """Nothing there, a file, a FIFO, a link to itself, an empty folder."""
+    (tmp_path / "file").write_text("text")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    kinds = {"none", "file", "fifo", "loop", "folder"}
+    for flag, wrong in (("data", kinds), ("finetune", kinds), ("validate", kinds), ("out", {"file", "fifo", "loop"})):
+        for kind in sorted(wrong):
+            flags = ("--data", data, *TINY, "--out", tmp_path / "out", f"--{flag}", tmp_path / kind)
+            assert str(tmp_path / kind) in one_line(cli, train_finetune, *flags)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """train_uvc_plus.py: each loss has the value that can be worked out by hand, and training can be cut off and shared."""
 
 import csv
+import dataclasses
 import math
 import os
 import re
@@ -833,6 +834,7 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
         (["--data", "{videos}", "--warmup-epochs", "3"], "--warmup-epochs 3: give 0 to"),
         (["--data", "{videos}", "--amp", "bfloat16"], "--amp bfloat16: is too coarse"),
         (["--data", "{videos}", "--look-every", "0"], "--look-every 0: give 1 or more"),
+        (["--data", "{videos}", "--crop", "4096", "--full", "8192"], "affinities of a pair take over 8 GiB"),
         (["--data", "{videos}", "--temperature", "0"], "--temperature 0.0: give a number above 0"),
         (["--data", "{videos}", "--lr", "-1"], "--lr -1.0: give a number above 0"),
         (["--data", "{videos}", "--short-side", "-5"], "--short-side -5: give 0 or more"),
@@ -871,6 +873,93 @@ def test_bad_input_is_one_line(flags, message, videos, coders, tmp_path, cli):
     code, _, err = cli(uvc, *SMALL, "--out", tmp_path / "out", *flags)
     assert code == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+HUGE = str(10**12)
+BAD_NUMBERS = {  # for each flag that is a number
+    "max_steps": ("-1", "nan"),
+    "accumulate": ("0", "-1", HUGE),
+    "workers": ("-1", HUGE),
+    "seed": ("-1", str(10**30)),
+    "save_minutes": ("-1", "nan"),
+    "validate_every": ("0", "-1"),
+    "autoencoder_steps": ("0", "-1", "x"),
+    "image_weight": ("-1", "nan", "inf"),
+    "image_batch_size": ("0", "-1", HUGE),
+    "image_size": ("0", "-1", HUGE),
+    "queue": ("0", "-1", HUGE),
+    "batch_size": ("0", "-1", HUGE),
+    "epochs": ("0", "-1", HUGE),
+    "warmup_epochs": ("-1", HUGE),
+    "pairs_per_video": ("0", "-1", HUGE),
+    "lr": ("0", "-1", "nan", "inf"),
+    "crop": ("0", "-64", "65", HUGE, "64000000"),
+    "full": ("0", "-64", "129", HUGE, "64000000"),
+    "short_side": ("-1", "x", HUGE),
+    "gap": ("0", "-1"),
+    "temperature": ("0", "-1", "nan", "inf"),
+    "threshold": ("-1", "nan"),
+    "threshold_steps": ("-1", "x"),
+    "color_switch": ("-1", "nan", "inf"),
+    "concentration": ("-1", "nan", "inf"),
+    "concentration_steps": ("-1", "x"),
+    "coordinate": ("-1", "nan", "inf"),
+    "look_every": ("0", "-1"),
+}
+
+
+def test_every_number_is_checked(videos, coders, tmp_path, cli):
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(uvc.Args)}
+    numbers = {name for name, kind in kinds.items() if "int" in kind or ("float" in kind and "Literal" not in kind)}
+    assert set(BAD_NUMBERS) == numbers
+    flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "moco", "--out", tmp_path / "out"]
+    for name, values in BAD_NUMBERS.items():
+        flag = f"--{name.replace('_', '-')}"
+        for value in values:
+            given = [value, value] if name == "threshold_steps" else [value]
+            code, _, err = cli(uvc, *SMALL, "--queue", 64, *flags, flag, *given)
+            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and flag in err, (flag, value, err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_path_is_checked(videos, coders, tmp_path, cli):
+    """Nothing there, a file, a FIFO, a link to itself, an empty folder."""
+    (tmp_path / "file").write_text("text")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    kinds = {"none", "file", "fifo", "loop", "folder"}
+    wrong = dict.fromkeys(("data", "autoencoder", "init", "image-data", "validate"), kinds)
+    for flag, names in (wrong | {"out": {"file", "fifo", "loop"}}).items():
+        for kind in sorted(names):
+            flags = [
+                "--data",
+                videos,
+                "--autoencoder",
+                coders,
+                "--image-objective",
+                "rotation",
+                "--out",
+                tmp_path / "o",
+            ]
+            code, _, err = cli(uvc, *SMALL, *flags, f"--{flag}", tmp_path / kind)
+            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (flag, kind, err)
+            assert str(tmp_path / kind) in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_fifo_is_no_video(videos, coders, tmp_path, cli):
+    """Nor a picture: reading it would wait for ever."""
+    for name in ("data", "pictures"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "good").symlink_to(videos / "a")
+    os.mkfifo(tmp_path / "data" / "pipe.mp4")
+    os.mkfifo(tmp_path / "pictures" / "pipe.jpg")
+    flags = ["--data", tmp_path / "data", "--autoencoder", coders, "--out", tmp_path / "out", "--pairs-per-video", 2]
+    flags += ["--image-objective", "rotation", "--image-data", tmp_path / "pictures"]
+    code, _, err = cli(uvc, *SMALL, *flags)
+    assert code == 0, err
+    assert "pipe.mp4: is no file" in err and "pipe.jpg: is no file" in err
 
 
 def test_training_learns_on_real_frames(shared, tmp_path, cli):

@@ -115,9 +115,24 @@ def test_parts_and_processes_are_the_same(tmp_path):
     assert two["seen"][:20].sum() == 40  # rank 0 saw half of 80
 
 
-def torchrun(out: Path) -> subprocess.CompletedProcess:
+def test_a_run_goes_on_with_fewer_processes_and_more_parts(tmp_path, capsys):
+    """To the weights of the run that was not cut off, to the bit; other parts of a batch are refused, or told."""
+    whole = go(tmp_path / "whole", accumulate=2)
+    torchrun(tmp_path / "cut", "0", "7").check_returncode()
+    with pytest.raises(UserError, match="--accumulate 1, not 4"):
+        go(tmp_path / "cut", accumulate=4)
+    resumed = go(tmp_path / "cut", accumulate=2)
+    assert torch.equal(whole.fit.weight, resumed.fit.weight) and torch.equal(whole.fit.bias, resumed.fit.bias)
+    assert "note: " not in capsys.readouterr().err
+    torchrun(tmp_path / "other", "0", "7").check_returncode()
+    go(tmp_path / "other", max_steps=8)
+    assert "last.pth: was trained by 2 processes, not 1; BatchNorm sees other" in capsys.readouterr().err
+
+
+def torchrun(out: Path, *more: str) -> subprocess.CompletedProcess:
+    """This file's last lines in two processes. more: seconds a sample, steps in all."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", __file__, str(out)]
+    command += ["--rdzv-endpoint", "localhost:0", __file__, str(out), *more]
     return subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=90
     )
@@ -233,9 +248,9 @@ def test_full_disk_keeps_what_is_there(tmp_path):
 
 
 if __name__ == "__main__":
-    common.run(
-        lambda out: go(
-            Path(out.format(**os.environ)), epochs=16 if sys.argv[2:] else 4, seconds=float((sys.argv[2:] or [0])[0])
-        ),
-        lambda: sys.argv[1],
-    )
+
+    def main(words: list[str]) -> None:
+        out, seconds, steps = Path(words[0].format(**os.environ)), *(float(word) for word in [*words[1:], 0, 0][:2])
+        go(out, epochs=16 if seconds else 4, seconds=seconds, max_steps=int(steps))
+
+    common.run(main, lambda: sys.argv[1:])
