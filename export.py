@@ -58,7 +58,7 @@ class Args:
     out: Path = Path("tracker.onnx")
     """The graph to write."""
     opset: int = 18
-    """ONNX operator set, 18 to 20. The oldest ONNX Runtime that ran it: 1.15 for 18, 1.16 for 19, 1.17 for 20."""
+    """ONNX operator set, 18 to 20. The oldest ONNX Runtime that ran them: 1.15 for 18, 1.16 for 19, 1.17 for 20."""
     fp16: bool = False
     """Features, affinities and memory in half precision, for GPUs; labels stay float32."""
     int8: bool = False

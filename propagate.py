@@ -1714,7 +1714,8 @@ def track(
             continue
         if not annotated:  # every annotated frame stays in the context of all stretches for good
             for index, z in labels.items():
-                annotated[index] = encode(read_frame(video, index)), z.to(device)
+                mask = [] if results.points else [label_numbers(annotations.frames[index], results.ids)]
+                annotated[index] = encode(read_frame(video, index)), z.to(device), *mask
         latest = rest[max(0, done - s.context) : done]
         back = rest[:done] if s.history else latest
         place = {index: rest.index(index) for index in given if index in rest}
@@ -1779,6 +1780,13 @@ def shifted(points: np.ndarray, shift: np.ndarray, size: tuple[int, int]) -> np.
     """The points (J x 2) moved by `shift`, within the frame; a lost one (-1, -1) stays so."""
     moved = np.clip(points + shift, 0, np.array(size[::-1]) - 1)
     return np.where(points >= 0, moved, points)
+
+
+def label_numbers(mask: np.ndarray, ids: Sequence[int]) -> torch.Tensor:
+    """A mask of ids -> the number of each pixel's label, as labels_from_mask counts them."""
+    number = np.zeros(256, np.int64)
+    number[list(ids)] = np.arange(1, len(ids) + 1)
+    return torch.from_numpy(number[mask])
 
 
 def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dict, ids: list) -> None:
