@@ -282,10 +282,9 @@ class Step(nn.Module):
 
     def radii(self, winner: Tensor, count: int) -> Tensor:
         """propagate.radii of hard labels H x W float32."""
-        edge = F.pad((winner[:, :-1] != winner[:, 1:]).float(), (0, 1))
-        edge = torch.maximum(edge, F.pad((winner[:-1] != winner[1:]).float(), (0, 0, 0, 1)))
         own = [(winner == number).float() for number in range(count)]
-        area, outline = torch.stack([x.sum() for x in own]), torch.stack([(x * edge).sum() for x in own])
+        area = torch.stack([x.sum() for x in own])
+        outline = torch.stack([(x[:, 1:] - x[:, :-1]).abs().sum() + (x[1:] - x[:-1]).abs().sum() for x in own])
         return propagate.radii(area, outline, self.size, self.settings.refine)
 
     def guide(self, maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:

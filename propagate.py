@@ -619,17 +619,12 @@ def reduction(size: tuple[int, int]) -> int:
     return max(4, round(min(size) / 120))
 
 
-def outlines(winner: Tensor) -> Tensor:
-    """Which pixels of hard labels H x W have a right or lower neighbour of another label: H x W bool."""
-    edge = torch.zeros_like(winner, dtype=torch.bool)
-    edge[:, :-1] |= winner[:, :-1] != winner[:, 1:]
-    edge[:-1] |= winner[:-1] != winner[1:]
-    return edge
-
-
 def measure(winner: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Area and outline of each of `count` hard labels, in pixels."""
-    return tuple(torch.bincount(x, minlength=count).float() for x in (winner.flatten(), winner[outlines(winner)]))
+    """Area of each of `count` hard labels (H x W), and its outline: the neighbours, side by side or one above the
+    other, of which one has it and the other has not. In pixels."""
+    pairs = (winner[:, :-1], winner[:, 1:]), (winner[:-1], winner[1:])
+    sides = torch.cat([side[one != other] for one, other in pairs for side in (one, other)])
+    return tuple(torch.bincount(x.flatten(), minlength=count).float() for x in (winner, sides))
 
 
 def radii(area: Tensor, outline: Tensor, size: tuple[int, int], strength: float) -> Tensor:
@@ -654,7 +649,7 @@ def guide(maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:
     small = [math.ceil(side / reduction(size)) for side in size]
     picture = frame.permute(2, 0, 1).float()  # 3 H W
     p, guiding = (F.interpolate(x[None], size=small, mode="bilinear")[0] for x in (maps, picture))
-    for r in filter(None, radius.unique().tolist()):
+    for r in filter(None, radius.int().unique().tolist()):
         own = (radius == r).nonzero()[:, 0]
         a, b = coefficients(p[own], guiding / 255, r)
         for k, ab in zip(own.tolist(), torch.cat([a / 255, b[:, None]], 1), strict=True):
