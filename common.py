@@ -516,9 +516,9 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propagation] | None = None):
+def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propagation] | None = None, **changes):
     """Parse a script's Args, a dataclass. Where it has `propagation`, the defaults are those of --model, without one
-    those of the system that --weights is recognised as; or `fixed`, a model and its settings."""
+    those of the system that --weights is recognised as, with `changes`; or `fixed`, a model and its settings."""
     default = args_type()
     if hasattr(default, "propagation"):
         if not fixed:
@@ -529,7 +529,7 @@ def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propag
             name = given.model or default.model
             if given.weights and not given.model:  # without a sign of a system: a ResNet of torchvision's, most likely
                 name = recognise(*read_weights(Path(given.weights))) or "imagenet"
-            fixed = name, preset(name, given.dataset)
+            fixed = name, replace(preset(name, given.dataset), **changes)
         default = replace(default, model=fixed[0], propagation=fixed[1])
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
     said = io.StringIO()

@@ -30,7 +30,7 @@ import signal
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -70,6 +70,7 @@ from propagate import (
     PALETTE,
     Video,
     ahead,
+    encode_ahead,
     labels_from_mask,
     labels_from_points,
     mask_from_labels,
@@ -903,8 +904,18 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                 sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*mask.shape, *video.size)
                 raise UserError(f"{seq.truth[name]}: {sizes}; they must show the same pixels")
 
-    frames = ahead(frame for _, frame in video.frames([at[name] for name in names]))
-    features = (encoder(torch.from_numpy(frame)[None].to(device))[0] for frame in frames)  # C h w each
+    frames, shown = ahead(frame for _, frame in video.frames([at[name] for name in names])), deque()
+
+    def encode(frame: np.ndarray) -> torch.Tensor:
+        return encoder(torch.from_numpy(frame)[None].to(device))[0]
+
+    def encoded() -> Iterator[torch.Tensor]:  # C h w each; a frame waits in `shown` for its masks
+        pairs = encode_ahead(encode, frames) if device.type == "cpu" else ((frame, encode(frame)) for frame in frames)
+        for frame, features in pairs:
+            shown.append(torch.from_numpy(frame))
+            yield features
+
+    features = encoded()
     first = next(features)
     grid = tuple(first.shape[1:])
     if seq.dataset == "jhmdb":
@@ -919,6 +930,11 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     if parts:
         given_parts = torch.from_numpy(given_parts.copy()).to(device)
         soft_masks[0] = torch.cat([soft_masks[0], labels_from_mask(given_parts, parts, grid, sampling)])
+    numbers = []  # which label each pixel has, where boxes are drawn round them
+    if ids and not parts:
+        numbers = [
+            torch.from_numpy(np.searchsorted([0, *ids], np.where(np.isin(masks[names[0]], ids), masks[names[0]], 0)))
+        ]
     later = {}  # objects that come in later
     for name, soft in list(zip(masks, soft_masks, strict=False))[1:]:
         named = torch.tensor([False, *(number in seq.given[name] for number in ids)], device=device)
@@ -931,12 +947,13 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
         for name in seq.names[: -len(names)]:  # before there is any object
             write_mask(folder / f"{name}.png", np.zeros(size, np.uint8))
     streams = [
-        propagate_video(targets, [(first, soft_masks[0])], row.settings, given=later)
+        propagate_video(targets, [(first, soft_masks[0], *numbers)], row.settings, given=later)
         for row, targets in zip(rows, itertools.tee(features, len(rows)), strict=True)
     ]
     with ThreadPoolExecutor(2) as writers:
         pending, soft_maps = deque(), itertools.chain([soft_masks[:1] * len(rows)], zip(*streams, strict=True))
         for name, maps in zip(names, soft_maps, strict=True):
+            frame = shown.popleft()
             for row, folder, track, soft in zip(rows, folders, tracks, maps, strict=True):
                 if seq.dataset == "jhmdb":
                     track.append(points_from_labels(soft, size) if name != names[0] else joints[0])
@@ -948,7 +965,9 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                 if name != names[0]:
                     old = [i for i, number in enumerate(ids) if number not in new]
                     soft, old = soft[[0, *(1 + i for i in old)]], [ids[i] for i in old]
-                    others = nearest(mask_from_labels(soft, old, full, row.settings.minmax).cpu().numpy(), size)
+                    s = row.settings
+                    others = mask_from_labels(soft, old, full, s.minmax, frame, s.refine).cpu().numpy()
+                    others = nearest(others, size)
                     mask = np.where(np.isin(mask, new), mask, others) if new else others
                 pending.append(writers.submit(write_mask, folder / f"{name}.png", mask))
                 if parts:
@@ -1018,6 +1037,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
                 if todo and encoder is None:
                     with contextlib.redirect_stderr(io.StringIO()):  # fits has said what the file is taken for
+                        torch.set_num_threads(1)  # on a CPU the pool does the work
                         encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
                 try:
                     check_names(seq.frames, seq.names if todo else seq.truth, seq.names[0])  # scored without frames

@@ -25,7 +25,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -167,7 +167,7 @@ class Step(nn.Module):
         z = torch.cat([torch.cat(row, 1) for row in rows])  # h w L
         start = seen == 0
         z = torch.where(start, self.labels_from_mask(mask), z)
-        winner = torch.where(start, mask.float(), self.winner(z.permute(2, 0, 1)))
+        winner = torch.where(start, mask.float(), self.winner(z.permute(2, 0, 1), frame))
         query = self.quantise(query)
         if n:  # slot 0 is the annotated frame's for good, the others are a ring
             place = (torch.where(start, 0, 1 + (seen - 1) % n).long(),)
@@ -248,19 +248,57 @@ class Step(nn.Module):
         weighted = (one_hot * self.pixel_weights[..., None]).unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
         return weighted.sum((1, 3))
 
-    def winner(self, labels: Tensor, chunk: int = 8) -> Tensor:
-        """As propagate.mask_from_labels: up-sampled, then the arg-max. labels L x h x w -> H x W float32 (TensorRT's
-        casts to and from uint8 know no integers)."""
-        best = winner = None
-        for start in range(0, len(labels), chunk):
-            full = F.interpolate(labels[None, start : start + chunk], size=self.size, mode="bilinear")[0]
-            if self.settings.minmax:
-                low, high = full.amin((1, 2), keepdim=True), full.amax((1, 2), keepdim=True)
-                full = torch.where(high > 0, (full - low) / (high - low).clamp(min=1e-12), full)
-            value, index = full.amax(0), full.argmax(0).float() + start
-            winner = index if best is None else torch.where(value > best, index, winner)
-            best = value if best is None else torch.maximum(value, best)
-        return winner
+    def winner(self, labels: Tensor, frame: Tensor, chunk: int = 8) -> Tensor:
+        """As propagate.mask_from_labels: up-sampled, then the arg-max. labels L x h x w, frame H x W x 3 -> H x W
+        float32 (TensorRT's casts to and from uint8 know no integers)."""
+
+        def full(first: int) -> Tensor:
+            some = F.interpolate(labels[None, first : first + chunk], size=self.size, mode="bilinear")[0]
+            if not self.settings.minmax:
+                return some
+            low, high = some.amin((1, 2), keepdim=True), some.amax((1, 2), keepdim=True)
+            return torch.where(high > 0, (some - low) / (high - low).clamp(min=1e-12), some)
+
+        def largest(chunks: Iterator[Tensor]) -> Tensor:
+            best = winner = None
+            for number, maps in enumerate(chunks):
+                value, index = maps.amax(0), maps.argmax(0).float() + number * chunk
+                winner = index if best is None else torch.where(value > best, index, winner)
+                best = value if best is None else torch.maximum(value, best)
+            return winner
+
+        starts = range(0, len(labels), chunk)
+        if not self.settings.refine:
+            return largest(map(full, starts))
+        if len(labels) == 2:  # the background is the rest
+            background, own = full(0)
+            lead = (own - background)[None]
+            radius = self.radii((lead[0] > 0).float(), 2)
+            return (self.guide(lead, frame, radius[1:])[0] > 0).float()
+        radius = self.radii(largest(map(full, starts)), len(labels))
+        return largest(self.guide(full(start), frame, radius[start : start + chunk]) for start in starts)
+
+    def radii(self, winner: Tensor, count: int) -> Tensor:
+        """propagate.radii of hard labels H x W float32."""
+        edge = F.pad((winner[:, :-1] != winner[:, 1:]).float(), (0, 1))
+        edge = torch.maximum(edge, F.pad((winner[:-1] != winner[1:]).float(), (0, 0, 0, 1)))
+        own = [(winner == number).float() for number in range(count)]
+        area, outline = torch.stack([x.sum() for x in own]), torch.stack([(x * edge).sum() for x in own])
+        return propagate.radii(area, outline, self.size, self.settings.refine)
+
+    def guide(self, maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:
+        """As propagate.guide, where every radius is computed and each map takes its own: shapes are fixed."""
+        picture = frame.permute(2, 0, 1).float()
+        cells = propagate.reduction(self.size)
+        small = [math.ceil(side / cells) for side in self.size]
+        p, guiding = (F.interpolate(x[None], size=small, mode="bilinear")[0] for x in (maps, picture))
+        chosen = torch.zeros(len(maps), 4, *small)
+        for r in range(1, propagate.WIDEST + 1):
+            a, b = propagate.coefficients(p, guiding / 255, r)
+            own = (radius == r)[:, None, None, None]
+            chosen = torch.where(own, torch.cat([a / 255, b[:, None]], 1), chosen)
+        a, b = F.interpolate(chosen, size=self.size, mode="bilinear").split([3, 1], 1)
+        return torch.where((radius > 0)[:, None, None], (a * picture).sum(1) + b[:, 0], maps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +309,7 @@ def check_args(args: Args) -> None:
     """Refuse what cannot be exported, and say why."""
     s = args.propagation
     known = "size upsample layer stride l2 aggregation softmax temperature topk context localization shape radius "
-    known += "sampling pad exempt_first minmax"
+    known += "sampling pad exempt_first minmax refine"
     for factor in fields(Propagation):
         name, value = factor.name, getattr(s, factor.name)
         if name not in known.split() and value != factor.default:
@@ -761,7 +799,11 @@ def run_reference(
         start = time.perf_counter()
         if (z := next(labelled, None)) is None:
             return results, frame_rate(seconds, s.context)
-        winner = propagate.mask_from_labels(z, ids, mask.shape, s.minmax).cpu().numpy()
+        winner = (
+            propagate.mask_from_labels(z, ids, mask.shape, s.minmax, torch.from_numpy(clip[1 + len(results)]), s.refine)
+            .cpu()
+            .numpy()
+        )
         seconds.append(time.perf_counter() - start)
         results.append((winner, z.cpu().numpy(), latest[0].cpu().numpy()))
 
@@ -848,5 +890,10 @@ def main(args: Args) -> None:
     )
 
 
+def parse_args(argv: Sequence[str] | None = None) -> Args:
+    """common.parse with --refine on, as in propagate.py."""
+    return common.parse(Args, argv, refine=propagate.REFINE)
+
+
 if __name__ == "__main__":
-    common.run(main, lambda: common.parse(Args))
+    common.run(main, parse_args)

@@ -581,10 +581,11 @@ def mask_from_labels(
     elif len(labels) == 2:  # the background is the rest, so one map is enough
         background, own = full(0)
         lead = own.sub_(background)[None]
-        picture, radius = frame.to(labels.device), radii((lead[0] > 0).long(), 2, refine)
-        winner = (guide(lead, picture, radius[1:])[0] > 0).long()
+        radius = radii(*measure((lead[0] > 0).long(), 2), size, refine)
+        winner = (guide(lead, frame.to(labels.device), radius[1:])[0] > 0).long()
     else:
-        picture, radius = frame.to(labels.device), radii(largest(map(full, starts)), len(labels), refine)
+        radius = radii(*measure(largest(map(full, starts)), len(labels)), size, refine)
+        picture = frame.to(labels.device)
         winner = largest(guide(full(start), picture, radius[start : start + chunk]) for start in starts)
     return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
 
@@ -608,6 +609,7 @@ def largest(chunks: Iterable[Tensor]) -> Tensor:
 # Masks that follow the picture: a guided filter (He, Sun, Tang, TPAMI 2013) on the up-sampled labels, its coefficients
 # computed on a small picture (He, Sun, "Fast Guided Filter", 2015)
 
+REFINE = 0.35  # the strength that people with a video get; evaluate.py has the paper's 0
 FLAT = 1e-5  # eps: differences of colour (in 0..1) well below its root are no edges (benchmarks/tuning.md)
 WIDEST = 4  # cells of the small picture
 
@@ -617,31 +619,37 @@ def reduction(size: tuple[int, int]) -> int:
     return max(4, round(min(size) / 120))
 
 
-def radii(winner: Tensor, count: int, strength: float) -> Tensor:
-    """The filter's radius for each of `count` labels by the hard labels `winner` (H x W), in cells of the small
-    picture; 0 leaves a label alone.
-
-    It is strength x thickness, where thickness = area / outline in pixels: w / 2 for a strip of width w. What is less
-    than half a pixel is 0. The background takes the smallest radius of the objects that have one.
-    """
-    edge = torch.zeros_like(winner, dtype=torch.bool)  # the right or lower neighbour is another label
+def outlines(winner: Tensor) -> Tensor:
+    """Which pixels of hard labels H x W have a right or lower neighbour of another label: H x W bool."""
+    edge = torch.zeros_like(winner, dtype=torch.bool)
     edge[:, :-1] |= winner[:, :-1] != winner[:, 1:]
     edge[:-1] |= winner[:-1] != winner[1:]
-    area, outline = (torch.bincount(x.flatten(), minlength=count).float() for x in (winner, winner[edge]))
+    return edge
+
+
+def measure(winner: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Area and outline of each of `count` hard labels, in pixels."""
+    return tuple(torch.bincount(x, minlength=count).float() for x in (winner.flatten(), winner[outlines(winner)]))
+
+
+def radii(area: Tensor, outline: Tensor, size: tuple[int, int], strength: float) -> Tensor:
+    """The filter's radius for each label of a frame (H, W), in cells of the small picture; 0 leaves a label alone.
+
+    It is strength x thickness, where thickness = area / outline, both in pixels (L each): w / 2 for a strip of width w.
+    What is less than half a pixel is 0. The background takes the smallest radius of the objects that have one.
+    """
+    cells = reduction(size)
+    widest = min(max(1, round(min(size) / 30 / cells)), WIDEST)
     pixels = (strength * area / outline.clamp_min(1)).round() * (outline > 0)
-    cells, widest = (
-        reduction(winner.shape),
-        max(1, min(WIDEST, round(min(winner.shape) / 30 / reduction(winner.shape)))),
-    )
-    radius = (pixels / cells).round().clamp(1, widest) * (pixels >= 1)
-    own = radius[1:]
-    radius[0] = torch.where(own > 0, own, math.inf).amin() if (own > 0).any() else 0
-    return radius.long()
+    own = (pixels / cells).round().clamp(1, widest)[1:]
+    own = torch.where(pixels[1:] >= 1, own, math.inf)
+    radius = torch.cat([own.amin(0, keepdim=True), own])
+    return torch.where(radius < math.inf, radius, 0)
 
 
 def guide(maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:
-    """The guided filter of maps (K x H x W) by a frame (H x W x 3 uint8), each with a radius of its own (K), in cells of
-    the small picture; those of radius 0 come back as they are."""
+    """The guided filter of maps (K x H x W) by a frame (H x W x 3 uint8), each with a radius of its own (K), in cells
+    of the small picture; those of radius 0 come back as they are."""
     size = maps.shape[1:]
     small = [math.ceil(side / reduction(size)) for side in size]
     picture = frame.permute(2, 0, 1).float()  # 3 H W
@@ -1706,10 +1714,12 @@ def track(
             continue
         if not annotated:  # every annotated frame stays in the context of all stretches for good
             for index, z in labels.items():
-                annotated[index] = encode(read_frame(video, index)), z.to(device)
+                mask = [] if results.points else [label_numbers(annotations.frames[index], results.ids)]
+                annotated[index] = encode(read_frame(video, index)), z.to(device), *mask
         latest = rest[max(0, done - s.context) : done]
         back = rest[:done] if s.history else latest
-        early = [index for index in rest[: done - len(back)] if index in given and s.keep_first]
+        place = {index: rest.index(index) for index in given if index in rest}
+        early = [index for index in sorted(place, key=place.get) if place[index] < done - len(back) and s.keep_first]
         if not all(results.state_path(index).is_file() for index in [*early, *back]):
             back, early, done = [], [], 0  # its soft labels are gone: run this stretch from its annotated frame
         # Of all that came before, propagate_video looks again at the labels, but only at these frames' features.
@@ -1717,10 +1727,10 @@ def track(
         known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
         other = annotated[next(iter(labels))][0]
         recent = [(known.get(index, other), state(index)) for index in back]
-        later = {
-            t: (given[index].labels.to(device), given[index].named.to(device))
-            for t, index in enumerate([*back, *rest[done:]], 1)
-            if index in given
+        later = {  # by their numbers among recent and todo
+            place[index] - done + len(back) + 1: (each.labels.to(device), each.named.to(device))
+            for index, each in given.items()
+            if index in place and place[index] >= done - len(back)
         }
         current = deque()
 
@@ -1770,6 +1780,13 @@ def shifted(points: np.ndarray, shift: np.ndarray, size: tuple[int, int]) -> np.
     """The points (J x 2) moved by `shift`, within the frame; a lost one (-1, -1) stays so."""
     moved = np.clip(points + shift, 0, np.array(size[::-1]) - 1)
     return np.where(points >= 0, moved, points)
+
+
+def label_numbers(mask: np.ndarray, ids: Sequence[int]) -> torch.Tensor:
+    """A mask of ids -> the number of each pixel's label, as labels_from_mask counts them."""
+    number = np.zeros(256, np.int64)
+    number[list(ids)] = np.arange(1, len(ids) + 1)
+    return torch.from_numpy(number[mask])
 
 
 def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dict, ids: list) -> None:
@@ -2037,7 +2054,7 @@ def main(args: Args) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
-    """common.parse; with --engine, model and settings are those that it was exported with."""
+    """common.parse with --refine on; with --engine, model and settings are those that it was exported with."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--engine", type=Path)
     engine, fixed = peek.parse_known_args(argv)[0].engine, None
@@ -2046,7 +2063,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
 
         info = export.engine_info(engine)
         fixed = info["model"], export.engine_settings(engine, info)
-    return common.parse(Args, argv, fixed)
+    return common.parse(Args, argv, fixed, refine=REFINE)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ class Training:
     max_steps: int = 0
     """Stop after this many steps in all; 0: after the last epoch."""
     accumulate: int = 1
-    """Parts that a batch is cut into, their gradients added up: for small memories."""
+    """Parts that a batch is cut into, their gradients added up: for small memories. A run can go on with fewer
+    processes and more parts each (not moco)."""
     workers: int = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     """Processes that read and augment the data, for each GPU."""
     amp: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -188,7 +189,7 @@ def settle(args: Args) -> Args:
     for flag in ("momentum", "weight_decay", "holdout", "key_momentum", "min_area"):
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 to 1")
-    most = {"epochs": 10**6, "crop": 4096, "lr": 1000, "temperature": 1000, "queue": 2**24, "dim": 2**16}
+    most = {"epochs": 10**6, "crop": 4096, "lr": 1e30, "temperature": 1000, "queue": 2**24, "dim": 2**16}
     check_numbers(args, {"crop": 8, "decay_epochs": 1}, most)
     if moco and args.queue * args.dim > 2**31:
         raise UserError(f"--queue {args.queue} --dim {args.dim}: these keys take more than 8 GiB; give fewer")
@@ -849,32 +850,30 @@ class Log:
 
             self.board = SummaryWriter(out, purge_step=step)
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not self.writes, dynamic_ncols=True)
-        self.sums, self.since = {}, (time.perf_counter(), step)
+        self.sums, self.steps, self.began = {}, 0, time.perf_counter()  # of the row to come
 
     def note(self, terms: dict[str, Tensor]) -> None:
         """The terms of one step."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value
+        self.steps += 1
         self.bar.update()
 
-    def means(self, step: int) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """Of the terms since the last row; together() with the other processes."""
-        steps = step - self.since[1]
-        return dict(
-            zip(self.sums, together([float(value) / steps for value in self.sums.values()], "mean"), strict=True)
-        )
+        own = [float(value) / self.steps for value in self.sums.values()]
+        return dict(zip(self.sums, together(own, "mean"), strict=True))
 
     def row(self, step: int, epoch: int, lr: float, pictures: int, waiting: float, means: dict[str, float]) -> None:
         """pictures: of one step, over all processes; waiting: share of the time that this process waited for data."""
         now = time.perf_counter()
-        speed = pictures * (step - self.since[1]) / (now - self.since[0])
-        row = {"lr": lr, "images_per_s": speed, "waiting": waiting, **means}
+        row = {"lr": lr, "images_per_s": pictures * self.steps / (now - self.began), "waiting": waiting, **means}
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in {**means, **row}.items()}, refresh=False)
         if self.writes:
             self.rows.add({"step": step, "epoch": epoch, **row})
             for name, value in row.items():
                 self.board.add_scalar(name, value, step)
-        self.sums, self.since = {}, (now, step)
+        self.sums, self.steps, self.began = {}, 0, now
 
     def judged(self, step: int) -> bool:
         """Whether a run before this one has the scores of this step."""
@@ -886,15 +885,12 @@ class Log:
             for name, value in values.items():
                 self.board.add_scalar(f"validation/{name}", value, step)
             tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.began = time.perf_counter()  # scoring is no part of a row's time
 
     def picture(self, step: int, picture: np.ndarray, path: Path) -> None:
         with atomic(path) as temporary:
             temporary.write_bytes(cv2.imencode(".jpg", picture[..., ::-1])[1])
         self.board.add_image("picture", picture, step, dataformats="HWC")
-
-    def restart_clock(self, step: int) -> None:
-        """The time that a validation took is not counted."""
-        self.since = time.perf_counter(), step
 
     def close(self) -> None:
         self.bar.close()
@@ -1010,7 +1006,6 @@ def train(
         if validates() and not rank:
             values |= validate(args, validation)
         log.score(step, (step - 1) // steps_per_epoch, values)
-        log.restart_clock(step)
         method.train()
 
     method.train()
@@ -1032,7 +1027,7 @@ def train(
                 if due or ends_epoch():
                     share_statistics(method)
                 if due or ends_epoch() or step % 10 == 0 or step <= 10:
-                    means = log.means(step)
+                    means = log.means()
                     whole = not due or all(value.isfinite().all() for value in method.parameters())
                     if not (math.isfinite(means["loss"]) and whole):
                         raise UserError(

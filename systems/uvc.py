@@ -67,7 +67,8 @@ def track(
     target frame (UVC's track, as released: github.com/Liusifei/UVC at c448a26). A context frame in which, or from
     which, any object is lost is used without boxes.
 
-    share(task, items) runs the tasks, side by side where it can. boxes: of each context frame, by label_boxes (default: found in the labels).
+    boxes: of each context frame, by label_boxes (default: found in the labels). share(task, items) runs the tasks, side
+    by side where it can.
     """
     boxes = np.stack([label_boxes(each, s) for each in labels] if boxes is None else boxes)
     n, C, h, w = features.shape

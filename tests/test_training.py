@@ -129,6 +129,17 @@ def test_a_run_goes_on_with_fewer_processes_and_more_parts(tmp_path, capsys):
     assert "last.pth: was trained by 2 processes, not 1; BatchNorm sees other" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_does_not_name_its_processes_goes_on(tmp_path):
+    """As older ones."""
+    whole = go(tmp_path / "whole")
+    go(tmp_path / "cut", max_steps=7)
+    state = torch.load(tmp_path / "cut" / "last.pth", weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "processes"}, tmp_path / "cut" / "last.pth")
+    with pytest.raises(UserError, match="--accumulate 1, not 2"):
+        go(tmp_path / "cut", accumulate=2)
+    assert torch.equal(go(tmp_path / "cut").fit.weight, whole.fit.weight)
+
+
 def torchrun(out: Path, *more: str) -> subprocess.CompletedProcess:
     """This file's last lines in two processes. more: seconds a sample, steps in all."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
