@@ -125,14 +125,12 @@ class Step(nn.Module):
                 for *_, local in self.parts:
                     cells, outside = everywhere, None
                     if local:
-                        outside = (
-                            ~compute_masks(s, Box(0, h, 0, w), Box(y0, y1, x0, x1), "cpu").flatten(0, 1).T
-                        )  # Q cells
+                        searched = compute_masks(s, Box(0, h, 0, w), Box(y0, y1, x0, x1), "cpu").flatten(0, 1)
                         if self.norm != "frame":
-                            cells = everywhere[~outside.all(0)]
-                            outside = outside[:, ~outside.all(0)]
+                            cells, searched = everywhere[searched.any(1)], searched[searched.any(1)]
+                        outside = ~searched.T.contiguous()  # Q cells
                         key = outside.shape, outside.numpy().tobytes()  # tiles inside the grid share one pattern
-                        outside = patterns.setdefault(key, outside.contiguous())
+                        outside = patterns.setdefault(key, outside)
                     window.append((cells, outside))
                 self.tiles[-1].append(((y0, y1, x0, x1), window))
 
@@ -475,7 +473,7 @@ def build_engine(graph: Path, info: dict, timings: Path) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Exported graphs (export.py), run frame by frame
+# The two runners: what was exported, frame by frame
 
 
 def load_engine(path: Path, device: str = "auto") -> "OnnxEngine | TensorRTEngine":
