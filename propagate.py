@@ -563,16 +563,17 @@ def mask_from_labels(
     minmax: bool = False,
     frame: Tensor | None = None,
     refine: float = 0.0,
+    chunk: int = 4,
 ) -> Tensor:
     """Soft labels L x h x w -> mask H x W uint8: up-sampled bilinearly to full size, then the arg-max (section 4.2).
 
     minmax stretches each label that occurs to 0..1 over the frame first. refine: then the labels are drawn to the edges
-    of the frame (H x W x 3 uint8), see refined_winner.
+    of the frame (H x W x 3 uint8), see refined_winner. `chunk` labels are at full size at a time.
     """
     if refine:
-        winner = refined_winner(labels, frame.to(labels.device), refine, minmax)
+        winner = refined_winner(labels, frame.to(labels.device), refine, minmax, chunk=chunk)
     else:
-        winner = winner_in_turns(full_size(labels, size, minmax))
+        winner = winner_in_turns(full_size(labels, size, minmax, chunk))
     return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
 
 
@@ -645,7 +646,7 @@ def refined_winner(
     return winner_in_turns(guide.follow(full, radius) for full, radius in maps)
 
 
-def full_size(labels: Tensor, size: tuple[int, int], minmax: bool, chunk: int = 4) -> Iterator[Tensor]:
+def full_size(labels: Tensor, size: tuple[int, int], minmax: bool, chunk: int) -> Iterator[Tensor]:
     """Labels L x h x w -> their maps up-sampled bilinearly, at most `chunk` at a time (section 4.2)."""
     for some in labels.split(chunk):
         full = F.interpolate(some[None].float(), size=size, mode="bilinear")[0]

@@ -17,7 +17,7 @@ program. None of these is done here. With labels carried as theirs 99.9 % of the
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def build(system: System, settings: Propagation) -> nn.Module | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# window and predicted: square windows of each context frame
+# window and predicted: a square window of each context frame
 
 
 def propagate_windows(
@@ -67,120 +67,138 @@ def propagate_windows(
 ) -> Tensor:
     """propagate_labels where each context frame is searched in a square window of (2 radius + 1)^2 cells.
 
-    window: about the target cell, without what lies beyond the frame (CorrFlow). predicted (MAST): in frames more than
-    15 back the window is centred where a search of the same size over cells D apart, D = 2, 3 or 4 by the frame's age,
-    expects the target cell. It is read bilinearly; beyond the frame features and labels are 0.
+    window (CorrFlow): about the target cell, without what lies beyond the frame. predicted (MAST): in frames more than
+    15 back about the place where a coarse search expects the target cell, read bilinearly; beyond the frame features
+    and labels are 0, and such cells take part.
     """
     n, _, h, w = features.shape
     R, S = s.radius, 2 * s.radius + 1
     query = (target / s.temperature).permute(1, 2, 0)  # h w C
     keys, values = features.permute(0, 2, 3, 1), labels.permute(0, 2, 3, 1).float()  # n h w C, n h w L
-    d = torch.arange(-R, R + 1, device=target.device)
-    ys, xs = torch.arange(h, device=d.device), torch.arange(w, device=d.device)
-    beyond_y, beyond_x = (((i[:, None] + d < 0) | (i[:, None] + d >= len(i))) for i in (ys, xs))  # h S, w S
-    far = {}  # context frame -> the middle of each target cell's window, h x w x (y, x)
-    for i, age in enumerate(ages):
-        if s.localization == "predicted" and age > 15:
-            far[i] = torch.stack(torch.meshgrid(ys, xs, indexing="ij"), -1).float()
-            D = min(4, age // 15 + 1)
-            # the cells D apart are a frame of their own
-            for y, x in itertools.product(range(min(D, h)), range(min(D, w))):
-                P = correlate(query[y::D, x::D], keys[i, y::D, x::D], R).flatten(2).softmax(-1).unflatten(2, (S, S))
-                far[i][y::D, x::D] += D * torch.stack([P.sum(3) @ d.float(), P.sum(2) @ d.float()], -1)
-    flat = {i: keys[i].flatten(0, 1).contiguous() for i in far}
-    z = torch.zeros(h, w, values.shape[3], device=d.device)
-    for y0, y1 in cuts(h, max(1, 2**24 // (w * n * S * S))):
-        A, places = [], {}  # affinities of rows y0..y1, each S x S
-        for i in range(n):
-            if i not in far:
-                A.append(correlate(query[y0:y1], keys[i], R, y0))
-                continue
-            places[i] = corners(far[i][y0:y1].flatten(0, 1), R, (h, w))
-            cell, inside, part_y, part_x = places[i]
-            a = []
-            for q, c in zip(query[y0:y1].flatten(0, 1).split(256), cell.flatten(1).split(256), strict=True):
-                if q.is_cpu:  # one product with the cells from the first to the last of the windows
-                    first = c.min()
-                    a.append((q @ flat[i][first : c.max() + 1].T).gather(1, c - first))
-                else:  # which are not known there without waiting
-                    a.append((flat[i][c] @ q[:, :, None])[..., 0])
-            a = torch.cat(a).float().view(cell.shape) * inside  # targets S+1 S+1
-            a = a[:, :-1] * (1 - part_y) + a[:, 1:] * part_y
-            A.append((a[:, :, :-1] * (1 - part_x) + a[:, :, 1:] * part_x).view(y1 - y0, w, S, S))
+    near_keys, near_values = (F.pad(x, (0, 0, R, R, R, R)) for x in (keys, values))
+    predicted = s.localization == "predicted"
+    far = {i: expected(query, keys[i], R, age) for i, age in enumerate(ages) if predicted and age > 15}
+    inside = F.pad(torch.ones(h, w, device=target.device), (R, R, R, R)).unfold(0, S, 1).unfold(1, S, 1)  # h w S S
+
+    def label_rows(rows: tuple[int, int]) -> Tensor:
+        a, b = rows
+        q, around = query[a:b], slice(a, b + 2 * R)
+        places = {i: corners(place[a:b].flatten(0, 1), R, (h, w)) for i, place in far.items()}
+        A = [read_far(q, keys[i], places[i]) if i in far else read_near(q, near_keys[i, around], R) for i in range(n)]
         A = torch.stack(A, 2)  # rows w n S S
-        if s.localization == "window":
-            A.masked_fill_(beyond_y[y0:y1, None, None, :, None] | beyond_x[None, :, None, None, :], -math.inf)
-        shape, A = A.shape, A.flatten(2) if s.aggregation == "overall" else A.flatten(3)
-        if s.topk < A.shape[-1]:
-            best, entry = A.topk(s.topk, dim=-1, sorted=False)
-            total = (A if s.norm == "region" else best).logsumexp(-1, keepdim=True)
-            A = torch.zeros_like(A).scatter_(-1, entry, (best - total).exp())
-        else:
-            A = A.softmax(-1)
-        A = A.view(shape) / (1 if s.aggregation == "overall" else n)
+        if not predicted:
+            A.masked_fill_(inside[a:b, :, None] == 0, -math.inf)
+        weight = weigh(A.flatten(3), s).view(A.shape)
+        z = torch.zeros(b - a, w, values.shape[3], device=weight.device)
         for i in range(n):
-            if i not in far:
-                z[y0:y1] += gather(A[:, :, i], values[i], R, y0)
-                continue
-            cell, inside, part_y, part_x = places[i]
-            a = A[:, :, i].flatten(0, 1)  # targets S S
-            a = F.pad(a * (1 - part_x), (0, 1)) + F.pad(a * part_x, (1, 0))
-            a = F.pad(a * (1 - part_y), (0, 0, 0, 1)) + F.pad(a * part_y, (0, 0, 1, 0))
-            a = (a * inside).flatten(1)
-            copied = F.embedding_bag(cell.flatten(1), values[i].flatten(0, 1), per_sample_weights=a, mode="sum")
-            z[y0:y1] += copied.view(y1 - y0, w, -1)
-    return z.permute(2, 0, 1)
+            if i in far:
+                z += copy_far(weight[:, :, i], values[i], places[i])
+            else:
+                z += copy_near(weight[:, :, i], near_values[i, around], R)
+        return z
+
+    bands = cuts(h, max(1, 2**21 // (w * n * S * S)))  # affinities of 8 MiB
+    return torch.cat(list(share(label_rows, bands))).permute(2, 0, 1)
 
 
-def corners(centre: Tensor, R: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What bilinear windows of (2R + 1)^2 cells about `centre` (q x (y, x)) are read from: the numbers of the cells and
-    whether they are in the grid, q x (2R + 2)^2, and the parts of the lower and the right one, q x 1 x 1."""
+def weigh(A: Tensor, s: Propagation) -> Tensor:
+    """The weights of the soft copy: affinities (... n x cells) after top-k and softmax, over all frames or each."""
+    shape = A.shape
+    if s.aggregation == "overall":
+        A = A.flatten(2)
+    if s.topk < A.shape[-1]:
+        best, entry = A.topk(s.topk, dim=-1, sorted=False)
+        total = (A if s.norm == "region" else best).logsumexp(-1, keepdim=True)
+        A = torch.zeros_like(A).scatter_(-1, entry, (best - total).exp())
+    else:
+        A = A.softmax(-1)
+    return A.view(shape) / (1 if s.aggregation == "overall" else shape[2])
+
+
+def read_near(query: Tensor, keys: Tensor, R: int) -> Tensor:
+    """Dot products of each query (rows x w x C) with the S x S cells, S = 2R + 1, about it in `keys`, which have R
+    cells more on each side: rows x w x S x S."""
+    rows, w, _ = query.shape
+    A = torch.empty(rows, w, 2 * R + 1, 2 * R + 1, device=query.device)
+    for (a, b), (c, d) in itertools.product(cuts(rows, 12), cuts(w, 12)):
+        around = keys[a : b + 2 * R, c : d + 2 * R].flatten(0, 1)
+        A[a:b, c:d] = squares((query[a:b, c:d].flatten(0, 1) @ around.T).float(), b - a, d - c, R)
+    return A
+
+
+def copy_near(weight: Tensor, values: Tensor, R: int) -> Tensor:
+    """Sums of the values about each query by its weights (rows x w x S x S): rows x w x L."""
+    rows, w = weight.shape[:2]
+    z = torch.empty(rows, w, values.shape[2], device=weight.device)
+    for (a, b), (c, d) in itertools.product(cuts(rows, 12), cuts(w, 12)):
+        around = values[a : b + 2 * R, c : d + 2 * R].flatten(0, 1)
+        whole = torch.zeros((b - a) * (d - c), len(around), device=weight.device)
+        squares(whole, b - a, d - c, R).copy_(weight[a:b, c:d])
+        z[a:b, c:d] = (whole @ around).view(b - a, d - c, -1)
+    return z
+
+
+def squares(A: Tensor, rows: int, columns: int, R: int) -> Tensor:
+    """Of the pairs of rows x columns queries and the (rows + 2R) x (columns + 2R) cells about them (A: queries x cells)
+    those within R of each other: a view, rows x columns x S x S. One query on, the square begins one cell on."""
+    width, cells = columns + 2 * R, A.shape[1]
+    S = 2 * R + 1
+    return A.as_strided((rows, columns, S, S), (columns * cells + width, cells + 1, width, 1))
+
+
+def expected(query: Tensor, keys: Tensor, R: int, age: int) -> Tensor:
+    """Where a frame `age` back shows each target cell: h x w x (y, x), the mean over the cells D apart within R steps,
+    weighted by the softmax of their affinities; D = 2, 3 or 4 by the age."""
+    h, w, _ = query.shape
+    y, x = torch.arange(h, device=query.device), torch.arange(w, device=query.device)
+    place = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).float()
+    D, d = min(4, age // 15 + 1), torch.arange(-R, R + 1.0, device=query.device)
+    for i, j in itertools.product(range(min(D, h)), range(min(D, w))):  # cells D apart are a frame of their own
+        A = read_near(query[i::D, j::D], F.pad(keys[i::D, j::D], (0, 0, R, R, R, R)), R)
+        P = A.flatten(2).softmax(-1).view(A.shape)
+        place[i::D, j::D] += D * torch.stack([P.sum(3) @ d, P.sum(2) @ d], -1)
+    return place
+
+
+def corners(centre: Tensor, R: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What a bilinear reading of the S x S cells about `centre` (q x (y, x)) reads: numbers of cells, and their parts,
+    both 4 x q x S^2; the part of a cell beyond the grid is 0."""
+    (h, w), d = grid, torch.arange(-R, R + 1, device=centre.device)
     base = centre.floor()
-    y, x = (base.long()[:, :, None] + torch.arange(-R, R + 2, device=centre.device)).unbind(1)
-    inside = ((y >= 0) & (y < grid[0]))[:, :, None] & ((x >= 0) & (x < grid[1]))[:, None]
-    cell = y.clamp(0, grid[0] - 1)[:, :, None] * grid[1] + x.clamp(0, grid[1] - 1)[:, None]
-    part = (centre - base)[:, :, None, None]
-    return cell, inside, part[:, 0], part[:, 1]
+    (y, x), (part_y, part_x) = base.long().T, (centre - base).T
+    cells, parts = [], []
+    for dy, dx in itertools.product((0, 1), (0, 1)):
+        rows, columns = y[:, None, None] + dy + d[:, None], x[:, None, None] + dx + d  # q S 1, q 1 S
+        inside = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w)
+        part = (part_y if dy else 1 - part_y) * (part_x if dx else 1 - part_x)
+        cells.append((rows.clamp(0, h - 1) * w + columns.clamp(0, w - 1)).flatten(1))
+        parts.append((part[:, None, None] * inside).flatten(1))
+    return torch.stack(cells), torch.stack(parts)
 
 
-def bands(x: Tensor, R: int, y0: int, rows: int) -> Iterator[Tensor]:
-    """For each dy in -R..R what each 2R neighbouring cells of rows y0.. have within R in row y + dy of x (h x w x C), 0
-    beyond the frame: views, rows * tiles x 4R x C, where the last tile of a row is none."""
-    h, w, C = x.shape
-    width, tiles = 2 * R, math.ceil(w / (2 * R)) + 1
-    x = x[max(y0 - R, 0) : y0 + rows + R]
-    x = F.pad(x, (0, 0, R, tiles * width - R - w, max(R - y0, 0), max(y0 + rows + R - h, 0) + 1))
-    for dy in range(2 * R + 1):
-        yield x[dy:].as_strided((rows * tiles, 2 * width, C), (width * C, C, 1))
+def read_far(query: Tensor, keys: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    """Dot products of each query (rows x w x C) with its window of keys (h x w x C), read bilinearly:
+    rows x w x S x S."""
+    rows, w, _ = query.shape
+    S = math.isqrt(places[0].shape[2])
+    A = torch.empty(rows * w, places[0].shape[2], device=query.device)
+    for a, b in cuts(rows * w, 256):
+        cell, part = (x[:, a:b] for x in places)
+        first, end = (cell.min(), cell.max() + 1) if query.is_cpu else (0, None)  # not known on a GPU without waiting
+        whole = (query.flatten(0, 1)[a:b] @ keys.flatten(0, 1)[first:end].T).float()
+        A[a:b] = sum(whole.gather(1, c - first) * p for c, p in zip(cell, part, strict=True))
+    return A.view(rows, w, S, S)
 
 
-def diagonals(A: Tensor, R: int) -> Tensor:
-    """A view of A, tiles x 2R x 4R, that has for each of the 2R rows the 2R + 1 entries from the diagonal on."""
-    return A.as_strided((*A.shape[:2], 2 * R + 1), (A.stride(0), A.stride(1) + 1, 1))
-
-
-def correlate(query: Tensor, keys: Tensor, R: int, y0: int = 0) -> Tensor:
-    """Dot products of each cell of `query` (rows y0.. of a frame, rows x w x C) with the cells within R of it in `keys`
-    (h x w x C), 0 beyond the frame: rows x w x (2R + 1) x (2R + 1) float."""
-    rows, w, C = query.shape
-    query = F.pad(query, (0, 0, 0, 2 * R + -w % (2 * R))).reshape(-1, 2 * R, C)  # rows*tiles 2R C
-    out = torch.empty(*query.shape[:2], 2 * R + 1, 2 * R + 1, device=query.device)
-    for dy, band in enumerate(bands(keys, R, y0, rows)):
-        out[:, :, dy] = diagonals(torch.bmm(query, band.transpose(1, 2)), R)
-    return out.view(rows, -1, 2 * R + 1, 2 * R + 1)[:, :w]
-
-
-def gather(weights: Tensor, values: Tensor, R: int, y0: int) -> Tensor:
-    """Sums of the values (h x w x L) within R of each cell of rows y0.., by `weights` (rows x w x (2R + 1) x (2R + 1)):
-    rows x w x L."""
-    rows, w, S, _ = weights.shape
-    weights = F.pad(weights, (0, 0, 0, 0, 0, 2 * R + -w % (2 * R))).view(-1, 2 * R, S, S)  # rows*tiles 2R S S
-    A = torch.zeros(*weights.shape[:2], 4 * R, device=weights.device)
-    out = torch.zeros(*weights.shape[:2], values.shape[2], device=weights.device)
-    for dy, band in enumerate(bands(values, R, y0, rows)):
-        diagonals(A, R).copy_(weights[:, :, dy])
-        out.baddbmm_(A, band)
-    return out.view(rows, -1, values.shape[2])[:, :w]
+def copy_far(weight: Tensor, values: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    """Sums of the values read as in read_far, by the weights (rows x w x S x S): rows x w x L."""
+    rows, w = weight.shape[:2]
+    weight = weight.flatten(2).flatten(0, 1)  # targets S^2
+    copied = [
+        F.embedding_bag(cell, values.flatten(0, 1), per_sample_weights=weight * part, mode="sum")
+        for cell, part in zip(*places, strict=True)
+    ]
+    return sum(copied).view(rows, w, -1)
 
 
 SYSTEMS = {
