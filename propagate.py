@@ -654,7 +654,7 @@ def guide(maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:
     small = [math.ceil(side / reduction(size)) for side in size]
     picture = frame.permute(2, 0, 1).float()  # 3 H W
     p, guiding = (F.interpolate(x[None], size=small, mode="bilinear")[0] for x in (maps, picture))
-    for r in filter(None, radius.unique().tolist()):
+    for r in filter(None, radius.int().unique().tolist()):
         own = (radius == r).nonzero()[:, 0]
         a, b = coefficients(p[own], guiding / 255, r)
         for k, ab in zip(own.tolist(), torch.cat([a / 255, b[:, None]], 1), strict=True):
