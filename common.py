@@ -135,7 +135,7 @@ class Propagation:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature {self.temperature}: give a number above 0; affinities are divided by it")
         if not 0 <= self.refine <= 10:
-            raise UserError(f"--refine {self.refine}: give 0 (off) to 10; 0.35 is a good strength")
+            raise UserError(f"--refine {self.refine}: give 0 (off) to 10; 0.5 is a good strength")
         if self.context < 1 and not self.keep_first:
             raise UserError(
                 "--context 0 --no-keep-first: nothing is left to copy labels from; give --context 1 or more"

@@ -125,14 +125,12 @@ class Step(nn.Module):
                 for *_, local in self.parts:
                     cells, outside = everywhere, None
                     if local:
-                        outside = (
-                            ~compute_masks(s, Box(0, h, 0, w), Box(y0, y1, x0, x1), "cpu").flatten(0, 1).T
-                        )  # Q cells
+                        searched = compute_masks(s, Box(0, h, 0, w), Box(y0, y1, x0, x1), "cpu").flatten(0, 1)
                         if self.norm != "frame":
-                            cells = everywhere[~outside.all(0)]
-                            outside = outside[:, ~outside.all(0)]
+                            cells, searched = everywhere[searched.any(1)], searched[searched.any(1)]
+                        outside = ~searched.T.contiguous()  # Q cells
                         key = outside.shape, outside.numpy().tobytes()  # tiles inside the grid share one pattern
-                        outside = patterns.setdefault(key, outside.contiguous())
+                        outside = patterns.setdefault(key, outside)
                     window.append((cells, outside))
                 self.tiles[-1].append(((y0, y1, x0, x1), window))
 
@@ -169,7 +167,8 @@ class Step(nn.Module):
         z = torch.cat([torch.cat(row, 1) for row in rows])  # h w L
         start = seen == 0
         z = torch.where(start, self.labels_from_mask(mask), z)
-        winner = torch.where(start, mask.float(), self.winner(z.permute(2, 0, 1), frame))
+        winner = propagate.refined_winner(z.permute(2, 0, 1), frame, self.settings.refine, self.settings.minmax)
+        winner = torch.where(start, mask.float(), winner.float())  # TensorRT's casts to and from uint8 know no integers
         query = self.quantise(query)
         if n:  # slot 0 is the annotated frame's for good, the others are a ring
             place = (torch.where(start, 0, 1 + (seen - 1) % n).long(),)
@@ -249,58 +248,6 @@ class Step(nn.Module):
         one_hot = (ids[..., None] == torch.arange(self.objects + 1, dtype=torch.float32)).float()
         weighted = (one_hot * self.pixel_weights[..., None]).unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
         return weighted.sum((1, 3))
-
-    def winner(self, labels: Tensor, frame: Tensor, chunk: int = 8) -> Tensor:
-        """As propagate.mask_from_labels: up-sampled, then the arg-max. labels L x h x w, frame H x W x 3 -> H x W
-        float32 (TensorRT's casts to and from uint8 know no integers)."""
-
-        def full(first: int) -> Tensor:
-            some = F.interpolate(labels[None, first : first + chunk], size=self.size, mode="bilinear")[0]
-            if not self.settings.minmax:
-                return some
-            low, high = some.amin((1, 2), keepdim=True), some.amax((1, 2), keepdim=True)
-            return torch.where(high > 0, (some - low) / (high - low).clamp(min=1e-12), some)
-
-        def largest(chunks: Iterator[Tensor]) -> Tensor:
-            best = winner = None
-            for number, maps in enumerate(chunks):
-                value, index = maps.amax(0), maps.argmax(0).float() + number * chunk
-                winner = index if best is None else torch.where(value > best, index, winner)
-                best = value if best is None else torch.maximum(value, best)
-            return winner
-
-        starts = range(0, len(labels), chunk)
-        if not self.settings.refine:
-            return largest(map(full, starts))
-        if len(labels) == 2:  # the background is the rest
-            background, own = full(0)
-            lead = (own - background)[None]
-            radius = self.radii((lead[0] > 0).float(), 2)
-            return (self.guide(lead, frame, radius[1:])[0] > 0).float()
-        radius = self.radii(largest(map(full, starts)), len(labels))
-        return largest(self.guide(full(start), frame, radius[start : start + chunk]) for start in starts)
-
-    def radii(self, winner: Tensor, count: int) -> Tensor:
-        """propagate.radii of hard labels H x W float32."""
-        edge = F.pad((winner[:, :-1] != winner[:, 1:]).float(), (0, 1))
-        edge = torch.maximum(edge, F.pad((winner[:-1] != winner[1:]).float(), (0, 0, 0, 1)))
-        own = [(winner == number).float() for number in range(count)]
-        area, outline = torch.stack([x.sum() for x in own]), torch.stack([(x * edge).sum() for x in own])
-        return propagate.radii(area, outline, self.size, self.settings.refine)
-
-    def guide(self, maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:
-        """As propagate.guide, where every radius is computed and each map takes its own: shapes are fixed."""
-        picture = frame.permute(2, 0, 1).float()
-        cells = propagate.reduction(self.size)
-        small = [math.ceil(side / cells) for side in self.size]
-        p, guiding = (F.interpolate(x[None], size=small, mode="bilinear")[0] for x in (maps, picture))
-        chosen = torch.zeros(len(maps), 4, *small)
-        for r in range(1, propagate.WIDEST + 1):
-            a, b = propagate.coefficients(p, guiding / 255, r)
-            own = (radius == r)[:, None, None, None]
-            chosen = torch.where(own, torch.cat([a / 255, b[:, None]], 1), chosen)
-        a, b = F.interpolate(chosen, size=self.size, mode="bilinear").split([3, 1], 1)
-        return torch.where((radius > 0)[:, None, None], (a * picture).sum(1) + b[:, 0], maps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,7 +473,7 @@ def build_engine(graph: Path, info: dict, timings: Path) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Exported graphs (export.py), run frame by frame
+# The two runners: what was exported, frame by frame
 
 
 def load_engine(path: Path, device: str = "auto") -> "OnnxEngine | TensorRTEngine":

@@ -563,136 +563,17 @@ def mask_from_labels(
     minmax: bool = False,
     frame: Tensor | None = None,
     refine: float = 0.0,
-    chunk: int = 8,
 ) -> Tensor:
     """Soft labels L x h x w -> mask H x W uint8: up-sampled bilinearly to full size, then the arg-max (section 4.2).
 
-    minmax stretches each label that occurs to 0..1 over the frame first. refine: then the edges of the labels are
-    moved to those of the frame (H x W x 3 uint8), see guide. Labels are up-sampled `chunk` at a time.
+    minmax stretches each label that occurs to 0..1 over the frame first. refine: then the labels are drawn to the edges
+    of the frame (H x W x 3 uint8), see refined_winner.
     """
-
-    def full(first: int) -> Tensor:
-        some = F.interpolate(labels[None, first : first + chunk].float(), size=size, mode="bilinear")[0]
-        return stretch(some) if minmax else some
-
-    starts = range(0, len(labels), chunk)
-    if not refine or len(labels) == 1:
-        winner = largest(full(start) for start in starts)
-    elif len(labels) == 2:  # the background is the rest, so one map is enough
-        background, own = full(0)
-        lead = own.sub_(background)[None]
-        radius = radii(*measure((lead[0] > 0).long(), 2), size, refine)
-        winner = (guide(lead, frame.to(labels.device), radius[1:])[0] > 0).long()
+    if refine:
+        winner = refined_winner(labels, frame.to(labels.device), refine, minmax)
     else:
-        radius = radii(*measure(largest(map(full, starts)), len(labels)), size, refine)
-        picture = frame.to(labels.device)
-        winner = largest(guide(full(start), picture, radius[start : start + chunk]) for start in starts)
+        winner = winner_in_turns(full_size(labels, size, minmax))
     return torch.tensor([0, *ids], dtype=torch.uint8, device=labels.device)[winner]
-
-
-def largest(chunks: Iterable[Tensor]) -> Tensor:
-    """The number of the largest of many maps, which come some at a time (each K x H x W): H x W."""
-    best = winner = None
-    first = 0
-    for chunk in chunks:
-        value, index = chunk.max(0)
-        if best is None:
-            best, winner = value, index
-        else:
-            winner = torch.where(value > best, index + first, winner)
-            best = torch.maximum(value, best)
-        first += len(chunk)
-    return winner
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks that follow the picture: a guided filter (He, Sun, Tang, TPAMI 2013) on the up-sampled labels, its coefficients
-# computed on a small picture (He, Sun, "Fast Guided Filter", 2015)
-
-REFINE = 0.35  # the strength that people with a video get; evaluate.py has the paper's 0
-FLAT = 1e-5  # eps: differences of colour (in 0..1) well below its root are no edges (benchmarks/tuning.md)
-WIDEST = 4  # cells of the small picture
-
-
-def reduction(size: tuple[int, int]) -> int:
-    """How many pixels of a frame (H, W) make a cell of the small picture: 4, or more so that it has about 120 rows."""
-    return max(4, round(min(size) / 120))
-
-
-def outlines(winner: Tensor) -> Tensor:
-    """Which pixels of hard labels H x W have a right or lower neighbour of another label: H x W bool."""
-    edge = torch.zeros_like(winner, dtype=torch.bool)
-    edge[:, :-1] |= winner[:, :-1] != winner[:, 1:]
-    edge[:-1] |= winner[:-1] != winner[1:]
-    return edge
-
-
-def measure(winner: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Area and outline of each of `count` hard labels, in pixels."""
-    return tuple(torch.bincount(x, minlength=count).float() for x in (winner.flatten(), winner[outlines(winner)]))
-
-
-def radii(area: Tensor, outline: Tensor, size: tuple[int, int], strength: float) -> Tensor:
-    """The filter's radius for each label of a frame (H, W), in cells of the small picture; 0 leaves a label alone.
-
-    It is strength x thickness, where thickness = area / outline, both in pixels (L each): w / 2 for a strip of width w.
-    What is less than half a pixel is 0. The background takes the smallest radius of the objects that have one.
-    """
-    cells = reduction(size)
-    widest = min(max(1, round(min(size) / 30 / cells)), WIDEST)
-    pixels = (strength * area / outline.clamp_min(1)).round() * (outline > 0)
-    own = (pixels / cells).round().clamp(1, widest)[1:]
-    own = torch.where(pixels[1:] >= 1, own, math.inf)
-    radius = torch.cat([own.amin(0, keepdim=True), own])
-    return torch.where(radius < math.inf, radius, 0)
-
-
-def guide(maps: Tensor, frame: Tensor, radius: Tensor) -> Tensor:
-    """The guided filter of maps (K x H x W) by a frame (H x W x 3 uint8), each with a radius of its own (K), in cells
-    of the small picture; those of radius 0 come back as they are."""
-    size = maps.shape[1:]
-    small = [math.ceil(side / reduction(size)) for side in size]
-    picture = frame.permute(2, 0, 1).float()  # 3 H W
-    p, guiding = (F.interpolate(x[None], size=small, mode="bilinear")[0] for x in (maps, picture))
-    for r in filter(None, radius.int().unique().tolist()):
-        own = (radius == r).nonzero()[:, 0]
-        a, b = coefficients(p[own], guiding / 255, r)
-        for k, ab in zip(own.tolist(), torch.cat([a / 255, b[:, None]], 1), strict=True):
-            *a, b = F.interpolate(ab[None], size=size, mode="bilinear")[0]
-            for weight, colour in zip(a, picture, strict=True):
-                b.addcmul_(weight, colour)
-            maps[k] = b
-    return maps
-
-
-def coefficients(p: Tensor, picture: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """In each window of (2r + 1)^2 cells the a, b for which a . picture + b is nearest to p, averaged over the windows
-    that a cell is in. p K x h x w, picture 3 x h x w -> K x 3 x h x w, K x h x w."""
-
-    def box(x: Tensor) -> Tensor:
-        for size, pad in (((2 * r + 1, 1), (r, 0)), ((1, 2 * r + 1), (0, r))):  # rows, then columns: less work
-            x = F.avg_pool2d(x, size, 1, pad, count_include_pad=False)
-        return x
-
-    R, G, B = picture
-    mean, mean_p = box(picture), box(p)
-    r_, g_, b_ = mean
-    rr, rg, rb, gg, gb, bb = box(torch.stack([R * R, R * G, R * B, G * G, G * B, B * B])) - torch.stack(
-        [r_ * r_, r_ * g_, r_ * b_, g_ * g_, g_ * b_, b_ * b_]
-    )
-    rr, gg, bb = rr + FLAT, gg + FLAT, bb + FLAT
-    # The inverse of the symmetric 3 x 3 covariance: its adjugate over its determinant.
-    i, j, k = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
-    l, m, n = rr * bb - rb * rb, rg * rb - rr * gb, rr * gg - rg * rg
-    determinant = rr * i + rg * j + rb * k
-    x, y, z = (box(p * colour) - mean_p * own for colour, own in zip(picture, mean, strict=True))
-    a = torch.stack([i * x + j * y + k * z, j * x + l * y + m * z, k * x + m * y + n * z], 1) / determinant
-    b = mean_p - (a * mean).sum(1)
-    return box(a.flatten(0, 1)).view_as(a), box(b)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Points
 
 
 def labels_from_points(points: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -724,6 +605,163 @@ def points_from_labels(labels: Tensor, size: tuple[int, int], best: int = 3) -> 
     x = (weight * (cell % w)).sum(1) / w * W
     y = (weight * (cell // w)).sum(1) / h * H
     return torch.where((total > 0)[:, None], torch.stack([x, y], 1), -1.0).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks that follow the picture: a guided filter (He, Sun, Tang, TPAMI 2013) on the up-sampled labels, in the fast form
+# of He and Sun (Fast Guided Filter, 2015)
+
+REFINE = 0.5  # the strength that people with a video get (benchmarks/tuning.md); evaluate.py has the paper's 0
+EPS = 1e-5  # added to the variance of the colours; a smaller one follows fainter edges
+MOST = 4  # largest radius, in samples: two cells of the grid
+
+
+def refined_winner(
+    labels: Tensor, frame: Tensor, strength: float, minmax: bool = False, eps: float = EPS, chunk: int = 4
+) -> Tensor:
+    """The label that wins at each pixel (H x W int64), each label's map having been drawn to the edges of the frame.
+
+    labels    L x h x w  soft labels, label 0 the background
+    frame     H x W x 3  uint8, the picture that they belong to
+    strength  >= 0       the filter's radius over the label's thickness; 0 filters nothing
+    minmax    the up-sampled labels are stretched to 0..1 first, then filtered
+
+    The filter works on samples, two to a cell of the grid (4 pixels at stride 8), whatever the size of the frame. The
+    radius of a label follows its thickness, so that wheels and legs are not smoothed away: see label_radii. `chunk`
+    labels are at full size at a time.
+    """
+    size, L = frame.shape[:2], len(labels)
+    if L == 1 or strength == 0:
+        return winner_in_turns(full_size(labels, size, minmax, chunk))
+    cell = math.sqrt(size[0] * size[1] / labels[0].numel())
+    guide = Guide(frame, max(1, round(cell / 2)), eps)
+    if L == 2:  # one filter instead of two: it is linear, so the difference of the two maps tells which is larger
+        background, label = next(full_size(labels, size, minmax, chunk=2))
+        ahead = (label - background)[None]
+        radii = label_radii((ahead[0] > 0).int(), 2, strength / guide.step)[1:]
+        return (guide.follow(ahead, radii)[0] > 0).long()
+    radii = label_radii(winner_in_turns(full_size(labels, size, minmax, chunk)), L, strength / guide.step)
+    maps = zip(full_size(labels, size, minmax, chunk), radii.split(chunk), strict=True)
+    return winner_in_turns(guide.follow(full, radius) for full, radius in maps)
+
+
+def full_size(labels: Tensor, size: tuple[int, int], minmax: bool, chunk: int = 4) -> Iterator[Tensor]:
+    """Labels L x h x w -> their maps up-sampled bilinearly, at most `chunk` at a time (section 4.2)."""
+    for some in labels.split(chunk):
+        full = F.interpolate(some[None].float(), size=size, mode="bilinear")[0]
+        yield stretch(full) if minmax else full
+
+
+def winner_in_turns(maps: Iterable[Tensor]) -> Tensor:
+    """The arg-max (H x W) over maps (K x H x W) that come in turns; of equals the first."""
+    best = winner = None
+    start = 0
+    for full in maps:
+        value, index = full.amax(0), full.argmax(0) + start
+        winner = index if best is None else torch.where(value > best, index, winner)
+        best = value if best is None else torch.maximum(value, best)
+        start += len(full)
+    return winner
+
+
+def label_radii(winner: Tensor, count: int, scale: float) -> Tensor:
+    """The radius at which each of `count` labels is filtered, in samples: 0 (left alone) to MOST.
+
+    scale x thickness, where thickness is area / length of the outline in the mask (H x W): half the width of a strip.
+    Below 1/8 sample (half a pixel at stride 8) a label is left alone. The background takes the objects' smallest.
+    """
+    thickness = [torch.zeros((), device=winner.device)]
+    for number in range(1, count):
+        own = winner == number
+        here = own[:-1, :-1]
+        outline = (here ^ own[1:, :-1]) | (here ^ own[:-1, 1:])  # another id to the right or below
+        thickness.append(own.float().sum() / outline.float().sum().clamp(min=1))
+    reach = scale * torch.stack(thickness)
+    radii = torch.where(reach < 1 / 8, 0.0, reach.round().clamp(1, MOST))
+    present = reach[1:] > 0
+    smallest = torch.where(present, radii[1:], MOST).amin(0) * present.any()
+    return torch.cat([smallest[None], radii[1:]])
+
+
+class Guide:
+    """A frame (H x W x 3 uint8) that maps can follow. Samples are means of step x step pixels."""
+
+    def __init__(self, frame: Tensor, step: int, eps: float):
+        self.step, self.eps = step, eps
+        self.frame = frame.permute(2, 0, 1).contiguous().float()  # 3 H W
+        self.small = self.sample(self.frame) / 255  # 3 h w
+
+    def sample(self, maps: Tensor) -> Tensor:
+        """K x H x W -> K x h x w, the last row and column repeated where the step does not divide the size."""
+        height, width = maps.shape[1:]
+        padded = F.pad(maps[None], (0, -width % self.step, 0, -height % self.step), mode="replicate")
+        return F.avg_pool2d(padded, self.step)[0]
+
+    def enlarge(self, maps: Tensor) -> Tensor:
+        """K x h x w -> K x H x W."""
+        height, width = self.frame.shape[1:]
+        full = F.interpolate(maps[None], scale_factor=float(self.step), mode="bilinear")[0]
+        return full[:, :height, :width]
+
+    def follow(self, maps: Tensor, radii: Tensor) -> Tensor:
+        """Maps K x H x W as locally linear functions of the frame's colours, map k in windows of radii[k] samples."""
+        small, found = self.sample(maps), None
+        for radius in range(1, MOST + 1):
+            chosen = radii == radius
+            if not torch.compiler.is_exporting() and not chosen.any():
+                continue
+            ab = self.coefficients(small, radius)
+            found = ab if found is None else torch.where(chosen[:, None, None, None], ab, found)
+        if found is None:
+            return maps
+        *a, b = found.unbind(1)
+        followed = self.enlarge(b)
+        for each, colour in zip(a, self.frame, strict=True):
+            followed = torch.addcmul(followed, self.enlarge(each / 255), colour)
+        return torch.where((radii > 0)[:, None, None], followed, maps)
+
+    def coefficients(self, p: Tensor, radius: int) -> Tensor:
+        """Maps p (K x h x w) -> a, b (K x 4 x h x w) of q = a . colour + b, averaged over the windows of each sample.
+
+        a = (covariance of the colours + eps 1)^-1 covariance of the colours with p; b = mean p - a . mean colour.
+        """
+
+        I, K = self.small, len(p)
+        products = [I[i] * I[j] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))]
+        maps = torch.cat([I, torch.stack(products), p, (p[:, None] * I).flatten(0, 1)])
+        mean_I, mean_II, mean_p, mean_pI = box_mean(maps, radius).split([3, 6, K, 3 * K])
+        r, g, b = mean_I
+        rr, rg, rb, gg, gb, bb = mean_II
+        rr, gg, bb = rr - r * r + self.eps, gg - g * g + self.eps, bb - b * b + self.eps
+        rg, rb, gb = rg - r * g, rb - r * b, gb - g * b
+        x, y, z = (mean_pI.unflatten(0, (K, 3)) - mean_p[:, None] * mean_I).unbind(1)  # K h w each
+        # The 3 x 3 system by elimination: adjugate over determinant loses all its digits where a picture is grey.
+        down, across = rg / rr, rb / rr
+        gg, gb, bb = gg - down * rg, gb - down * rb, bb - across * rb
+        y, z = y - down * x, z - across * x
+        last = gb / gg
+        z = (z - last * y) / (bb - last * gb)
+        y = (y - gb * z) / gg
+        x = (x - rg * y - rb * z) / rr
+        a = torch.stack([x, y, z], 1)
+        ab = torch.cat([a, (mean_p - (a * mean_I).sum(1))[:, None]], 1)
+        return box_mean(ab.flatten(0, 1), radius).unflatten(0, (K, 4))
+
+
+def box_mean(maps: Tensor, radius: int) -> Tensor:
+    """Means over windows of 2 radius + 1 samples a side, less where they end at the border. maps K x h x w.
+
+    By sums of shifted maps, a row of windows and then a column: torch's pooling adds every window up by itself.
+    """
+    for axis, margin in ((1, (0, 0, radius, radius)), (2, (radius, radius))):
+        length = maps.shape[axis]
+        padded, total = F.pad(maps, margin), maps
+        for shift in (*range(radius), *range(radius + 1, 2 * radius + 1)):
+            total = total + padded.narrow(axis, shift, length)
+        at = torch.arange(length, device=maps.device)
+        count = (at + radius).clamp(max=length - 1) - (at - radius).clamp(min=0) + 1
+        maps = total / (count[:, None] if axis == 1 else count)
+    return maps
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from propagate import read_ids, write_mask
 
 ROOT = Path(export.__file__).parent
 SMALL = Propagation(context=3, radius=4, topk=5)
-FLAGS = ("--model", "random", "--context", "3", "--radius", "4", "--topk", "5")
+FLAGS = ("--model", "random", "--context", "3", "--radius", "4", "--topk", "5", "--refine", "0")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
