@@ -429,10 +429,17 @@ def propagate_video(
 
 def encode_ahead(encode: Callable, frames: Iterable) -> Iterator[tuple]:
     """(frame, encode(frame)) for each of `frames`, in order. Up to workers + 1 frames are encoded ahead by tasks of the
-    pool, which come after the tiles of the frame that is being labelled."""
-    coming = deque()
+    pool, which come after the tiles of the frame that is being labelled. Where `frames` breaks off with an error, the
+    frames before it come first."""
+    coming, frames, error = deque(), iter(frames), None
     try:
-        for frame in frames:
+        while True:
+            try:
+                frame = next(frames, None)
+            except UserError as broken:
+                frame, error = None, broken
+            if frame is None:
+                break
             coming.append((frame, pool().submit(encode, frame, order=1)))
             if len(coming) > pool().workers + 1:
                 frame, features = coming.popleft()
@@ -440,6 +447,8 @@ def encode_ahead(encode: Callable, frames: Iterable) -> Iterator[tuple]:
         while coming:
             frame, features = coming.popleft()
             yield frame, features.result()
+        if error:
+            raise error
     finally:
         for _, features in coming:
             features.cancel()

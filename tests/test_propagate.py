@@ -279,7 +279,7 @@ def test_several_masks_stay_in_the_context(small_clip, tmp_path, cli):
             frame[mask == 3] = frame[mask == 0].mean(0)
             write_mask(tmp_path / f"{index}.png", mask * (mask < 3))
         Image.fromarray(frame).save(tmp_path / "frames" / f"{index:05d}.png")
-    argv = [*RANDOM, "--video", tmp_path / "frames", "--context", 1, "--out", tmp_path / "o"]
+    argv = [*RANDOM, "--video", tmp_path / "frames", "--context", 1, "--refine", 0, "--out", tmp_path / "o"]
     argv += ["--mask", tmp_path / "0.png", "--mask-frame", 0, "--mask", truth / "00005.png", "--mask-frame", 5]
     assert cli(propagate, *argv)[0] == 0
     masks = masks_in(tmp_path / "o")
@@ -1535,7 +1535,8 @@ def test_a_film_of_a_frame_in_hours(small_clip, tmp_path, cli):
 
 
 def test_soft_labels_are_saved(small_clip, tmp_path, cli, monkeypatch):
-    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    job = [*RANDOM, "--refine", 0, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
+    job += ["--out", tmp_path / "o"]
     calls = interrupt_at(monkeypatch, 5)
     assert cli(propagate, *job, "--save-labels")[0] == 130
     assert cli(propagate, *job, "--save-labels")[0] == 0 and len(calls) == 12
