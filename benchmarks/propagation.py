@@ -9,10 +9,14 @@ top-k, softmax (as in the scripts that released systems come with). Same machine
 
 import argparse
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import clip  # noqa: E402
 import common  # noqa: E402
 from common import Propagation, load_encoder  # noqa: E402
-from propagate import film_writer, propagate_labels, write_mask  # noqa: E402
+from propagate import film_writer, mask_from_labels, propagate_labels, usable_cpus, write_mask  # noqa: E402
 
 
 def dense_step(target, features, labels, s, chunk=512):
@@ -76,6 +80,19 @@ def run_film(film: Path, mask: Path, *flags: str) -> tuple[float, float]:
         return time.perf_counter() - start, int(peak) / 1024
 
 
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Other programs that take all they get; they end by themselves after five minutes."""
+    code = "import time; end = time.time() + 300\nwhile time.time() < end: pass"
+    loops = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
@@ -111,6 +128,15 @@ def main() -> None:
         f"{difference[~swapped].max():.1e}; {swapped.sum()} of {swapped.numel()} cells keep another k-th neighbour",
     )
     row("extractor (ResNet-18 up to layer3, stride 8)", f"{extract:.3f} s")
+    soft = F.interpolate(torch.rand(1, 1, 4, 7), size=(60, 107), mode="bicubic")[0].clamp(0, 1)
+    soft, sharp = torch.cat([1 - soft, soft]), frame[0]
+    plain, refined = (
+        seconds(lambda c=c: mask_from_labels(soft, [1], (480, 854), False, sharp, c), 9) for c in (0, 0.5)
+    )
+    row(
+        "a mask of one object at full size, one thread",
+        f"{1000 * plain:.0f} ms, with --refine 0.5 {1000 * refined:.0f} ms",
+    )
 
     # Linear in the number of cells, at the same n and radius.
     per_cell = []
@@ -138,6 +164,15 @@ def main() -> None:
         against = f"{each:.3f} s = {each / (extract + ours):.2f} x (extractor + step)"
         row("whole run a frame (decode, extract, propagate, masks, film)", against)
         row("peak memory of that run", f"{peak:.0f} MiB")
+        with busy_loops(2):
+            beside, _ = run_film(folder / "clip.mp4", folder / "f0.png")
+        row("the whole run beside two busy loops", f"{beside:.1f} s, alone {whole:.1f} s: {beside / whole:.2f} times")
+        jobs = [(folder / f"{name}.mp4", folder / "f0.png") for name in ("one", "two")]
+        for film, _ in jobs:
+            shutil.copy(folder / "clip.mp4", film)
+        with ThreadPoolExecutor(2) as both:
+            twice = max(wall for wall, _ in both.map(lambda job: run_film(*job), jobs))
+        row("two whole runs side by side", f"{twice:.1f} s each, alone {whole:.1f} s: {twice / whole:.2f} times")
         if not quick:
             frames = [pair[0] for pair in clip.render(frames=50, height=48, width=80)]
             write_mask(folder / "small.png", next(clip.render(frames=1, height=48, width=80))[1])
@@ -157,7 +192,7 @@ def main() -> None:
             target, features = target.to(dtype), features.to(dtype)  # strides, and so the layout, are kept
             t = seconds(lambda data=(target, features, labels): propagate_labels(*data, s), 10)
             row(f"the step on {name}, {dtype}", f"{1 / t:.0f} frames/s")
-    where = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    where = f"{platform.machine()}, {usable_cpus()} workers, torch {torch.__version__}"
     table = "\n".join(["| what | measured |", "|---|---|", *rows])
     (ROOT / "benchmarks" / "propagation.md").write_text(
         f"Measured by `python benchmarks/propagation.py` ({where}).\n\n{table}\n"
