@@ -206,12 +206,16 @@ def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation,
     for first, f, fixed in parts:
         window = search_window(s, tile, (h, w)) if fixed else Box(0, h, 0, w)
         seen = Box(0, h, 0, w) if s.norm == "frame" else window
-        A = compute_affinity(f, g, s, tile, seen, fixed and s.norm != "frame")  # rows columns m q
-        near = A[window.top - seen.top : window.bottom - seen.top, window.left - seen.left : window.right - seen.left]
+        A, peak = compute_affinity(f, g, s, tile, seen, fixed and s.norm != "frame")  # rows columns m q
+        inside = (
+            slice(window.top - seen.top, window.bottom - seen.top),
+            slice(window.left - seen.left, window.right - seen.left),
+        )
+        near, peak = A[inside], peak[inside]
         M = compute_masks(s, window, tile, A.device) if fixed else None
         if fixed and s.norm == "region":
             near.masked_fill_(~M[:, :, None], -math.inf)
-        values_kept, cell, frame = topk(near.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
+        values_kept, cell, frame = topk(near.flatten(0, 1), peak.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
         width = window.right - window.left
         cell = (window.top + cell // width) * w + window.left + cell % width
         total = None if s.norm == "topk" else logsumexp_(A.flatten(0, 1))  # m q
@@ -221,24 +225,30 @@ def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation,
     return (sum(soft_copy(*each, values, s) for each in found) / n).unflatten(0, tile.shape)  # line 36
 
 
-def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box, fixed: bool) -> Tensor:
+def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box, fixed: bool) -> tuple[Tensor, Tensor]:
     """Eq. 1, A = f^T g, of the context cells of `seen` (f: h x w x m x C) and the cells of a tile (g: q x C).
 
-    -> rows x columns x m x q. fixed: pairs of rows further apart than the fixed region reaches are left out, and what
+    -> A, rows x columns x m x q, and for `overall` the largest of each cell's m, rows x columns x q, taken while a row
+    of A is still in the cache. fixed: pairs of rows further apart than the fixed region reaches are left out, and what
     stands in their place is of no meaning.
     """
     m, q = f.shape[2], len(g)
     rows, columns = seen.shape
     if not f.is_cpu:
         A = torch.bmm(f[seen.top : seen.bottom, seen.left : seen.right].flatten(1, 2), g.T.expand(rows, -1, -1))
-        return (A if s.norm == "topk" else A.float()).view(rows, columns, m, q)
-    A = scratch(rows * columns * m * q).view(rows, columns * m, q)
+        A = (A if s.norm == "topk" else A.float()).view(rows, columns, m, q)
+        return A, A.amax(2)
+    dtype = g.dtype if s.norm == "topk" else torch.float32
+    A, peak = scratch(rows * columns * (m + 1) * q, dtype).split(rows * columns * m * q)
+    A, peak = A.view(rows, columns, m, q), peak.view(rows, columns, q)
     reach, width = reach_of(s) if fixed else f.shape[0], tile.right - tile.left
-    for y, place in zip(range(seen.top, seen.bottom), A, strict=True):
+    for y, row, best in zip(range(seen.top, seen.bottom), A, peak, strict=True):
         first, end = max(y - reach, tile.top) - tile.top, min(y + reach + 1, tile.bottom) - tile.top
         near = slice(first * width, end * width)
-        products(f[y, seen.left : seen.right].flatten(0, 1), g[near], out=place[:, near])
-    return A.view(rows, columns, m, q)
+        products(f[y, seen.left : seen.right].flatten(0, 1), g[near], out=row[:, :, near].flatten(0, 1))
+        if s.aggregation == "overall":
+            torch.amax(row[:, :, near], 1, out=best[:, near])
+    return A, peak
 
 
 def compute_masks(s: Propagation, window: Box, tile: Box, device) -> Tensor:
@@ -257,8 +267,9 @@ def compute_masks(s: Propagation, window: Box, tile: Box, device) -> Tensor:
     return M.flatten(2)
 
 
-def topk(A: Tensor, M: Tensor | None, s: Propagation) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines 23 to 26: the k largest masked affinities of each target cell. A: cells x m x q; M: cells x q, or None.
+def topk(A: Tensor, peak: Tensor, M: Tensor | None, s: Propagation) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines 23 to 26: the k largest masked affinities of each target cell. A: cells x m x q; peak, its largest over m,
+    and M: cells x q.
 
     -> affinity, cell, frame of each: k x q over all m frames, or k x m x q per frame.
     """
@@ -268,7 +279,6 @@ def topk(A: Tensor, M: Tensor | None, s: Propagation) -> tuple[Tensor, Tensor, T
         best, cell = A.topk(min(s.topk, cells), dim=0)
         return best.float(), cell, torch.arange(m, device=A.device)[:, None]
     # M does not depend on the frame, so the k best lie in the k best cells by their best frame.
-    peak = A.amax(1)  # cells q
     if M is not None:
         peak.masked_fill_(~M, -math.inf)
     peak, cell = peak.topk(min(s.topk, cells), dim=0)  # k q
@@ -343,12 +353,13 @@ def logsumexp_(A: Tensor) -> Tensor:
 _scratch = threading.local()
 
 
-def scratch(size: int) -> Tensor:
-    """Memory for `size` floats that a thread has for itself and uses again: new memory costs as much as a product."""
-    if getattr(_scratch, "memory", None) is None or len(_scratch.memory) < size:
+def scratch(size: int, dtype: torch.dtype) -> Tensor:
+    """Memory that a thread has for itself and uses again: new memory costs as much as a product."""
+    floats = size * dtype.itemsize // 4 + 1
+    if getattr(_scratch, "memory", None) is None or len(_scratch.memory) < floats:
         with torch.inference_mode(False):
-            _scratch.memory = torch.empty(size)
-    return _scratch.memory[:size]
+            _scratch.memory = torch.empty(floats)
+    return _scratch.memory[:floats].view(dtype)[:size]
 
 
 def propagate_video(
