@@ -11,9 +11,9 @@ CLIP = results/demo-clip
 
 demo: .venv/ready
 	$(PY) tests/clip.py $(CLIP)
-	$(PY) propagate.py --video $(CLIP)/clip.mp4 --mask $(CLIP)/f0.png --out results/demo --overwrite
-	$(PY) evaluate.py --data $(CLIP) --predictions results --out results/demo
-	@echo "Look at results/demo/overlay.mp4 and results/demo/contact_sheet.jpg"
+	$(PY) propagate.py --video $(CLIP)/clip.mp4 --mask $(CLIP)/f0.png --out results/default/demo --overwrite
+	$(PY) evaluate.py --data $(CLIP) --predictions results/default --out results/default
+	@echo "Look at results/default/demo/overlay.mp4 and contact_sheet.jpg beside it; the scores are in results/default/report.html"
 
 test: .venv/tests
 	$(PY) -m pytest
@@ -25,9 +25,10 @@ bench: .venv/ready
 	$(PY) benchmarks/training_uvc.py
 
 .venv/ready: requirements.txt
+	@echo "Setting up .venv: PyTorch with CUDA is some GB (README: a smaller one), so this takes minutes."
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r $(REQUIREMENTS)
+	$(PY) -m pip install -r $(REQUIREMENTS)
 	touch $@
 
 .venv/tests: .venv/ready tests/requirements.txt
@@ -35,4 +36,4 @@ bench: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv results/demo $(CLIP)
+	rm -rf .venv results/default $(CLIP)
