@@ -885,7 +885,7 @@ def test_uvcs_first_boxes_are_those_of_the_mask_at_the_networks_input_size():
 def test_the_mask_of_an_annotated_frame_reaches_uvcs_boxes(monkeypatch):
     seen = []
 
-    def spy(target, features, labels, settings, annotated, ages, boxes):
+    def spy(target, features, labels, settings, annotated, ages, boxes, share):
         seen.append([each[1].tolist() for each in boxes])
         return labels[0]
 

@@ -538,7 +538,10 @@ def test_only_the_frames_needed_are_converted(videos, monkeypatch):
 
     class Spy:
         def __init__(self, frame):
-            self.frame, self.pts, self.rotation = frame, frame.pts, frame.rotation
+            self.frame = frame
+
+        def __getattr__(self, name):
+            return getattr(self.frame, name)
 
         def to_ndarray(self, **kinds):
             converted.append(self.pts)
