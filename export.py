@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -794,6 +794,11 @@ def check(
 
 
 def main(args: Args) -> None:
+    if args.propagation.refine and args.objects > 32:  # each map is filtered at four radii: the graph would not end
+        print(
+            f"note: --objects {args.objects}: more than 32, so the graph is written without --refine", file=sys.stderr
+        )
+        args = replace(args, propagation=replace(args.propagation, refine=0.0))
     height, width = Video(args.video).size if args.video and args.mask else (480, 854)
     args.height = height if args.height is None else args.height
     args.width = width if args.width is None else args.width
