@@ -794,16 +794,16 @@ def check(
 
 
 def main(args: Args) -> None:
-    if args.propagation.refine and args.objects > 32:  # each map is filtered at four radii: the graph would not end
-        print(
-            f"note: --objects {args.objects}: more than 32, so the graph is written without --refine", file=sys.stderr
-        )
-        args = replace(args, propagation=replace(args.propagation, refine=0.0))
     height, width = Video(args.video).size if args.video and args.mask else (480, 854)
     args.height = height if args.height is None else args.height
     args.width = width if args.width is None else args.width
     check_args(args)
     check_packages(args)
+    if args.propagation.refine and args.objects > 32:  # each map is filtered at four radii: the graph would not end
+        print(
+            f"note: --objects {args.objects}: more than 32, so the graph is written without --refine", file=sys.stderr
+        )
+        args = replace(args, propagation=replace(args.propagation, refine=0.0))
     frames = args.propagation.context + 6 if args.frames is None else args.frames
     clip, mask = read_clip(args, frames)
     if len(clip) < 2:

@@ -678,11 +678,11 @@ def winner_in_turns(maps: Iterable[Tensor]) -> Tensor:
     best = winner = None
     start = 0
     for full in maps:
-        value, index = full.amax(0), full.argmax(0) + start
+        value, index = full.amax(0), full.argmax(0).int() + start  # TensorRT adds no integers of 64 bits
         winner = index if best is None else torch.where(value > best, index, winner)
         best = value if best is None else torch.maximum(value, best)
         start += len(full)
-    return winner
+    return winner.long()
 
 
 def label_radii(winner: Tensor, count: int, scale: float) -> Tensor:
