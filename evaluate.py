@@ -71,6 +71,7 @@ from propagate import (
     Video,
     ahead,
     encode_ahead,
+    label_numbers,
     labels_from_mask,
     labels_from_points,
     mask_from_labels,
@@ -932,9 +933,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
         soft_masks[0] = torch.cat([soft_masks[0], labels_from_mask(given_parts, parts, grid, sampling)])
     numbers = []  # which label each pixel has, where boxes are drawn round them
     if ids and not parts:
-        numbers = [
-            torch.from_numpy(np.searchsorted([0, *ids], np.where(np.isin(masks[names[0]], ids), masks[names[0]], 0)))
-        ]
+        numbers = [label_numbers(masks[names[0]], ids)]
     later = {}  # objects that come in later
     for name, soft in list(zip(masks, soft_masks, strict=False))[1:]:
         named = torch.tensor([False, *(number in seq.given[name] for number in ids)], device=device)
