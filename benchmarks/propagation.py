@@ -8,15 +8,16 @@ top-k, softmax (as in the scripts that released systems come with). Same machine
 """
 
 import argparse
+import contextlib
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import clip  # noqa: E402
 import common  # noqa: E402
+import propagate  # noqa: E402
 from common import Propagation, load_encoder  # noqa: E402
 from propagate import film_writer, mask_from_labels, propagate_labels, usable_cpus, write_mask  # noqa: E402
 
@@ -68,6 +70,58 @@ def context(h, w, n, C=256, device="cpu"):
     return target, ring.permute(2, 3, 0, 1), labels.permute(2, 3, 0, 1)
 
 
+def disk_flops(s, h, w, n, C) -> float:
+    """Floating-point operations of the products that the circle admits, and no others."""
+    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    pairs = sum(int(((y - y[i]) ** 2 + (x - x[i]) ** 2 < s.radius**2).sum()) for i in range(h * w))
+    return 2.0 * pairs * n * C
+
+
+def product_rate() -> float:
+    """Floating-point operations a second of one thread's matrix product, 2000 a side: the better of torch's two."""
+    torch.set_num_threads(1)
+    a, b = torch.randn(2000, 2000), torch.randn(2000, 2000)
+    products = [lambda: a @ b, lambda: F.linear(a, b)]
+    with contextlib.suppress(AttributeError, RuntimeError):
+        onednn = torch.ops.mkldnn._linear_pointwise
+        onednn(a, b, None, "none", [], "")
+        products.append(lambda: onednn(a, b, None, "none", [], ""))
+    rate = 2 * 2000**3 / min(seconds(each) for each in products)
+    torch.set_num_threads(usable_cpus())
+    return rate
+
+
+def stages(step) -> str:
+    """CPU seconds of a step's parts, all workers together."""
+    names, spent = ("label_tile", "compute_affinity", "topk", "compute_masks", "soft_copy"), Counter()
+
+    def timed(name, work):
+        def call(*args):
+            start = time.thread_time()
+            result = work(*args)
+            spent[name] += time.thread_time() - start
+            return result
+
+        return call
+
+    originals = {name: getattr(propagate, name) for name in names}
+    try:
+        for name, work in originals.items():
+            setattr(propagate, name, timed(name, work))
+        step()
+    finally:
+        for name, work in originals.items():
+            setattr(propagate, name, work)
+    rest = 2 * spent["label_tile"] - spent.total()
+    return ", ".join([*(f"{name} {spent[name]:.2f}" for name in names[1:]), f"rest {rest:.2f}"])
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; others convert, several times slower than float32."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 def run_film(film: Path, mask: Path, *flags: str) -> tuple[float, float]:
     """propagate.py on a film: (wall seconds, peak MiB of the process)."""
     # A small process in between: Linux counts the memory of the one that starts another as the other's own.
@@ -80,7 +134,7 @@ def run_film(film: Path, mask: Path, *flags: str) -> tuple[float, float]:
         return time.perf_counter() - start, int(peak) / 1024
 
 
-@contextmanager
+@contextlib.contextmanager
 def busy_loops(count: int) -> Iterator[None]:
     """Other programs that take all they get; they end by themselves after five minutes."""
     code = "import time; end = time.time() + 300\nwhile time.time() < end: pass"
@@ -127,6 +181,17 @@ def main() -> None:
         "largest difference of the two",
         f"{difference[~swapped].max():.1e}; {swapped.sum()} of {swapped.numel()} cells keep another k-th neighbour",
     )
+    limit = disk_flops(s, 60, 107, 20, 256) / (usable_cpus() * product_rate())
+    row(
+        "the disk's products alone, at the rate of this machine's matrix product",
+        f"{limit:.3f} s; the step takes {ours / limit:.1f} times that",
+    )
+    row("what one worker spends a step on, CPU seconds", stages(lambda: propagate_labels(*at480, s)))
+    if has_bfloat16():
+        target, features, labels = at480
+        half = target.bfloat16(), features.bfloat16(), labels
+        short = seconds(lambda: propagate_labels(*half, s), 5)
+        row("the step in bfloat16", f"{short:.3f} s: {ours / short:.2f} times as fast as in float32")
     row("extractor (ResNet-18 up to layer3, stride 8)", f"{extract:.3f} s")
     soft = F.interpolate(torch.rand(1, 1, 4, 7), size=(60, 107), mode="bicubic")[0].clamp(0, 1)
     soft, sharp = torch.cat([1 - soft, soft]), frame[0]
@@ -192,7 +257,9 @@ def main() -> None:
             target, features = target.to(dtype), features.to(dtype)  # strides, and so the layout, are kept
             t = seconds(lambda data=(target, features, labels): propagate_labels(*data, s), 10)
             row(f"the step on {name}, {dtype}", f"{1 / t:.0f} frames/s")
-    where = f"{platform.machine()}, {usable_cpus()} workers, torch {torch.__version__}"
+    kind = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
+    kind = f"{kind}, {torch.backends.cpu.get_cpu_capability()}"
+    where = f"{kind}, {usable_cpus()} workers, torch {torch.__version__}"
     table = "\n".join(["| what | measured |", "|---|---|", *rows])
     (ROOT / "benchmarks" / "propagation.md").write_text(
         f"Measured by `python benchmarks/propagation.py` ({where}).\n\n{table}\n"
