@@ -50,9 +50,9 @@ def tracker(small_clip, tmp_path_factory) -> Path:
         [sys.executable, "export.py", *FLAGS, *map(str, flags)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert re.search(
-        r"check: 8 frames on \w+: 100\.0+% of the mask pixels agree with PyTorch \(99\.9% wanted", result.stdout
-    )
+    # A processor whose kernels add up in another order may tip a pixel.
+    agree = r"check: 8 frames on \w+: (100\.0+|99\.99\d+)% of the mask pixels agree with PyTorch \(99\.9% wanted"
+    assert re.search(agree, result.stdout)
     assert "frames/s, PyTorch" in result.stdout
     return path
 
