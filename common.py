@@ -11,7 +11,6 @@ Matter" (2022). Words and shapes, the same everywhere:
 import argparse
 import contextlib
 import difflib
-import hashlib
 import importlib
 import io
 import itertools
@@ -19,12 +18,9 @@ import math
 import os
 import re
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import cv2
@@ -33,8 +29,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-
-__version__ = "0.1.0"
 
 
 class UserError(Exception):
@@ -48,11 +42,7 @@ def run(main, parse) -> None:
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        said = "interrupted: what is written is whole; the same command goes on from here"
-        sys.exit(print(said, file=sys.stderr) or 130)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():  # by start_training
-            torch.distributed.destroy_process_group()
+        sys.exit(print("interrupted: what is written is whole; the same command goes on", file=sys.stderr) or 130)
 
 
 def rank_world() -> tuple[int, int]:
@@ -125,30 +115,19 @@ class Propagation:
             raise UserError(f"--size {self.size!r}: give the short side (480), height x width (480x854), or full")
         if any(len(number) > 5 for number in re.findall(r"\d+", self.size)):
             raise UserError(f"--size {self.size}: is more pixels than a video has; give 480, 480x854 or full")
-        bounds = {"upsample": (1, 64), "stride": (1, 64), "topk": (1, 10**6)}
-        bounds |= {"context": (0, 10**5), "radius": (1, 10**4)}
+        bounds = {"upsample": (1, 64), "stride": (1, 64), "topk": (1, 10**6), "context": (0, 10**5)}
+        bounds |= {"radius": (1, 10**4), "temperature": (1e-9, 1e9), "refine": (0, 10)}
         for flag, (least, most) in bounds.items():
-            if getattr(self, flag) < least:
-                raise UserError(f"--{flag} {getattr(self, flag)}: give {least} or more")
-            if getattr(self, flag) > most:
-                raise UserError(f"--{flag} {getattr(self, flag)}: is too large; give {most} or less")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise UserError(f"--temperature {self.temperature}: give a number above 0; affinities are divided by it")
-        if not 0 <= self.refine <= 10:
-            raise UserError(f"--refine {self.refine}: give 0 (off) to 10; 0.5 is a good strength")
+            value = getattr(self, flag)
+            if not least <= value <= most:  # nan neither
+                what = f"is too large; give {most} or less" if value > most else f"give {least} or more"
+                raise UserError(f"--{flag} {value}: {what}")
         if self.context < 1 and not self.keep_first:
-            raise UserError(
-                "--context 0 --no-keep-first: nothing is left to copy labels from; give --context 1 or more"
-            )
+            raise UserError("--context 0 --no-keep-first: leaves nothing to copy from; give --context 1 or more")
         if self.localization in ("window", "predicted") and self.norm == "frame":
             raise UserError(f"--localization {self.localization}: sees windows alone; take --softmax region or topk")
         if self.localization == "track" and (self.aggregation, self.norm) != ("per-frame", "frame"):
             raise UserError("--localization track: needs --aggregation per-frame and --softmax auto (section 4.3)")
-
-    @property
-    def history(self) -> bool:
-        """Whether a target depends on more than the annotated and the latest frames."""
-        return self.memory == "spaced" or self.localization in ("predicted", "track")
 
     @property
     def norm(self) -> str:
@@ -159,18 +138,15 @@ class Propagation:
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the network's input for a frame of height x width pixels."""
-        size, _, multiple = self.size.partition("/")
-        multiple = int(multiple or 1)
-        if size == "full":
-            scaled = height, width
-        elif "x" in size:
-            scaled = tuple(int(side) for side in size.split("x"))
-        else:
-            short, least = min(height, width), min(int(size), height, width)
-            exact = [Fraction(side * least, short) for side in (height, width)]
-            scaled = tuple(math.floor(side) if multiple > 1 else round(side) for side in exact)
-        scaled = tuple(side if side == min(scaled) else max(side // multiple, 1) * multiple for side in scaled)
-        return scaled[0] * self.upsample, scaled[1] * self.upsample
+        size, _, step = self.size.partition("/")
+        sides, short = [height, width], min(height, width)
+        if "x" in size:
+            sides = [int(side) for side in size.split("x")]
+        elif size != "full":
+            sides = [side * min(int(size), short) / short for side in sides]
+        if step:
+            sides = [side if side == min(sides) else max(side // int(step), 1) * int(step) for side in sides]
+        return round(sides[0]) * self.upsample, round(sides[1]) * self.upsample
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Grid (h, w) of the features of a frame of height x width pixels."""
@@ -184,8 +160,8 @@ class System:
     arch: str  # torchvision's name, or timm:NAME
     about: str
     settings: Propagation = Propagation()  # on DAVIS
-    vip: dict = field(default_factory=dict)  # what differs on VIP
-    jhmdb: dict = field(default_factory=dict)  # and on JHMDB
+    vip: dict = field(default_factory=lambda: {"size": "560x560", "context": 4})  # what differs on VIP, Table 7b
+    jhmdb: dict = field(default_factory=lambda: {"size": "240x240", "context": 7, "localization": "none"})  # Table 8
     paper: float | None = None  # J&F on DAVIS 2017 val in the paper, best without up-sampling (Tables 2, 4, 6)
     # The network and what it sees
     colours: Callable[[], nn.Module] | None = None  # RGB in 0..1, B x 3 x H x W -> the same in other colours
@@ -195,6 +171,7 @@ class System:
     build: Callable[..., nn.Module] | None = None  # (system, settings) -> the network up to settings.layer
     # Its released file
     source: str = ""  # a stable link to the file, which is fetched, or where else to get it
+    file: str = ""  # its name on disk, where the link's last part says nothing
     digest: str = ""  # algorithm:first digits; "": the file name ends in the first 8 digits of its SHA-256, or unknown
     licence: str = "none stated"
     keys: tuple[tuple[str, str], ...] = ()  # (regex, replacement), in turn: names in the released file -> torchvision's
@@ -205,11 +182,6 @@ class System:
     note: Callable | None = None
 
 
-STILL = {  # still-image features, Tables 7b and 8
-    "vip": {"size": "560x560", "context": 4},
-    "jhmdb": {"size": "240x240", "context": 7, "localization": "none"},
-}
-BEST = Propagation(topk=5, temperature=1.0)  # Table 6b: overall, circle of 12 cells, n = 20
 SYSTEMS = Path(__file__).parent / "systems"
 R18, R50 = r"layer1\.0\.conv1\.weight 64x64x3x3", r"layer1\.0\.conv1\.weight 64x64x1x1"  # which ResNet a file holds
 
@@ -229,20 +201,14 @@ def find_system(name: str) -> System:
     raise UserError(f"unknown model {name!r}: {near}{known}")
 
 
-def files() -> list[ModuleType]:
-    """The files of systems/, imported."""
+def files() -> list:
+    """The files of systems/, as modules."""
     return [importlib.import_module(f"systems.{path.stem}") for path in sorted(SYSTEMS.glob("[a-z]*.py"))]
 
 
 def systems() -> dict[str, System]:
     """All rows with a name of their own."""
     return {name: row for module in files() for name, row in module.SYSTEMS.items()}
-
-
-def localizer(name: str) -> System | None:
-    """The system that brings a way to localise; None for what Algorithm 1 has itself."""
-    owner = {"window": "mast", "predicted": "mast", "track": "uvc"}.get(name)
-    return find_system(owner) if owner else None
 
 
 def preset(name: str, dataset: str = "davis") -> Propagation:
@@ -302,15 +268,18 @@ def load_encoder(
 ) -> Encoder:
     """The extractor of a system (find_system), in eval mode, BatchNorm folded into the convolutions.
 
-    weights: a file as it was released; without it weights/, then torch hub's cache are searched, then the system's
-    link is fetched. Files may lack the stages after settings.layer. What a given file is taken for, and what of it is
-    not used, is said in one line on stderr. Raises UserError for what is unknown, missing or does not fit.
+    weights: a file as it was released, which may lack the stages after settings.layer; what it is taken for, and what
+    of it is not used, is said on stderr. By default it is found or fetched. UserError if it is missing or does not fit.
     """
     system, device, dtype = find_system(name), pick_device(device), getattr(torch, dtype)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
     load = system.load or find_system(f"torchvision:{system.arch}").load
     encoder = load(name.lower(), weights and Path(weights), settings or system.settings)
-    fold_batchnorm(encoder.eval().requires_grad_(False))
+    for parent in list(encoder.eval().requires_grad_(False).modules()):
+        for (first, conv), (second, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, first, nn.utils.fuse_conv_bn_eval(conv, norm))
+                setattr(parent, second, nn.Identity())
     return encoder.to(device, dtype).to(memory_format=torch.channels_last)
 
 
@@ -318,45 +287,24 @@ def pick_device(name: str) -> torch.device:
     """auto is the GPU where there is one, else the CPU."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-        return device
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        why = textwrap.shorten(str(error).splitlines()[0], 100)
+        why = str(error).splitlines()[0][:100]
         raise UserError(f"--device {name}: cannot be used here ({why}); take auto, cpu or cuda") from error
 
 
-def find_weights(name: str, fetch: bool = True) -> Path | None:
-    """The weights file of a model, under its released name or NAME.pth: in weights/, torch hub's cache, or fetched
-    (with progress, and its hash checked). None if it is not here and not to be fetched."""
-    system, hub = find_system(name), Path(torch.hub.get_dir()) / "checkpoints"
-    link = system.source if re.fullmatch(r"https://\S+\.(pth|tar)", system.source) else ""
-    file = f"{name}.pth" if link.endswith("/checkpoint.pth.tar") else Path(link).name  # a name that says nothing
-    for folder in (Path("weights"), Path(__file__).parent / "weights", hub):
-        for path in (folder / file, folder / f"{name}.pth", folder / f"{name}.pth.tar"):
-            if path.is_file():
-                return path
-    if not fetch or not system.source:
-        return None
-    if not link:
-        how = f"get them ({system.source}) and give --weights FILE"
-        raise UserError(f"weights of {name}: neither in weights/ nor in {hub}; {how}")
-    print(f"fetching the weights of {name} from {link} (licence: {system.licence})", file=sys.stderr)
-    suffix = re.search(r"-([0-9a-f]{8})\.pth$", file)
-    algorithm, _, digits = (system.digest or f"sha256:{suffix[1] if suffix else ''}").partition(":")
-    try:
-        with atomic(hub / file) as part:  # torchrun's processes may all be at it
-            torch.hub.download_url_to_file(link, str(part))
-            got = hashlib.new(algorithm, part.read_bytes()).hexdigest()
-            if not got.startswith(digits):
-                raise UserError(f"its {algorithm} is {got[: len(digits)]}..., not {digits}...")
-    except (UserError, OSError, RuntimeError) as error:
-        how = f"download {link} to weights/ or give --weights FILE"
-        raise UserError(f"weights of {name}: could not be fetched ({error}); {how}") from error
-    return hub / file
+def find_weights(name: str) -> Path | None:
+    """The weights file of a model on disk: in weights/ or torch hub's cache, under its released name or NAME.pth."""
+    system = find_system(name)
+    for folder in (Path("weights"), Path(__file__).parent / "weights", Path(torch.hub.get_dir()) / "checkpoints"):
+        for file in (system.file or Path(system.source).name, f"{name}.pth", f"{name}.pth.tar"):
+            if (folder / file).is_file():
+                return folder / file
+    return None
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in a checkpoint, names as they are, and what else it holds. Never runs code from the file."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The state dict in a checkpoint, names as they are, and the entries beside it. Never runs code from the file."""
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; check its name")
     try:
@@ -367,15 +315,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if "GLOBAL" in str(error):  # the unpickler's word for a function or class that it will not touch
             why = "refused, it holds pickled code beside tensors; save its state_dict alone"
         raise UserError(f"{path}: {why}") from error
-    content = state if isinstance(state, dict) else {}
-    inner = next(
-        (key for key in ("state_dict", "model", "teacher", "method") if isinstance(content.get(key), dict)), ""
-    )
-    rest = [str(key) for key in content if inner and key != inner]
-    task = str(content["meta"].get("task")) if isinstance(content.get("meta"), dict) else ""
-    if inner and (task in systems() or task.startswith("torchvision:")):  # of a training script
-        rest[rest.index("meta")] = f"meta {task}"
-    tensors = {key: value for key, value in content.get(inner, content).items() if isinstance(value, Tensor)}
+    state = state if isinstance(state, dict) else {}
+    inner = [key for key in ("state_dict", "model", "teacher", "method") if isinstance(state.get(key), dict)]
+    state, rest = (state.pop(inner[0]), state) if inner else (state, {})
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no state dict (names and tensors); save model.state_dict() with torch.save")
     return tensors, rest
@@ -389,9 +332,8 @@ def fit(net: nn.Module, state: dict[str, Tensor]) -> str:
             return f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
     others = net.load_state_dict(state, strict=False).unexpected_keys
     missing = [key for key in wanted if key not in state]
-    norms = [key for key in missing if re.search(r"(bn\d|downsample\.1)\.\w+$", key)]
-    if norms and missing == norms and any(re.search(r"^(layer.*)?(conv\d|downsample\.0)\.bias$", k) for k in others):
-        return f"its BatchNorm is folded into the convolutions ({norms[0]} is gone)"
+    if missing and re.sub(r"bn(\d)\.\w+$", r"conv\1.bias", missing[0]) in others:
+        return f"its BatchNorm is folded into the convolutions ({missing[0]} is gone)"
     if missing:
         return f"it lacks {len(missing)} of {len(wanted)} entries, such as {missing[0]}"
     for key in others:  # ResNet-34's stages begin as ResNet-18's
@@ -400,22 +342,14 @@ def fit(net: nn.Module, state: dict[str, Tensor]) -> str:
     return ""
 
 
-def recognise(state: dict[str, Tensor], rest: Sequence[str] = ()) -> str | None:
-    """The system that a released file is of, by its entries; None where these do not tell."""
+def recognise(state: dict[str, Tensor], rest: Mapping = {}) -> str | None:
+    """The system that a file of read_weights is of, by its entries; None where these do not tell."""
+    task = str(rest["meta"].get("task")) if isinstance(rest.get("meta"), dict) else ""  # of a training script
+    if task in systems() or task.startswith("torchvision:"):
+        return task
     shapes = {key: value.squeeze(2).shape if value.dim() == 5 else value.shape for key, value in state.items()}
-    text = "\n".join([*rest, *(f"{key} {'x'.join(map(str, shape))}" for key, shape in shapes.items())])
-    if own := re.search(r"^meta (.+)$", text, re.M):
-        return own[1]
+    text = "\n".join([*map(str, rest), *(f"{key} {'x'.join(map(str, shape))}" for key, shape in shapes.items())])
     return next((name for name, row in systems().items() if row.mark and re.search(row.mark, text, re.M)), None)
-
-
-def fold_batchnorm(module: nn.Module) -> None:
-    """Replace every convolution and the BatchNorm after it by one convolution with the same output."""
-    for parent in list(module.modules()):
-        for (name, conv), (after, norm) in itertools.pairwise(list(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(parent, name, nn.utils.fuse_conv_bn_eval(conv, norm))
-                setattr(parent, after, nn.Identity())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,11 +363,8 @@ def cuts(length: int, step: int) -> list[tuple[int, int]]:
 
 
 # MKL leaves out AVX-512 on AMD's processors: there oneDNN, which torch has for linear layers, is faster.
-ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
-)
+AMD = "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+ONEDNN = AMD and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
@@ -453,43 +384,31 @@ def stretch(labels: Tensor) -> Tensor:
 
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+AS_STORED = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
 
 
 def read_picture(path: str | Path, reduce: bool = True, page: int = 0) -> np.ndarray:
-    """A JPEG, PNG, ... -> H x W x 3 uint8 RGB. UserError if it is damaged.
-
-    Values of more than 8 bits (16-bit, float) are brought to 0..255 by their own range, or left with reduce=False.
-    page: which picture of a TIFF that holds several.
-    """
+    """A JPEG, PNG, ... -> H x W x 3 uint8 RGB. Values of more than 8 bits (16-bit, float) are brought to 0..255 by
+    their own range, or left with reduce=False. page: which one of a TIFF's several. UserError if it is damaged."""
     try:
-        if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
-            raise UserError(f"{path}: is no regular file, so it cannot be read as a picture; replace or remove it")
-        data = Path(path).read_bytes() if not page else b"II*"
+        data = b"" if page else Path(path).read_bytes()
         if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9", len(data) // 2) < 0:  # OpenCV would fill it up with grey
             raise UserError(f"{path}: is a JPEG without an end, it breaks off; replace or remove it")
-        # To look at the depth costs time: only where there may be more than 8 bits.
-        deep = data[:3] in (b"II*", b"II+", b"MM\0") or data[:2] in (b"P5", b"P6")
-        deep = deep or (data[:4] == b"\x89PNG" and data[24:25] == b"\x10")
-        flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR if deep else cv2.IMREAD_COLOR_RGB
         if page:
-            picture = next(iter(cv2.imreadmulti(str(path), page, 1, flags=flags)[1]), None)
+            picture = next(iter(cv2.imreadmulti(str(path), page, 1, flags=AS_STORED)[1]), None)
         else:
-            picture = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+            picture = cv2.imdecode(np.frombuffer(data, np.uint8), AS_STORED) if data else None
     except (OSError, cv2.error) as error:
         why = getattr(error, "strerror", None) or getattr(error, "err", None) or "too large"
         raise UserError(f"{path}: cannot be read as a picture ({why}); replace or remove it") from error
     if picture is None:
         raise UserError(f"{path}: cannot be read as a picture; replace or remove it")
-    if deep:
-        picture = np.stack([picture] * 3, -1) if picture.ndim == 2 else np.ascontiguousarray(picture[..., 2::-1])
-    return to_8_bits(picture) if reduce and picture.dtype != np.uint8 else picture
-
-
-def to_8_bits(picture: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
-    """Values of more than 8 bits -> uint8: `low` to `high`, by default their own range, becomes 0 to 255."""
-    picture = np.nan_to_num(picture.astype(np.float32), posinf=0, neginf=0)
-    low, high = (picture.min(), picture.max()) if low is None else (low, high)
-    return np.clip((picture - low) * (255 / max(high - low, 1e-12)) + 0.5, 0, 255).astype(np.uint8)
+    channels = cv2.split(picture)  # grey, or blue, green, red
+    picture = cv2.merge(channels * 3 if len(channels) == 1 else channels[::-1])
+    if reduce and picture.dtype != np.uint8:
+        picture = np.nan_to_num(picture, posinf=0, neginf=0)
+        picture = cv2.normalize(picture, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
+    return picture
 
 
 @contextlib.contextmanager
@@ -516,27 +435,12 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def parse(args_type, argv: Sequence[str] | None = None, fixed: tuple[str, Propagation] | None = None, **changes):
-    """Parse a script's Args, a dataclass. Where it has `propagation`, the defaults are those of --model, without one
-    those of the system that --weights is recognised as, with `changes`; or `fixed`, a model and its settings."""
-    default = args_type()
-    if hasattr(default, "propagation"):
-        if not fixed:
-            peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            for flag in ("--model", "--weights", "--dataset"):
-                peek.add_argument(flag)
-            given = peek.parse_known_args(argv)[0]
-            name = given.model or default.model
-            if given.weights and not given.model:  # without a sign of a system: a ResNet of torchvision's, most likely
-                name = recognise(*read_weights(Path(given.weights))) or "imagenet"
-            fixed = name, replace(preset(name, given.dataset), **changes)
-        default = replace(default, model=fixed[0], propagation=fixed[1])
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands)
+def parse(args_type, argv: Sequence[str] | None = None, default=None):
+    """Parse a script's Args, a dataclass. default: where flags that are not given have their values from."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            args = tyro.cli(args_type, args=argv, default=default, config=config)
-        return replace(args, model=args.model.lower()) if fixed else args
+            return tyro.cli(args_type, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -14,6 +14,7 @@ scores.csv and report.html. Exit code 0: all scored; 1: some sequences failed, t
 nothing to score; 2: nothing could be done.
 """
 
+import atexit
 import base64
 import contextlib
 import csv
@@ -57,7 +58,6 @@ from common import (
     atomic,
     find_weights,
     load_encoder,
-    parse,
     pick_device,
     preset,
     rank_world,
@@ -76,6 +76,7 @@ from propagate import (
     labels_from_points,
     mask_from_labels,
     overlay,
+    parse_with_model,
     points_from_labels,
     propagate_video,
     read_ids,
@@ -774,9 +775,10 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
 
 def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str = "", model: str = "", **more) -> Row:
     """The row of a model at some settings; its folder's name ends in a digest of all that the predictions depend on."""
-    model = model or args.model
-    weights, model = weights_of(args, model), model.partition("@")[0]
+    chosen = model or args.model
+    weights, model = weights_of(args, chosen), chosen.partition("@")[0]
     fits(model, weights, settings.layer, settings.stride, weights != args.weights or rank_world()[0] > 0)
+    weights = weights_of(args, chosen)  # fetched by now
     own = asdict(preset(model, args.dataset))
     changed = tuple(f"{key}={value}" for key, value in asdict(settings).items() if own[key] != value)
     record = {"model": model, "weights": weights and file_digest(weights), "dtype": args.dtype}
@@ -786,13 +788,13 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     return Row(name or " ".join([model, *changed]), folder, model, weights, settings, **{"changed": changed, **more})
 
 
-def weights_of(args: Args, model: str, fetch: bool = True) -> Path | None:
+def weights_of(args: Args, model: str) -> Path | None:
     """--weights where they are of this model, else those that find_weights finds; of MODEL@FILE, weights/FILE alone."""
     model, _, file = model.partition("@")
     if file:
         places = Path("weights", file), Path(__file__).with_name("weights") / file
         return next((path for path in places if path.is_file()), None)
-    return args.weights if args.weights and model == args.model else find_weights(model, fetch)
+    return args.weights if args.weights and model == args.model else find_weights(model)
 
 
 @lru_cache
@@ -1138,7 +1140,7 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     if models == ["-"]:
         raise UserError("quoted in the paper from another one")
     rows = systems()
-    if not (chosen := next((model for model in models if weights_of(args, model, fetch=False)), None)):
+    if not (chosen := next((model for model in models if weights_of(args, model)), None)):
         sources = {model: rows[model].source if model in rows else "train_uvc_plus.py makes it" for model in models}
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
         files = " or ".join(f"{model.rpartition('@')[2].removesuffix('.pth')}.pth" for model in models)
@@ -1539,6 +1541,7 @@ def main(args: Args) -> None:
     with worker_pool(cores()) as pool:  # forked before there is any thread
         if world > 1:
             distributed.init_process_group("gloo", timeout=timedelta(days=30))
+            atexit.register(distributed.destroy_process_group)
         if rank == 0:
             for row in can_run if not args.predictions else ():
                 forget_stale(row, sequences)
@@ -1574,5 +1577,7 @@ def main(args: Args) -> None:
     sys.exit(code)
 
 
+parse_args = partial(parse_with_model, Args)
+
 if __name__ == "__main__":
-    run(main, partial(parse, Args))
+    run(main, parse_args)

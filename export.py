@@ -338,7 +338,7 @@ def resize_by_matmul(self, output_size, align_corners, scales_h=None, scales_w=N
 
 def describe(args: Args) -> dict:
     """What the files say of themselves (engine_info)."""
-    info = {"version": common.__version__, "model": args.model, "weights": args.weights and args.weights.name}
+    info = {"version": propagate.__version__, "model": args.model, "weights": args.weights and args.weights.name}
     info |= {"height": args.height, "width": args.width, "objects": args.objects, "ids": [*range(args.objects + 1)]}
     dtype = "int8" if args.int8 else "float16" if args.fp16 or args.tensorrt else "float32"
     return info | {"dtype": dtype, "settings": asdict(args.propagation)}
@@ -519,7 +519,7 @@ def engine_settings(path: Path, info: dict) -> Propagation:
         return Propagation(**info["settings"])
     except TypeError as error:
         raise UserError(
-            f"{path}: was made by softcopy {info['version']}, which this {common.__version__} cannot read; make it "
+            f"{path}: was made by softcopy {info['version']}, which this {propagate.__version__} cannot read; make it "
             "again with export.py"
         ) from error
 
@@ -845,8 +845,8 @@ def main(args: Args) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
-    """common.parse with --refine on, as in propagate.py."""
-    return common.parse(Args, argv, refine=propagate.REFINE)
+    """With --refine on, as in propagate.py."""
+    return propagate.parse_with_model(Args, argv, refine=propagate.REFINE)
 
 
 if __name__ == "__main__":

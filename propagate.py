@@ -56,17 +56,19 @@ import common
 from common import (
     PICTURES,
     Propagation,
+    System,
     UserError,
     atomic,
     cuts,
-    localizer,
+    find_system,
     products,
     read_picture,
     stretch,
     systems,
-    to_8_bits,
     writing,
 )
+
+__version__ = "0.1.0"
 
 
 @dataclass
@@ -187,6 +189,12 @@ def propagate_labels(
     boxes = tiles(parts, s, (h, w))
     share(fill, boxes)
     return z.permute(2, 0, 1)
+
+
+def localizer(name: str) -> System | None:
+    """The system that brings a way to localise; None for what Algorithm 1 has itself."""
+    owner = {"window": "mast", "predicted": "mast", "track": "uvc"}.get(name)
+    return find_system(owner) if owner else None
 
 
 def map_here(task: Callable, items: Iterable) -> list:
@@ -362,6 +370,11 @@ def scratch(size: int, dtype: torch.dtype) -> Tensor:
     return _scratch.memory[:floats].view(dtype)[:size]
 
 
+def needs_history(s: Propagation) -> bool:
+    """Whether a target depends on more than the annotated and the latest frames."""
+    return s.memory == "spaced" or s.localization in ("predicted", "track")
+
+
 def propagate_video(
     features: Iterable[Tensor],
     annotated: Sequence[tuple[Tensor, ...]],
@@ -375,7 +388,7 @@ def propagate_video(
     frame 1 on; the others, of elsewhere in the video, are in the context too and count as far away. A third entry, the
     number of each pixel's label (H x W, full size), gives UVC's boxes to the pixel; without it they are to the cell.
     recent: the last targets and their labels, oldest first, to go on with an earlier run: the last settings.context, or
-    all where settings.history.
+    all where needs_history(settings).
     given: number of a target -> (labels, which of them the annotation names, L bool): these are laid over what is
     predicted, the others keep their prediction, and the frame stays in the context for good as an annotated one does.
     The context lives in one ring buffer, so memory does not grow with the video. Each target is pulled only when it is
@@ -927,13 +940,20 @@ class Video:
                 raise UserError(
                     f"{self.source}: frame {self.names[index]} is {frame.dtype}, the first is not; use one depth"
                 )
-            yield index, to_8_bits(frame, *self.range) if self.range else frame
+            if self.range:
+                low, high = self.range
+                frame = np.nan_to_num(frame.astype(np.float32), posinf=0, neginf=0)
+                frame = np.clip((frame - low) * (255 / max(high - low, 1e-12)) + 0.5, 0, 255).astype(np.uint8)
+            yield index, frame
 
     def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """As frames, in the depth that they have."""
         if self.pictures:
             for index in indices:
-                yield index, read_picture(self.pictures[index], reduce=False)
+                path = self.pictures[index]
+                if path.exists() and not path.is_file():  # a pipe would never end
+                    raise UserError(f"{path}: is no regular file, so it cannot be read as a picture; remove it")
+                yield index, read_picture(path, reduce=False)
         elif self.pages > 1:
             for index in indices:
                 yield index, read_picture(self.source, reduce=False, page=index)
@@ -1779,7 +1799,7 @@ def track(
                 mask = [] if results.points else [label_numbers(annotations.frames[index], results.ids)]
                 annotated[index] = encode(read_frame(video, index)), z.to(device), *mask
         latest = rest[max(0, done - s.context) : done]
-        back = rest[:done] if s.history else latest
+        back = rest[:done] if needs_history(s) else latest
         place = {index: rest.index(index) for index in given if index in rest}
         early = [index for index in sorted(place, key=place.get) if place[index] < done - len(back) and s.keep_first]
         if not all(results.state_path(index).is_file() for index in [*early, *back]):
@@ -1979,7 +1999,7 @@ def list_models() -> None:
     print(f"{'name':18} {'features':34} {'stride':>6}  {'paper J&F':>9}  weights")
     for name, system in systems().items():
         s = system.settings
-        where = common.find_weights(name, fetch=False)
+        where = common.find_weights(name)
         where = f"found: {where}" if where else "-" if name == "random" else f"not here: {system.source}"
         features = ", ".join([f"{system.arch} {s.layer}", *list(system.head())[:1], *(["L2"] if s.l2 else [])])
         print(f"{name:18} {features:34} {s.stride:6}  {system.paper or '-':>9}  {where}; licence: {system.licence}")
@@ -2033,7 +2053,7 @@ def main(args: Args) -> None:
             torch.set_num_threads(1)
     if not live:
         video.check(order)
-    weights = None if engine else args.weights or common.find_weights(args.model, fetch=False)
+    weights = None if engine else args.weights or common.find_weights(args.model)
     job = {
         "video": video.source if live else str(path),
         "content": None if live else describe(video),
@@ -2057,7 +2077,7 @@ def main(args: Args) -> None:
     starts = list(annotations.frames)
     if args.partial:  # only the first one starts a stretch
         starts = [min(starts, key=order.index)]
-    keep = 0 if live else len(order) if args.propagation.history else args.propagation.context
+    keep = 0 if live else len(order) if needs_history(args.propagation) else args.propagation.context
     labels = {index: soft_labels(annotations, index, video.size, args.propagation) for index in annotations.frames}
     given = {
         index: Given(labels.pop(index), torch.tensor([False, *annotations.named(index)]), known)
@@ -2102,7 +2122,7 @@ def main(args: Args) -> None:
         with clock.time("film"):
             make_pictures(out, video, done, results, args.film)
     rates = {stage: round(made / spent, 2) for stage, spent in clock.items() if spent > 0}
-    versions = {"softcopy": common.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions = {"softcopy": __version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {"opencv": cv2.__version__, "av": av.__version__}
     if made:
         rates = {"whole run": round(made / seconds, 2), **rates}
@@ -2115,17 +2135,30 @@ def main(args: Args) -> None:
     print(f"{out}: {', '.join([what, *pictures])}; {speed}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Args:
-    """common.parse with --refine on; with --engine, model and settings are those that it was exported with."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--engine", type=Path)
-    engine, fixed = peek.parse_known_args(argv)[0].engine, None
-    if engine:
+def parse_with_model(args_type, argv: Sequence[str] | None = None, **changes):
+    """Parse Args that have `propagation`. Its defaults are those of --model, without one those of the system that
+    --weights is recognised as, with `changes`; with --engine model and settings are those that it was exported with."""
+    default, peek = args_type(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--model", "--weights", "--dataset", "--engine"):
+        peek.add_argument(flag, type=None if flag in ("--model", "--dataset") else Path)
+    given = peek.parse_known_args(argv)[0]
+    if given.engine:
         import export
 
-        info = export.engine_info(engine)
-        fixed = info["model"], export.engine_settings(engine, info)
-    return common.parse(Args, argv, fixed, refine=REFINE)
+        info = export.engine_info(given.engine)
+        model, settings = info["model"], export.engine_settings(given.engine, info)
+    else:
+        model = given.model or default.model
+        if given.weights and not given.model:  # without a sign of a system: a ResNet of torchvision's, most likely
+            model = common.recognise(*common.read_weights(given.weights)) or "imagenet"
+        settings = replace(common.preset(model, given.dataset), **changes)
+    args = common.parse(args_type, argv, replace(default, model=model, propagation=settings))
+    return replace(args, model=args.model.lower())
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Args:
+    """With --refine on."""
+    return parse_with_model(Args, argv, refine=REFINE)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Stop it whenever you like: the same command goes on from OUT/last.pth and ends w
 weights.pth (bare torchvision names, with the task head), log.csv and validation.csv, TensorBoard's events.
 """
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -593,6 +594,7 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         patience = timedelta(days=1)  # the others wait for a validation
         torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
+        atexit.register(torch.distributed.destroy_process_group)
         everybody = [None] * rank_world()[1]
         found = step, sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
         torch.distributed.all_gather_object(everybody, found)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from common import STILL, Propagation, System, find_system
+from common import Propagation, System, find_system
 
 
 def build(system: System, settings: Propagation) -> nn.Module | None:
@@ -39,12 +39,12 @@ SYSTEMS = {
             localization="none",
             minmax=True,
         ),
-        **STILL,
         paper=50.7,
         build=build,
         keys=((r"^features\.module\.", "features."),),
         mark=r"^(module\.)?(features\.module|top_layer)\.",
         source="https://dl.fbaipublicfiles.com/deepcluster/vgg16/checkpoint.pth.tar",
+        file="deepcluster.pth",
         licence="CC BY-NC 4.0",
     ),
 }

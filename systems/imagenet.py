@@ -8,7 +8,7 @@ Settings: the defaults, of which the paper gives the ranges (section 4.3) and be
 
 from dataclasses import replace
 
-from common import STILL, System
+from common import System
 
 LINK = "https://download.pytorch.org/models/"
 
@@ -16,7 +16,6 @@ SYSTEMS = {
     "imagenet": System(
         "resnet18",
         "ImageNet classification",
-        **STILL,
         paper=65.8,
         mark=r"^fc\.weight 1000x512$",
         source=LINK + "resnet18-f37072fd.pth",
@@ -24,7 +23,6 @@ SYSTEMS = {
     "imagenet-r50": System(
         "resnet50",
         "ImageNet classification",
-        **STILL,
         mark=r"^fc\.weight 1000x2048$",
         source=LINK + "resnet50-0676ba61.pth",
     ),

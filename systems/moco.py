@@ -9,14 +9,13 @@ Settings: the paper's for still images, and its best on DAVIS (Table 6b). Its au
 
 from dataclasses import replace
 
-from common import BEST, R18, R50, STILL, System
+from common import R18, R50, Propagation, System
 
 SYSTEMS = {
     "moco": System(
         "resnet50",
         "momentum contrast v2, 800 epochs",
-        BEST,
-        **STILL,
+        Propagation(topk=5, temperature=1.0),  # circle of 12 cells, n = 20
         keys=((r"^encoder_q\.", ""),),
         mark=r"^(module\.)?encoder_q\." + R50,
         source="https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from common import STILL, Encoder, Propagation, System, build_net, find_system
+from common import Encoder, Propagation, System, build_net, find_system
 
 
 def load(name: str, weights: Path | None, settings: Propagation) -> Encoder:
@@ -16,5 +16,5 @@ def load(name: str, weights: Path | None, settings: Propagation) -> Encoder:
 
 
 SYSTEMS = {
-    "random": System("resnet18", "no training: random weights from seed 0", **STILL, load=load, licence="-"),
+    "random": System("resnet18", "no training: random weights from seed 0", load=load, licence="-"),
 }

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import STILL, Encoder, Propagation, System, UserError, build_net, find_system, read_weights
+from common import Encoder, Propagation, System, UserError, build_net, find_system, read_weights
 
 SYSTEMS = {}
 
@@ -53,7 +53,6 @@ def find(arch: str) -> System:
         f"timm:{arch}",
         "see its card in timm's hub",
         settings,
-        **STILL,
         build=build,
         load=load,
         licence="see there",

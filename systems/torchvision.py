@@ -4,6 +4,7 @@ Code: github.com/pytorch/vision, BSD-3; no licence is stated for the weights. Th
 torchvision as well: how these are built up to a layer, and how a released file is read into them, stands here.
 """
 
+import hashlib
 import re
 import sys
 from collections import Counter, OrderedDict
@@ -14,11 +15,11 @@ import torchvision
 from torch import nn
 
 from common import (
-    STILL,
     Encoder,
     Propagation,
     System,
     UserError,
+    atomic,
     build_net,
     files,
     find_system,
@@ -42,7 +43,7 @@ def find(arch: str) -> System:
     url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
     build = build_vgg if arch.startswith("vgg") else build_resnet
     settings = Propagation(layer=layer)
-    return System(arch, "ImageNet classification", settings, **STILL, build=build, load=load, source=url)
+    return System(arch, "ImageNet classification", settings, build=build, load=load, source=url)
 
 
 def build_resnet(system: System, s: Propagation, net: nn.Module | None = None) -> nn.Module | None:
@@ -95,9 +96,31 @@ def build_vgg(system: System, s: Propagation) -> nn.Module | None:
     return nn.Sequential(OrderedDict(features=features.to_empty(device="cpu")))
 
 
+def fetch_weights(name: str) -> Path:
+    """The released file of a system, fetched to torch hub's cache, with progress, and its hash checked."""
+    system, hub = find_system(name), Path(torch.hub.get_dir()) / "checkpoints"
+    link, path = system.source, hub / (system.file or Path(system.source).name)
+    if not re.fullmatch(r"https://\S+\.(pth|tar)", link):
+        how = f"get them ({link}) and give --weights FILE"
+        raise UserError(f"weights of {name}: neither in weights/ nor in {hub}; {how}")
+    print(f"fetching the weights of {name} from {link} (licence: {system.licence})", file=sys.stderr)
+    suffix = re.search(r"-([0-9a-f]{8})\.pth$", link)
+    algorithm, _, digits = (system.digest or f"sha256:{suffix[1] if suffix else ''}").partition(":")
+    try:
+        with atomic(path) as part:  # torchrun's processes may all be at it
+            torch.hub.download_url_to_file(link, str(part))
+            got = hashlib.new(algorithm, part.read_bytes()).hexdigest()
+            if not got.startswith(digits):
+                raise UserError(f"its {algorithm} is {got[: len(digits)]}..., not {digits}...")
+    except (UserError, OSError, RuntimeError) as error:
+        how = f"download {link} to weights/ or give --weights FILE"
+        raise UserError(f"weights of {name}: could not be fetched ({error}); {how}") from error
+    return path
+
+
 def load(name: str, weights: Path | None, settings: Propagation) -> Encoder:
     """The extractor of a system with the weights of its released file, or of the one given."""
-    system, path = find_system(name), weights or find_weights(name)
+    system, path = find_system(name), weights or find_weights(name) or fetch_weights(name)
     released, rest = read_weights(path)
     guess, state = recognise(released, rest), {}
     for key, value in released.items():
@@ -122,7 +145,7 @@ def load(name: str, weights: Path | None, settings: Propagation) -> Encoder:
     if weights:
         wanted = encoder.net.state_dict()
         unused = Counter(key.split(".")[0] for key in state if key not in wanted)
-        ignored = [*(f"{key} ({count})" for key, count in unused.items()), *rest]
+        ignored = [*(f"{key} ({count})" for key, count in unused.items()), *map(str, rest)]
         what = f"recognised as {guess}" if guess else "names no system"
         what += f", used as {name}" if guess != name else ""
         print(f"note: {path}: {what}; ignored: {', '.join(ignored) or 'nothing'}", file=sys.stderr)

@@ -26,6 +26,7 @@ from scipy.io import loadmat, savemat
 import clip
 import common
 import evaluate
+import systems.torchvision
 import train_finetune
 from common import find_system
 from propagate import read_ids, write_mask
@@ -470,7 +471,7 @@ def test_a_folder_inside_a_data_set_is_told_where_it_begins(cli, tmp_path):
 
 def test_help_says_what_a_reader_of_the_paper_needs(capsys):
     with pytest.raises(SystemExit):
-        common.parse(evaluate.Args, ["--help"])
+        evaluate.parse_args(["--help"])
     text = " ".join(re.sub("[│╭╮╰╯]", "", capsys.readouterr().out).split())
     for words in (
         "a name from propagate.py --list-models",
@@ -1448,7 +1449,7 @@ def test_the_papers_figures_are_its_own():
 
 
 def test_every_row_of_the_paper_says_its_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "weights_of", lambda args, model, fetch=True: tmp_path / model)
+    monkeypatch.setattr(evaluate, "weights_of", lambda args, model: tmp_path / model)
     settings = {}
     for dataset in evaluate.COLUMNS:
         for line in evaluate.read_paper(dataset):
@@ -1491,11 +1492,11 @@ def test_the_report_is_written_before_any_process_leaves(data, tmp_path):
     (tmp_path / "data/ImageSets/2017/val.txt").write_text("first\nnowhere\nsecond\n")
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import evaluate, functools, os, pathlib, time\n"
+        "import evaluate, os, pathlib, time\n"
         "write, report = evaluate.write_report, pathlib.Path('out/report.html')\n"
         "evaluate.write_report = lambda *args: time.sleep(1) or write(*args)\n"
         "try:\n"
-        "    evaluate.run(evaluate.main, functools.partial(evaluate.parse, evaluate.Args))\n"
+        "    evaluate.run(evaluate.main, evaluate.parse_args)\n"
         "finally:\n"
         "    pathlib.Path('left' + os.environ['RANK']).write_text(str(report.exists()))\n"
     )
@@ -1551,6 +1552,6 @@ def test_processes_that_fetch_the_same_weights_do_not_meet(tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     monkeypatch.chdir(tmp_path)
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        found = pool.map(common.find_weights, ["deepcluster"] * 2, chunksize=1)  # its link names no hash
+        found = pool.map(systems.torchvision.fetch_weights, ["deepcluster"] * 2, chunksize=1)  # its link names no hash
     assert found == [tmp_path / "checkpoints/deepcluster.pth"] * 2 and found[0].read_bytes() == b"weights"
     assert list(found[0].parent.iterdir()) == found[:1]

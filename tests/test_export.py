@@ -82,7 +82,7 @@ def half(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("half") / "tracker.onnx"
     flags = ["--fp16", "--height", 50, "--width", 77, "--objects", 9, "--opset", 20, "--frames", 4, "--minmax"]
     flags += ["--aggregation", "per-frame", "--softmax", "region", "--exempt-first", "--out", path]
-    export.main(common.parse(export.Args, [str(flag) for flag in (*FLAGS, *flags)]))
+    export.main(propagate.parse_with_model(export.Args, [str(flag) for flag in (*FLAGS, *flags)]))
     return path
 
 
@@ -92,7 +92,7 @@ def int8(small_clip, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("int8") / "tracker.onnx"
     flags = ["--int8", "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--objects", 3]
     flags += ["--exempt-first"]
-    export.main(common.parse(export.Args, [str(flag) for flag in (*FLAGS, *flags, "--out", path)]))
+    export.main(propagate.parse_with_model(export.Args, [str(flag) for flag in (*FLAGS, *flags, "--out", path)]))
     return path
 
 
@@ -210,7 +210,7 @@ def test_the_memory_is_a_ring(tracker):
 
 def test_metadata_say_what_made_it(tracker):
     info = export.load_engine(tracker).info
-    assert info["version"] == common.__version__ and info["model"] == "random" and info["weights"] is None
+    assert info["version"] == propagate.__version__ and info["model"] == "random" and info["weights"] is None
     assert (info["height"], info["width"], info["objects"], info["ids"]) == (96, 160, 3, [0, 1, 2, 3])
     assert Propagation(**info["settings"]) == SMALL and info["dtype"] == "float32"
 

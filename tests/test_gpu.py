@@ -45,7 +45,7 @@ def test_labels_on_the_gpu_are_the_cpus(way):
     target, features = (torch.nn.functional.normalize(x, dim=-3) for x in (target, features))
     data = target, features, labels.softmax(1)
     ages, notes = [40, *range(19, 0, -1)], None
-    if own := common.localizer(s.localization):
+    if own := propagate.localizer(s.localization):
         notes = [own.note(z, s, None) for z in data[2]] if own.note else None
     here = propagate.propagate_labels(*data, s, 1, ages, notes)
     there = propagate.propagate_labels(*(x.cuda() for x in data), s, 1, ages, notes).cpu()

@@ -25,7 +25,10 @@ from PIL import Image
 
 import common
 import propagate
-from common import Propagation, UserError, find_system, find_weights, load_encoder, parse, preset, recognise, systems
+from common import Propagation, UserError, find_system, find_weights, load_encoder, preset, recognise, systems
+from propagate import parse_with_model as parse
+
+fetch_weights = importlib.import_module("systems.torchvision").fetch_weights
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -619,13 +622,13 @@ def nowhere(tmp_path, monkeypatch):
 
 
 def test_weights_are_looked_for_in_turn(nowhere):
-    assert find_weights("crw", fetch=False) is None
+    assert find_weights("crw") is None
     with pytest.raises(UserError, match=r"github.com/ajabri/videowalk .*--weights FILE"):
-        find_weights("crw")
+        fetch_weights("crw")
     for folder, file in (("hub/checkpoints", "resnet18-f37072fd.pth"), ("weights", "imagenet.pth")):
         (nowhere / folder).mkdir(parents=True)
         (nowhere / folder / file).touch()
-        assert find_weights("imagenet", fetch=False).name == file
+        assert find_weights("imagenet").name == file
 
 
 def test_what_is_fetched_is_checked(nowhere, monkeypatch):
@@ -638,14 +641,14 @@ def test_what_is_fetched_is_checked(nowhere, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for name in ("imagenet", "moco", "vfs"):
         with pytest.raises(UserError, match=r"its (sha256|md5) is"):
-            find_weights(name)
+            fetch_weights(name)
     assert links[0].endswith("resnet18-f37072fd.pth") and not list((nowhere / "hub/checkpoints").iterdir())
     digest = "md5:" + hashlib.md5(b"weights").hexdigest()[:8]
     monkeypatch.setitem(
         importlib.import_module("systems.moco").SYSTEMS, "moco", replace(find_system("moco"), digest=digest)
     )
-    assert find_weights("moco").read_bytes() == b"weights"
-    assert find_weights("deepcluster").name == "deepcluster.pth"  # its link names no hash
+    assert fetch_weights("moco").read_bytes() == b"weights"
+    assert fetch_weights("deepcluster").name == "deepcluster.pth"  # its link names no hash
 
 
 # ---------------------------------------------------------------------------------------------------------------------

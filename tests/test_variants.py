@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import propagate
 from common import Propagation, UserError, load_encoder
-from propagate import labels_from_mask, propagate_labels, propagate_video
+from propagate import labels_from_mask, needs_history, propagate_labels, propagate_video
 
 DATA = Path(os.environ.get("SOFTCOPY_DATA", Path(__file__).parents[2] / "shared"))
 
@@ -346,7 +346,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(changes):
     f, first = frames(24, 8, 8, 9), (frames(1, 8, 8, 9)[0], one_hot(2, 8, 9))
     whole = list(propagate_video(iter(f[1:]), [first], s))
     for stop in (2, 9, 19):
-        recent = list(zip(f[1 : stop + 1], whole[:stop], strict=True))[0 if s.history else -s.context :]
+        recent = list(zip(f[1 : stop + 1], whole[:stop], strict=True))[0 if needs_history(s) else -s.context :]
         rest = list(propagate_video(iter(f[stop + 1 :]), [first], s, recent))
         assert len(rest) == 23 - stop
         for a, b in zip(rest, whole[stop:], strict=True):
