@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from common import Propagation, System, cuts, find_system
@@ -46,6 +45,8 @@ class Lab(nn.Module):
 
 def build(system: System, settings: Propagation) -> nn.Module | None:
     """The ResNet-18 with the slim layer4."""
+    import torchvision
+
     net = torchvision.models.resnet18()
     net.layer4 = nn.Sequential(*(torchvision.models.resnet.BasicBlock(256, 256) for _ in range(2)))
     return find_system("torchvision:resnet18").build(system, settings, net)

@@ -1,18 +1,19 @@
 """torchvision:NAME, any ResNet or VGG of torchvision, with its first ImageNet weights (IMAGENET1K_V1).
 
 Code: github.com/pytorch/vision, BSD-3; no licence is stated for the weights. The systems of the paper are networks of
-torchvision as well: how these are built up to a layer, and how a released file is read into them, stands here.
+torchvision as well: how these are built up to a layer, and how a released file is read into them, stands here. ResNets
+are built without the package, as its import takes two seconds and 180 MiB.
 """
 
 import hashlib
+import itertools
 import re
 import sys
 from collections import Counter, OrderedDict
 from pathlib import Path
 
 import torch
-import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from common import (
     Encoder,
@@ -31,25 +32,90 @@ from common import (
 
 SYSTEMS = {}
 
+# Blocks of each stage, groups, width, and the first digits of the SHA-256 of the weights
+RESNETS = {
+    "resnet18": ((2, 2, 2, 2), 1, 64, "f37072fd"),
+    "resnet34": ((3, 4, 6, 3), 1, 64, "b627a593"),
+    "resnet50": ((3, 4, 6, 3), 1, 64, "0676ba61"),
+    "resnet101": ((3, 4, 23, 3), 1, 64, "63fe2227"),
+    "resnet152": ((3, 8, 36, 3), 1, 64, "394f9c45"),
+    "resnext50_32x4d": ((3, 4, 6, 3), 32, 4, "7cdf4587"),
+    "resnext101_32x8d": ((3, 4, 23, 3), 32, 8, "8ba56ff5"),
+    "resnext101_64x4d": ((3, 4, 23, 3), 64, 4, "173b62eb"),
+    "wide_resnet50_2": ((3, 4, 6, 3), 1, 128, "95faca4d"),
+    "wide_resnet101_2": ((3, 4, 23, 3), 1, 128, "32ee1156"),
+}
+
 
 def find(arch: str) -> System:
     """The row of torchvision:ARCH."""
-    known = re.match(r"(wide_)?resne|vgg", arch) and arch in torchvision.models.list_models(torchvision.models)
-    if not known:
+    about = "ImageNet classification"
+    if arch in RESNETS:
+        url = f"https://download.pytorch.org/models/{arch}-{RESNETS[arch][-1]}.pth"
+        return System(arch, about, Propagation(layer="res3"), build=build_resnet, load=load, source=url)
+    import torchvision
+
+    if not arch.startswith("vgg") or arch not in torchvision.models.list_models(torchvision.models):
         raise UserError(
             f"--model torchvision:{arch}: torchvision has no ResNet or VGG of this name; take resnet34, vgg16, ..."
         )
-    layer = "res3" if "resne" in arch else "last" if arch.startswith("vgg11") else "conv10"
+    settings = Propagation(layer="last" if arch.startswith("vgg11") else "conv10")
     url = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
-    build = build_vgg if arch.startswith("vgg") else build_resnet
-    settings = Propagation(layer=layer)
-    return System(arch, "ImageNet classification", settings, build=build, load=load, source=url)
+    return System(arch, about, settings, build=build_vgg, load=load, source=url)
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut, or as a bottleneck 1 x 1, 3 x 3 and 1 x 1 (He et al., CVPR 2016)."""
+
+    def __init__(self, into: int, planes: int, stride: int = 1, bottleneck: bool = False, groups: int = 1, width=64):
+        super().__init__()
+        inner, out = planes * width // 64 * groups, planes * (4 if bottleneck else 1)
+        downsample = None
+        if stride > 1 or into != out:
+            downsample = nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        plain = [(into, out, 3), (out, out, 3)]
+        convs = [(into, inner, 1), (inner, inner, 3), (inner, out, 1)] if bottleneck else plain
+        reducing = 2 if bottleneck else 1  # which of them has the stride
+        for i, (a, b, kernel) in enumerate(convs, 1):
+            step, many = (stride if i == reducing else 1), (groups if kernel == 3 else 1)
+            self.add_module(f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, groups=many, bias=False))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(b))
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.downsample(x) if self.downsample else x
+        x = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if hasattr(self, "conv3"):
+            x = self.bn3(self.conv3(self.relu(x)))
+        x += shortcut
+        return self.relu(x)
+
+
+def resnet(arch: str) -> nn.Sequential:
+    """The whole network, its parts named as torchvision's and its random weights drawn in the same order."""
+    depths, groups, width, _ = RESNETS[arch]
+    bottleneck = arch not in ("resnet18", "resnet34")
+    parts = OrderedDict(conv1=nn.Conv2d(3, 64, 7, 2, 3, bias=False), bn1=nn.BatchNorm2d(64), relu=nn.ReLU(inplace=True))
+    parts["maxpool"], into = nn.MaxPool2d(3, 2, 1), 64
+    for stage, depth in enumerate(depths, 1):
+        planes, blocks = 32 * 2**stage, []
+        for i in range(depth):
+            stride = 2 if stage > 1 and i == 0 else 1
+            blocks.append(Block(into, planes, stride, bottleneck, groups, width))
+            into = planes * (4 if bottleneck else 1)
+        parts[f"layer{stage}"] = nn.Sequential(*blocks)
+    net = nn.Sequential(parts | {"fc": nn.Linear(into, 1000)})
+    for conv in net.modules():
+        if isinstance(conv, nn.Conv2d) and not conv.weight.is_meta:  # there torch would import its compiler
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return net
 
 
 def build_resnet(system: System, s: Propagation, net: nn.Module | None = None) -> nn.Module | None:
     """A ResNet up to s.layer, whose stages beyond s.stride no longer reduce (section 4.2); None if there is none such.
     net: the whole network, if it is there already."""
-    parts = dict((net or torchvision.models.get_model(system.arch)).named_children())  # conv1, bn1, ..., layer1, ...
+    parts = dict((net or resnet(system.arch)).named_children())  # conv1, bn1, ..., layer1, ...
     layer = "layer4" if s.layer == "last" else s.layer.replace("res", "layer")
     if layer not in parts:
         return None
@@ -78,6 +144,8 @@ def build_resnet(system: System, s: Propagation, net: nn.Module | None = None) -
 
 def build_vgg(system: System, s: Propagation) -> nn.Module | None:
     """A VGG up to the ReLU of the wanted convolution; the max-pools beyond the wanted stride are left out."""
+    import torchvision
+
     with torch.device("meta"):  # the classifier, dropped here, has 10^8 weights
         features = torchvision.models.get_model(system.arch).features
     convs = [i for i, part in enumerate(features) if isinstance(part, nn.Conv2d)]

@@ -675,6 +675,33 @@ def test_torchvision(arch, layer, tmp_path):
             same(got, F.normalize(x))
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_resnets_are_torchvisions(arch):
+    """The same random weights from the same seed, the same features, the same file."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(arch, weights=None).eval()
+    torch.manual_seed(0)
+    ours = importlib.import_module("systems.torchvision").resnet(arch).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.state_dict().items())
+    x = y = rgb(FRAMES)
+    with torch.inference_mode():
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            x, y = getattr(ours, name)(x), getattr(theirs, name)(y)
+    assert torch.equal(x, y)
+    assert find_system(f"torchvision:{arch}").source == torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
+
+
+def test_a_resnet_is_built_without_torchvision(tmp_path):
+    """Its import takes two seconds and 180 MiB."""
+    path = save(tmp_path / "w.pth", R18(stages=3))
+    code = f"import sys, common; common.load_encoder('imagenet', {str(path)!r}, device='cpu')\n"
+    code += "assert 'torchvision' not in sys.modules and 'torch._dynamo' not in sys.modules"
+    root = Path(propagate.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_names_that_are_not_known_are_refused():
     for name in ("nonsense", "torchvision:alexnet", "torchvision:nonsense", "timm:"):
         with pytest.raises(UserError, match=r"model|unknown"):
