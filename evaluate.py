@@ -80,6 +80,7 @@ from propagate import (
     points_from_labels,
     propagate_video,
     read_ids,
+    usable_cpus,
     write_mask,
 )
 
@@ -1038,7 +1039,6 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
                 if todo and encoder is None:
                     with contextlib.redirect_stderr(io.StringIO()):  # fits has said what the file is taken for
-                        torch.set_num_threads(1)  # on a CPU the pool does the work
                         encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
                 try:
                     check_names(seq.frames, seq.names if todo else seq.truth, seq.names[0])  # scored without frames
@@ -1487,19 +1487,15 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def cores() -> int:
-    """Cores for this process: its share of those that the system lets it use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+def worker_pool():
+    """A process for scoring on each CPU, forked: they share what is imported, and use neither torch nor the GPU.
 
-
-def worker_pool(processes: int):
-    """Processes for scoring, forked: they share what is imported, and use neither torch nor the GPU."""
-    threads = cv2.getNumThreads()
+    What else this process computes is shared out over propagate's pool, so torch and OpenCV have one thread each.
+    """
+    torch.set_num_threads(1)
     cv2.setNumThreads(1)  # ends OpenCV's threads before the fork; a child cannot
-    pool = multiprocessing.get_context("fork").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    cv2.setNumThreads(threads)
-    return pool
+    context = multiprocessing.get_context("fork")
+    return context.Pool(usable_cpus(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def check_flags(args: Args) -> None:
@@ -1538,7 +1534,7 @@ def main(args: Args) -> None:
     if absent and rank == 0:
         of = len(sequences) + len(absent)
         print(f"error: {next(iter(absent.values()))} ({len(absent)} of {of} sequences are missing)", file=sys.stderr)
-    with worker_pool(cores()) as pool:  # forked before there is any thread
+    with worker_pool() as pool:  # forked before there is any thread
         if world > 1:
             distributed.init_process_group("gloo", timeout=timedelta(days=30))
             atexit.register(distributed.destroy_process_group)
