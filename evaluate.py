@@ -914,8 +914,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
         return encoder(torch.from_numpy(frame)[None].to(device))[0]
 
     def encoded() -> Iterator[torch.Tensor]:  # C h w each; a frame waits in `shown` for its masks
-        pairs = encode_ahead(encode, frames) if device.type == "cpu" else ((frame, encode(frame)) for frame in frames)
-        for frame, features in pairs:
+        for frame, features in encode_ahead(encode, frames, device.type == "cpu"):
             shown.append(torch.from_numpy(frame))
             yield features
 
