@@ -752,6 +752,8 @@ class Row:
 def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Sequence]) -> list[Row]:
     """The rows that are asked for: folders of predictions, a table of the paper, or a model at some settings."""
     if args.paper:
+        if given.get("refine"):
+            raise UserError("--refine: has no say in --paper, whose figures are of masks as they are; leave it out")
         rows = paper_rows(args, root, out, given)
     elif args.predictions:
         folders = list(dict.fromkeys(args.predictions))
@@ -769,8 +771,13 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
     else:
         rows = [make_row(args, root, out, settings) for settings in sweep_settings(args, args.propagation)]
         rows = rows if args.sweep else [paper_best(args, row) for row in rows]
-    if args.dataset == "jhmdb" and any(row.settings and row.settings.localization == "track" for row in rows):
+    used = [row.settings for row in rows if row.settings]
+    if args.dataset == "jhmdb" and any(s.localization == "track" for s in used):
         raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
+    if args.dataset == "jhmdb" and any(s.refine for s in used):
+        raise UserError("--refine: is for the edges of masks, JHMDB has key points; leave it out")
+    if args.dataset == "vip" and any(s.refine for s in used) and rank_world()[0] == 0:
+        note("--refine: changes VIP's classes alone, so mIoU; the parts of persons, so AP^r_vol, are as without it")
     return rows
 
 
@@ -1144,7 +1151,7 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
         files = " or ".join(f"{model.rpartition('@')[2].removesuffix('.pth')}.pth" for model in models)
         raise UserError(f"needs weights of {either} in weights/, named {files}")
-    factors = {}
+    factors = {"refine": 0.0}  # the paper does not
     for word in words:  # factor=value, or one of the two factors that the tables name by their values
         factor, _, text = word.rpartition("=")
         factor = factor or ("aggregation" if word in ("overall", "per-frame") else "localization")
