@@ -236,24 +236,21 @@ def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]
     instances, file = None, ""
     if args.dataset == "jhmdb":
         pictures = [root / "Rename_Images", root / "Frames"]
-        truth, file = root / "joint_positions", "joint_positions.mat"
-        group = {"val": "2", "train": "1", "test-dev": ""}[args.subset]
-        known = read_splits(root / "splits", args.split, "" if wanted else group, page)
+        truth, file, listing = root / "joint_positions", "joint_positions.mat", root / "splits"
     elif args.dataset == "folder":
         truth, pictures = mask_folders(root, page)
-        known = [path.name for path in listed(truth) if path.is_dir()]
+    elif args.dataset == "vip":
+        base = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
+        masks = base / "Annotations" if (base / "Annotations").is_dir() else base
+        pictures, truth, instances = [base / "Images"], masks / "Category_ids", masks / "Instance_ids"
+        lists = root / "lists" if (root / "lists").is_dir() else base / "lists"
+        listing = lists / f"{args.subset}_videos.txt"
     else:
-        if args.dataset == "vip":
-            base = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
-            masks = base / "Annotations" if (base / "Annotations").is_dir() else base
-            pictures, truth, instances = [base / "Images"], masks / "Category_ids", masks / "Instance_ids"
-            lists = root / "lists" if (root / "lists").is_dir() else base / "lists"
-            listing = lists / f"{args.subset}_videos.txt"
-        else:
-            pictures, truth = [root / "JPEGImages/480p"], root / "Annotations/480p"
-            listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
-        # sequences that are named need not be of the subset, nor a list be there
-        known = (wanted and [path.name for path in listed(truth)]) or read_list(listing, page)
+        pictures, truth = [root / "JPEGImages/480p"], root / "Annotations/480p"
+        listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
+    known = [path.relative_to(truth).as_posix() for path in listed(truth, "*/*" if file else "*") if path.is_dir()]
+    if args.dataset != "folder" and not (wanted and known):  # what is named need not be in a list
+        known = read_splits(listing, args, page) if file else read_list(listing, page)
     chosen = {want: [name for name in known if want in (name, Path(name).name)] for want in wanted}
     for want, names in chosen.items():
         if not names:
@@ -320,9 +317,9 @@ def read_list(path: Path, page: str) -> list[str]:
     return list(dict.fromkeys(plain(name, where) for where, name in names))
 
 
-def read_splits(folder: Path, split: int, group: str, page: str) -> list[str]:
-    """JHMDB's clips, class/clip, of one group (1 train, 2 test) or of any."""
-    ending, names = f"_test_split{split}.txt", []
+def read_splits(folder: Path, args: Args, page: str) -> list[str]:
+    """JHMDB's clips, class/clip, of the subset."""
+    ending, group, names = f"_test_split{args.split}.txt", {"train": "1", "val": "2"}.get(args.subset), []
     listings = listed(folder, f"*{ending}")
     if not listings:
         raise UserError(f"{folder}/<class>{ending}: not found; JHMDB is incomplete, {page}")
@@ -332,7 +329,8 @@ def read_splits(folder: Path, split: int, group: str, page: str) -> list[str]:
             name = plain(f"{listing.name.removesuffix(ending)}/{clip}", where)
             if of not in (["0"], ["1"], ["2"]):
                 raise UserError(f"{where}: wants the name of a clip and 1 (train) or 2 (test); correct the list")
-            names += [str(Path(name).with_suffix(""))] * (group in ("", *of))
+            if group in (None, *of):
+                names.append(str(Path(name).with_suffix("")))
     return names
 
 
