@@ -188,8 +188,10 @@ class Sequence:
 
     @cached_property
     def given(self) -> dict[str, list[int]]:
-        """What is propagated: the ids of the objects that a frame's annotation is the first to show."""
+        """What is propagated: the ids of the objects that a frame's annotation is the first to show. JHMDB: none."""
         given, seen = {}, set()
+        if self.dataset == "jhmdb":
+            return given
         for name, ids in self.shown.items():
             if ids - seen:
                 given[name] = sorted(ids - seen)
@@ -207,7 +209,7 @@ class Sequence:
     def made_from(self) -> str:
         """A digest of what a prediction depends on beside the settings: the annotation that is given, the frames."""
         try:
-            given = {} if self.dataset == "jhmdb" else self.given
+            given = self.given
         except UserError:  # said when it is predicted
             given = {}
         paths = [self.truth[name] for name in given or self.names[:1] if name in self.truth]
@@ -897,21 +899,20 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     for name in seq.names:
         if name not in at:
             raise UserError(f"{seq.frames / name}.jpg: not found, yet it is annotated; download the sequence again")
-    masks, ids, parts, names, size = {}, [], {}, seq.names, video.size  # parts: id -> class
+    given, parts = seq.given, {}  # parts: id -> class
+    masks = {name: seq.ids(name) for name in given}  # the first whole, of others the ids that are new
+    ids = sorted(itertools.chain(*given.values()))
+    names = seq.names[seq.names.index(next(iter(masks), seq.names[0])) :]
+    size = masks[names[0]].shape if masks else video.size
+    for name, mask in masks.items():
+        if mask.shape != (size if seq.dataset == "vip" else video.size):
+            sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*mask.shape, *video.size)
+            raise UserError(f"{seq.truth[name]}: {sizes}; they must show the same pixels")
     if seq.dataset == "jhmdb":
         joints = read_joints(seq.truth[names[0]])
         if len(joints) != len(names):
             counts = f"holds {len(names)} frames, yet {seq.truth[names[0]]} has the joints of {len(joints)}"
             raise UserError(f"{seq.frames}: {counts}; download the clip again")
-    else:
-        masks = {name: seq.ids(name) for name in seq.given}  # the first whole, of others the ids that are new
-        ids = sorted(itertools.chain(*seq.given.values()))
-        names = names[names.index(next(iter(masks))) :]
-        size = masks[names[0]].shape
-        for name, mask in masks.items():
-            if mask.shape != (size if seq.dataset == "vip" else video.size):
-                sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*mask.shape, *video.size)
-                raise UserError(f"{seq.truth[name]}: {sizes}; they must show the same pixels")
 
     frames, shown = ahead(frame for _, frame in video.frames([at[name] for name in names])), deque()
 
@@ -927,37 +928,37 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     first = next(features)
     grid = tuple(first.shape[1:])
     if seq.dataset == "jhmdb":
-        soft_masks = [labels_from_points(joints[0], size, grid).to(device)]
+        labels = {names[0]: labels_from_points(joints[0], size, grid).to(device)}
     elif ids:
-        soft_masks = [labels_from_mask(torch.from_numpy(m).to(device), ids, grid, sampling) for m in masks.values()]
+        on_device = {name: torch.from_numpy(mask).to(device) for name, mask in masks.items()}
+        labels = {name: labels_from_mask(mask, ids, grid, sampling) for name, mask in on_device.items()}
     else:
-        soft_masks = [torch.ones(1, *grid, device=device)]
+        labels = {names[0]: torch.ones(1, *grid, device=device)}
     if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
         given_parts, listed_parts = read_parts(seq.instances / f"{names[0]}.png", given=True)
         parts = {number: kind for number, kind, _ in sorted(listed_parts) if (given_parts == number).any() and number}
     if parts:
-        given_parts = torch.from_numpy(given_parts.copy()).to(device)
-        soft_masks[0] = torch.cat([soft_masks[0], labels_from_mask(given_parts, parts, grid, sampling)])
-    numbers = []  # which label each pixel has, where boxes are drawn round them
-    if ids and not parts:
-        numbers = [label_numbers(masks[names[0]], ids)]
-    later = {}  # objects that come in later
-    for name, soft in list(zip(masks, soft_masks, strict=False))[1:]:
-        named = torch.tensor([False, *(number in seq.given[name] for number in ids)], device=device)
-        later[names.index(name)] = soft, named
+        given_parts = torch.from_numpy(given_parts).to(device)
+        labels[names[0]] = torch.cat([labels[names[0]], labels_from_mask(given_parts, parts, grid, sampling)])
+    numbers = [label_numbers(masks[names[0]], ids)] if ids and not parts else []  # boxes are drawn round them
+    annotated = labels.pop(names[0])
+    later = {  # objects that come in later
+        names.index(name): (soft, torch.tensor([False, *(number in given[name] for number in ids)], device=device))
+        for name, soft in labels.items()
+    }
 
-    folders, tracks = [row.folder / ".partial" / seq.name for row in rows], [[] for _ in rows]
+    folders, tracks = [row.folder / ".partial" for row in rows], [[] for _ in rows]
     for folder in folders:
         discard(folder)
         (folder / "parts").mkdir(parents=True)
         for name in seq.names[: -len(names)]:  # before there is any object
             write_mask(folder / f"{name}.png", np.zeros(size, np.uint8))
     streams = [
-        propagate_video(targets, [(first, soft_masks[0], *numbers)], row.settings, given=later)
+        propagate_video(targets, [(first, annotated, *numbers)], row.settings, given=later)
         for row, targets in zip(rows, itertools.tee(features, len(rows)), strict=True)
     ]
     with ThreadPoolExecutor(2) as writers:
-        pending, soft_maps = deque(), itertools.chain([soft_masks[:1] * len(rows)], zip(*streams, strict=True))
+        pending, soft_maps = deque(), itertools.chain([[annotated] * len(rows)], zip(*streams, strict=True))
         for name, maps in zip(names, soft_maps, strict=True):
             frame = shown.popleft()
             for row, folder, track, soft in zip(rows, folders, tracks, maps, strict=True):
@@ -965,13 +966,12 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                     track.append(points_from_labels(soft, size) if name != names[0] else joints[0])
                     continue
                 # VIP's masks are made at the network's input size and brought to full size by nearest neighbour
-                full = row.settings.input_size(*size) if seq.dataset == "vip" else size
+                s, mask, new = row.settings, masks.get(name), given.get(name, [])
+                full = s.input_size(*size) if seq.dataset == "vip" else size
                 soft, soft_parts = soft[: 1 + len(ids)], soft[1 + len(ids) :]
-                mask, new = masks.get(name), seq.given.get(name, [])
                 if name != names[0]:
-                    old = [i for i, number in enumerate(ids) if number not in new]
-                    soft, old = soft[[0, *(1 + i for i in old)]], [ids[i] for i in old]
-                    s = row.settings
+                    old = [number for number in ids if number not in new]
+                    soft = soft[[True, *(number in old for number in ids)]]
                     others = mask_from_labels(soft, old, full, s.minmax, frame, s.refine).cpu().numpy()
                     others = nearest(others, size)
                     mask = np.where(np.isin(mask, new), mask, others) if new else others
