@@ -866,23 +866,24 @@ def forget_stale(row: Row, sequences: list[Sequence]) -> None:
         if before.get(seq.name) != now[seq.name]:
             if seq.name in before and prediction(row.folder, seq).exists():
                 note(f"{row.folder / seq.name}: is made again, its annotation or its frames have changed")
-            discard(row.folder / seq.name)
-            discard(row.folder / "Instance_ids" / seq.name)
+            discard(row.folder, seq)
     record = {"model": row.model, "weights": str(row.weights), **asdict(row.settings), "made_from": {**before, **now}}
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1))
 
 
-def discard(folder: Path) -> None:
+def discard(base: Path, seq: Sequence) -> None:
     """Delete a prediction, and the folders that it leaves empty. UserError if anything is there that no run made."""
-    inside = [*folder.glob("parts/*"), *folder.glob("*")]
-    other = [path for path in inside if path.suffix not in (".png", ".txt", ".mat") or not path.is_file()]
-    if folder.is_symlink() or any(path != folder / "parts" for path in other):
-        raise UserError(f"{other[0] if other else folder}: no run has made it; move it away or choose another --out")
-    for path in inside:
-        path.unlink() if path.is_file() else path.rmdir()
-    if folder.is_dir():
-        os.removedirs(folder)
+    for folder in (base / "Instance_ids" / seq.name, base / seq.name):
+        inside = list(folder.glob("*"))
+        other = [path for path in inside if path.suffix not in (".png", ".txt", ".mat") or not path.is_file()]
+        if folder.is_symlink() or other:
+            what = other[0] if other else folder
+            raise UserError(f"{what}: no run has made it; move it away or choose another --out")
+        for path in inside:
+            path.unlink()
+        if folder.is_dir():
+            os.removedirs(folder)
 
 
 @torch.inference_mode()
@@ -949,10 +950,10 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
 
     folders, tracks = [row.folder / ".partial" for row in rows], [[] for _ in rows]
     for folder in folders:
-        discard(folder)
-        (folder / "parts").mkdir(parents=True)
+        discard(folder, seq)
+        (folder / seq.name).mkdir(parents=True)
         for name in seq.names[: -len(names)]:  # before there is any object
-            write_mask(folder / f"{name}.png", np.zeros(size, np.uint8))
+            write_mask(folder / seq.name / f"{name}.png", np.zeros(size, np.uint8))
     streams = [
         propagate_video(targets, [(first, annotated, *numbers)], row.settings, given=later)
         for row, targets in zip(rows, itertools.tee(features, len(rows)), strict=True)
@@ -975,12 +976,12 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                     others = mask_from_labels(soft, old, full, s.minmax, frame, s.refine).cpu().numpy()
                     others = nearest(others, size)
                     mask = np.where(np.isin(mask, new), mask, others) if new else others
-                pending.append(writers.submit(write_mask, folder / f"{name}.png", mask))
+                pending.append(writers.submit(write_mask, folder / seq.name / f"{name}.png", mask))
                 if parts:
                     if name == names[0]:
                         soft_parts, full = labels_from_mask(given_parts, parts, given_parts.shape), given_parts.shape
-                    job = write_parts, folder / f"parts/{name}.png", soft_parts, list(parts.values()), full, size
-                    pending.append(writers.submit(*job))
+                    path = folder / "Instance_ids" / seq.name / f"{name}.png"
+                    pending.append(writers.submit(write_parts, path, soft_parts, list(parts.values()), full, size))
             while len(pending) > 16 * len(rows):
                 pending.popleft().result()
             bar.update(len(rows))
@@ -988,12 +989,12 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
             job.result()
     for row, folder, track in zip(rows, folders, tracks, strict=True):
         if track:
-            savemat(folder / "joint_positions.mat", {"pos_img": np.stack(track).transpose(2, 1, 0) + 1})
-        if parts:
-            move(folder / "parts", row.folder / "Instance_ids" / seq.name)
-        else:
-            (folder / "parts").rmdir()
-        move(folder, row.folder / seq.name)
+            savemat(folder / seq.name / "joint_positions.mat", {"pos_img": np.stack(track).transpose(2, 1, 0) + 1})
+        discard(row.folder, seq)  # an earlier one with frames missing
+        for place in ["Instance_ids"] * bool(parts) + [""]:  # the masks last: where they are, all is whole
+            target = row.folder / place / seq.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (folder / place / seq.name).rename(target)
 
 
 def write_parts(
@@ -1005,16 +1006,8 @@ def write_parts(
     winner = winner.astype(np.uint8)
     sums, areas = (np.bincount(winner.ravel(), w, 1 + len(kinds)) for w in (probability.ravel(), None))
     scores = sums / np.maximum(areas, 1)  # the mean probability over the mask
-    text = "".join(f"{kind} {scores[i]:.6f}\n" for i, kind in enumerate(kinds, 1))
-    path.with_suffix(".txt").write_text(text)
     write_mask(path, nearest(winner, size))
-
-
-def move(source: Path, target: Path) -> None:
-    """Give a finished folder its name."""
-    discard(target)  # an earlier one with frames missing
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(target)
+    path.with_suffix(".txt").write_text("".join(f"{kind} {scores[i]:.6f}\n" for i, kind in enumerate(kinds, 1)))
 
 
 def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, results: dict, failed: dict) -> None:
@@ -1570,8 +1563,8 @@ def main(args: Args) -> None:
             print(f"{out}/scores.json  {out}/scores.csv  {out}/report.html")
     for row, seq in itertools.product(can_run if rank == 0 and not args.predictions else (), sequences):
         with contextlib.suppress(UserError):  # what a run that was killed has left
-            (left := row.folder / ".partial" / seq.name).mkdir(parents=True, exist_ok=True)
-            discard(left)
+            (row.folder / ".partial" / seq.name).mkdir(parents=True, exist_ok=True)
+            discard(row.folder / ".partial", seq)
     if world > 1:
         distributed.barrier()  # a process that leaves with code 1 ends the others, so it waits for the report
     sys.exit(code)
