@@ -520,9 +520,11 @@ def prediction(folder: Path, seq: Sequence, name: str = "") -> Path:
     return base / f"{name}.png" if name else base
 
 
-def score_masks_frame(job: tuple) -> np.ndarray:
-    """J, F, and whether truth or prediction shows it, of each object: 3 x objects."""
-    truth_file, pred_file, of_truth, of_pred, objects, seq = job
+def score_masks_frame(
+    truth_file: Path, pred_file: Path, of_truth: np.ndarray, of_pred: np.ndarray | None, objects: int, seq: str
+) -> np.ndarray:
+    """J, F, and whether truth or prediction shows it, of each object: 3 x objects. of_truth, of_pred: the id that each
+    of the values 0..255 stands for."""
     truth, pred = read_ids(truth_file), read_ids(pred_file)
     if truth.shape != pred.shape:
         sizes = "is {1}x{0}, but the ground truth is {3}x{2}".format(*pred.shape, *truth.shape)
@@ -562,10 +564,9 @@ def score_masks(seq: Sequence, folder: Path, pool, all_frames: bool = False) -> 
             note(f"{seq.truth[seq.names[0]]}: {what}; {rule}")
         if seq.dataset == "davis2016":
             of_pred = one_object(paths, void=False)
-    jobs = [
-        (seq.truth[name], path, of_truth, of_pred, len(ids), seq.name) for name, path in zip(scored, paths, strict=True)
-    ]
-    scores = np.array(pool.map(score_masks_frame, jobs, chunksize=4)).reshape(len(jobs), 3, len(ids))
+    same = of_truth, of_pred, len(ids), seq.name
+    jobs = [(seq.truth[name], path, *same) for name, path in zip(scored, paths, strict=True)]
+    scores = np.array(pool.starmap(score_masks_frame, jobs, chunksize=4)).reshape(len(jobs), 3, len(ids))
     result = {"J": scores[:, 0].T, "F": scores[:, 1].T, "ids": ids, "frames": scored, "table": of_pred}
     if sparse:
         counts = np.maximum.accumulate(scores[:, 2].T > 0, axis=1)
@@ -823,9 +824,9 @@ def sweep_settings(args: Args, base: Propagation) -> list[Propagation]:
     for sweep in args.sweep:
         name, _, values = sweep.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
-        if name not in (f.name for f in fields(Propagation)) or not values:
-            known = ", ".join(f.name for f in fields(Propagation))
-            raise UserError(f"--sweep {sweep}: give factor=value,value,... with a factor of {known}")
+        known = [f.name for f in fields(Propagation)]
+        if name not in known or not values:
+            raise UserError(f"--sweep {sweep}: give factor=value,value,... with a factor of {', '.join(known)}")
         try:
             factors.setdefault(name, []).extend(parse_value(name, value) for value in values.split(","))
         except ValueError as error:
@@ -1230,13 +1231,13 @@ def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: d
         path.write_text(json.dumps(record, indent=1))
     columns = COLUMNS[args.dataset] + (["IoU"] if args.dataset == "vip" else [])
     with atomic(out / "scores.csv") as path, path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "level", "name", *columns])
+        writer = csv.DictWriter(file, ["row", "level", "name", *columns], extrasaction="ignore")
+        writer.writeheader()
         for name, score in scores.items():
             for level, entries in {**score, "overall": {"all": score["overall"]}}.items():
                 for what, entry in entries.items():
-                    values = [entry.get(c, math.nan) for c in columns]
-                    writer.writerow([name, level, what, *("" if v != v else f"{v:.6f}" for v in values)])
+                    numbers = {column: f"{value:.6f}" for column, value in entry.items() if value == value}
+                    writer.writerow({"row": name, "level": level, "name": what, **numbers})
 
 
 def sweep_curves(rows: list[Row], scores: dict, figure: str) -> dict[str, dict]:

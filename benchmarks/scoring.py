@@ -63,7 +63,7 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def read_and_score(job: tuple) -> np.ndarray:
-    return evaluate.score_masks_frame(job)[:2]
+    return evaluate.score_masks_frame(*job)[:2]
 
 
 def plain_of_files(job: tuple) -> list[tuple[float, float]]:
