@@ -636,14 +636,10 @@ def score_jhmdb(seq: Sequence, folder: Path) -> dict:
 
     The person's box holds the true joints that the prediction shows; joints it does not show are nan: not counted.
     """
-    truth, path = read_joints(seq.truth[seq.names[0]]), prediction(folder, seq)
-    if not path.is_file():
-        raise UserError(f"{path}: not found; JHMDB predictions are joint_positions.mat files like the annotation")
-    pred = read_joints(path)
-    if pred.shape != truth.shape:
-        raise UserError(
-            f"{path}: has {pred.shape[0]} frames x {pred.shape[1]} joints, the annotation {truth.shape[:2]}"
-        )
+    path = prediction(folder, seq)
+    truth, pred = read_joints(seq.truth[seq.names[0]]), read_joints(path)
+    if len(pred) != len(truth):
+        raise UserError(f"{path}: has {len(pred)} frames, the annotation {len(truth)}; it must have the same")
     if len(truth) < 2:
         note(f"{seq.name}: has joints in {len(truth)} frame; the first is given, so none is scored")
     shown = (pred[..., 0] >= 0)[..., None]
@@ -1060,11 +1056,10 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
 
 def check_prediction(seq: Sequence, folder: Path) -> None:
     """Is there a prediction for this sequence, and of it alone?"""
-    if seq.dataset == "jhmdb":
-        return
     path = prediction(folder, seq)
-    if not path.is_dir():
-        raise UserError(f"{path}: not found; predictions are <folder>/<sequence>/<frame>.png, or in masks/ there")
+    if not path.exists():
+        where = prediction(Path("<folder>"), seq, "<frame>")
+        raise UserError(f"{path}: not found; predictions are {where}, masks may also be in masks/ there")
     extra = sorted(files(path, (".png",)).keys() - set(seq.names))
     check_names(path, extra, seq.names[0])
     if extra:
