@@ -1139,9 +1139,8 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
         files = " or ".join(f"{model.rpartition('@')[2].removesuffix('.pth')}.pth" for model in models)
         raise UserError(f"needs weights of {either} in weights/, named {files}")
     factors = {"refine": 0.0}  # the paper does not
-    for word in words:  # factor=value, or one of the two factors that the tables name by their values
-        factor, _, text = word.rpartition("=")
-        factor = factor or ("aggregation" if word in ("overall", "per-frame") else "localization")
+    for word in words:
+        factor, _, text = word.partition("=")
         factors[factor] = parse_value(factor, text)
     return chosen, replace(preset(chosen.partition("@")[0], args.dataset), **factors)
 
