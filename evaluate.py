@@ -84,6 +84,8 @@ from propagate import (
     write_mask,
 )
 
+rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+rcParams.update({"legend.fontsize": 8, "legend.frameon": False, "figure.autolayout": True})
 rcParams["svg.fonttype"] = "none"  # text stays text, in any script that the browser has a font for
 warnings.filterwarnings("ignore", "Glyph")
 
@@ -1276,7 +1278,7 @@ def draw_curves(curves: dict[str, dict], ylabel: str) -> str:
             ax.minorticks_off()
         ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         ax.set_xlabel(names.get(factor, factor))
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend()
     axes[0, 0].set_ylabel(ylabel)
     return embed_figure(figure)
 
@@ -1301,10 +1303,6 @@ def draw_time(results: dict[str, dict]) -> str:
 
 
 def embed_figure(figure: Figure) -> str:
-    for ax in figure.axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return f'<img class=plot src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
@@ -1391,6 +1389,9 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     def card(title: str, *inside: str) -> None:
         text.append(f"<h2>{title}</h2><div class=card>{''.join(inside)}</div>")
 
+    def bullets(lines: Iterable[str]) -> str:
+        return f"<ul>{''.join(f'<li>{esc(line)}</li>' for line in lines)}</ul>"
+
     def bars(numbers: dict[str, list[float]], keys: list[str]) -> str:  # name: the number beside it, then a bar a key
         key = "".join(f"<i style='background:{colours[i]}'></i>{esc(k)}" for i, k in enumerate(keys))
         out = [f"<div class='sub key'>{key}</div>"]
@@ -1466,11 +1467,10 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
             lines += ["<br>", table(differ, list(zip(models, cells, strict=True)))]
         card("Settings", *lines)
     if not_run := lacking(rows):
-        card("Not run", "<ul>", *(f"<li>{esc(line.removeprefix('not run: '))}</li>" for line in not_run), "</ul>")
-    if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
-        more = f"<li>and {len(wrong) - 10} more, in scores.json</li>" if len(wrong) > 10 else ""
-        items = "".join(f"<li>{esc(why)}</li>" for why in list(wrong)[:10])
-        card("<span class=fail>Failed</span>", "<ul>", items, more, "</ul>")
+        card("Not run", bullets(line.removeprefix("not run: ") for line in not_run))
+    if wrong := list(dict.fromkeys(why for row in rows for why in failed[row.name].values())):
+        more = [f"and {len(wrong) - 10} more, in scores.json"] if len(wrong) > 10 else []
+        card("<span class=fail>Failed</span>", bullets(wrong[:10] + more))
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     with atomic(out / "report.html") as path:
         path.write_text(f"{head}<main>{''.join(text)}</main></html>", encoding="utf-8")
