@@ -1529,7 +1529,7 @@ def test_two_processes_share_the_cpus(data, tmp_path):
     """Each has half of them for its pool and for scoring, and one thread a task, whichever library it calls."""
     watch = tmp_path / "watch.py"
     watch.write_text(
-        "import cv2, evaluate, functools, json, os, pathlib, propagate, torch\n"
+        "import cv2, evaluate, json, os, pathlib, propagate, torch\n"
         "score, predict, file = evaluate.score_masks, evaluate.propagate, f\"rank{os.environ['RANK']}.json\"\n"
         "def threads(_=None):\n"
         "    return [torch.get_num_threads(), cv2.getNumThreads()]\n"
@@ -1541,7 +1541,7 @@ def test_two_processes_share_the_cpus(data, tmp_path):
         "    assert [threads(), *propagate.pool().map(threads, range(9))] == [[1, 1]] * 10\n"
         "    return predict(*args)\n"
         "evaluate.score_masks, evaluate.propagate = scoring, predicting\n"
-        "evaluate.run(evaluate.main, functools.partial(evaluate.parse, evaluate.Args))\n"
+        "evaluate.run(evaluate.main, evaluate.parse_args)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*torchrun, "watch.py", "--data", data, *RANDOM, "--out", "out"]
