@@ -80,9 +80,12 @@ from propagate import (
     points_from_labels,
     propagate_video,
     read_ids,
+    usable_cpus,
     write_mask,
 )
 
+rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+rcParams.update({"legend.fontsize": 8, "legend.frameon": False, "figure.autolayout": True})
 rcParams["svg.fonttype"] = "none"  # text stays text, in any script that the browser has a font for
 warnings.filterwarnings("ignore", "Glyph")
 
@@ -187,8 +190,10 @@ class Sequence:
 
     @cached_property
     def given(self) -> dict[str, list[int]]:
-        """What is propagated: the ids of the objects that a frame's annotation is the first to show."""
+        """What is propagated: the ids of the objects that a frame's annotation is the first to show. JHMDB: none."""
         given, seen = {}, set()
+        if self.dataset == "jhmdb":
+            return given
         for name, ids in self.shown.items():
             if ids - seen:
                 given[name] = sorted(ids - seen)
@@ -206,7 +211,7 @@ class Sequence:
     def made_from(self) -> str:
         """A digest of what a prediction depends on beside the settings: the annotation that is given, the frames."""
         try:
-            given = {} if self.dataset == "jhmdb" else self.given
+            given = self.given
         except UserError:  # said when it is predicted
             given = {}
         paths = [self.truth[name] for name in given or self.names[:1] if name in self.truth]
@@ -235,24 +240,21 @@ def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]
     instances, file = None, ""
     if args.dataset == "jhmdb":
         pictures = [root / "Rename_Images", root / "Frames"]
-        truth, file = root / "joint_positions", "joint_positions.mat"
-        group = {"val": "2", "train": "1", "test-dev": ""}[args.subset]
-        known = read_splits(root / "splits", args.split, "" if wanted else group, page)
+        truth, file, listing = root / "joint_positions", "joint_positions.mat", root / "splits"
     elif args.dataset == "folder":
         truth, pictures = mask_folders(root, page)
-        known = [path.name for path in listed(truth) if path.is_dir()]
+    elif args.dataset == "vip":
+        base = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
+        masks = base / "Annotations" if (base / "Annotations").is_dir() else base
+        pictures, truth, instances = [base / "Images"], masks / "Category_ids", masks / "Instance_ids"
+        lists = root / "lists" if (root / "lists").is_dir() else base / "lists"
+        listing = lists / f"{args.subset}_videos.txt"
     else:
-        if args.dataset == "vip":
-            base = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
-            masks = base / "Annotations" if (base / "Annotations").is_dir() else base
-            pictures, truth, instances = [base / "Images"], masks / "Category_ids", masks / "Instance_ids"
-            lists = root / "lists" if (root / "lists").is_dir() else base / "lists"
-            listing = lists / f"{args.subset}_videos.txt"
-        else:
-            pictures, truth = [root / "JPEGImages/480p"], root / "Annotations/480p"
-            listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
-        # sequences that are named need not be of the subset, nor a list be there
-        known = (wanted and [path.name for path in listed(truth)]) or read_list(listing, page)
+        pictures, truth = [root / "JPEGImages/480p"], root / "Annotations/480p"
+        listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
+    known = [path.relative_to(truth).as_posix() for path in listed(truth, "*/*" if file else "*") if path.is_dir()]
+    if args.dataset != "folder" and not (wanted and known):  # what is named need not be in a list
+        known = read_splits(listing, args, page) if file else read_list(listing, page)
     chosen = {want: [name for name in known if want in (name, Path(name).name)] for want in wanted}
     for want, names in chosen.items():
         if not names:
@@ -319,9 +321,9 @@ def read_list(path: Path, page: str) -> list[str]:
     return list(dict.fromkeys(plain(name, where) for where, name in names))
 
 
-def read_splits(folder: Path, split: int, group: str, page: str) -> list[str]:
-    """JHMDB's clips, class/clip, of one group (1 train, 2 test) or of any."""
-    ending, names = f"_test_split{split}.txt", []
+def read_splits(folder: Path, args: Args, page: str) -> list[str]:
+    """JHMDB's clips, class/clip, of the subset."""
+    ending, group, names = f"_test_split{args.split}.txt", {"train": "1", "val": "2"}.get(args.subset), []
     listings = listed(folder, f"*{ending}")
     if not listings:
         raise UserError(f"{folder}/<class>{ending}: not found; JHMDB is incomplete, {page}")
@@ -331,7 +333,8 @@ def read_splits(folder: Path, split: int, group: str, page: str) -> list[str]:
             name = plain(f"{listing.name.removesuffix(ending)}/{clip}", where)
             if of not in (["0"], ["1"], ["2"]):
                 raise UserError(f"{where}: wants the name of a clip and 1 (train) or 2 (test); correct the list")
-            names += [str(Path(name).with_suffix(""))] * (group in ("", *of))
+            if group in (None, *of):
+                names.append(str(Path(name).with_suffix("")))
     return names
 
 
@@ -519,9 +522,11 @@ def prediction(folder: Path, seq: Sequence, name: str = "") -> Path:
     return base / f"{name}.png" if name else base
 
 
-def score_masks_frame(job: tuple) -> np.ndarray:
-    """J, F, and whether truth or prediction shows it, of each object: 3 x objects."""
-    truth_file, pred_file, of_truth, of_pred, objects, seq = job
+def score_masks_frame(
+    truth_file: Path, pred_file: Path, of_truth: np.ndarray, of_pred: np.ndarray | None, objects: int, seq: str
+) -> np.ndarray:
+    """J, F, and whether truth or prediction shows it, of each object: 3 x objects. of_truth, of_pred: the id that each
+    of the values 0..255 stands for."""
     truth, pred = read_ids(truth_file), read_ids(pred_file)
     if truth.shape != pred.shape:
         sizes = "is {1}x{0}, but the ground truth is {3}x{2}".format(*pred.shape, *truth.shape)
@@ -561,10 +566,9 @@ def score_masks(seq: Sequence, folder: Path, pool, all_frames: bool = False) -> 
             note(f"{seq.truth[seq.names[0]]}: {what}; {rule}")
         if seq.dataset == "davis2016":
             of_pred = one_object(paths, void=False)
-    jobs = [
-        (seq.truth[name], path, of_truth, of_pred, len(ids), seq.name) for name, path in zip(scored, paths, strict=True)
-    ]
-    scores = np.array(pool.map(score_masks_frame, jobs, chunksize=4)).reshape(len(jobs), 3, len(ids))
+    same = of_truth, of_pred, len(ids), seq.name
+    jobs = [(seq.truth[name], path, *same) for name, path in zip(scored, paths, strict=True)]
+    scores = np.array(pool.starmap(score_masks_frame, jobs, chunksize=4)).reshape(len(jobs), 3, len(ids))
     result = {"J": scores[:, 0].T, "F": scores[:, 1].T, "ids": ids, "frames": scored, "table": of_pred}
     if sparse:
         counts = np.maximum.accumulate(scores[:, 2].T > 0, axis=1)
@@ -634,14 +638,10 @@ def score_jhmdb(seq: Sequence, folder: Path) -> dict:
 
     The person's box holds the true joints that the prediction shows; joints it does not show are nan: not counted.
     """
-    truth, path = read_joints(seq.truth[seq.names[0]]), prediction(folder, seq)
-    if not path.is_file():
-        raise UserError(f"{path}: not found; JHMDB predictions are joint_positions.mat files like the annotation")
-    pred = read_joints(path)
-    if pred.shape != truth.shape:
-        raise UserError(
-            f"{path}: has {pred.shape[0]} frames x {pred.shape[1]} joints, the annotation {truth.shape[:2]}"
-        )
+    path = prediction(folder, seq)
+    truth, pred = read_joints(seq.truth[seq.names[0]]), read_joints(path)
+    if len(pred) != len(truth):
+        raise UserError(f"{path}: has {len(pred)} frames, the annotation {len(truth)}; it must have the same")
     if len(truth) < 2:
         note(f"{seq.name}: has joints in {len(truth)} frame; the first is given, so none is scored")
     shown = (pred[..., 0] >= 0)[..., None]
@@ -751,6 +751,8 @@ class Row:
 def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Sequence]) -> list[Row]:
     """The rows that are asked for: folders of predictions, a table of the paper, or a model at some settings."""
     if args.paper:
+        if given.get("refine"):
+            raise UserError("--refine: has no say in --paper, whose figures are of masks as they are; leave it out")
         rows = paper_rows(args, root, out, given)
     elif args.predictions:
         folders = list(dict.fromkeys(args.predictions))
@@ -768,8 +770,13 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
     else:
         rows = [make_row(args, root, out, settings) for settings in sweep_settings(args, args.propagation)]
         rows = rows if args.sweep else [paper_best(args, row) for row in rows]
-    if args.dataset == "jhmdb" and any(row.settings and row.settings.localization == "track" for row in rows):
+    used = [row.settings for row in rows if row.settings]
+    if args.dataset == "jhmdb" and any(s.localization == "track" for s in used):
         raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
+    if args.dataset == "jhmdb" and any(s.refine for s in used):
+        raise UserError("--refine: is for the edges of masks, JHMDB has key points; leave it out")
+    if args.dataset == "vip" and any(s.refine for s in used) and rank_world()[0] == 0:
+        note("--refine: changes VIP's classes alone, so mIoU; the parts of persons, so AP^r_vol, are as without it")
     return rows
 
 
@@ -815,9 +822,9 @@ def sweep_settings(args: Args, base: Propagation) -> list[Propagation]:
     for sweep in args.sweep:
         name, _, values = sweep.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
-        if name not in (f.name for f in fields(Propagation)) or not values:
-            known = ", ".join(f.name for f in fields(Propagation))
-            raise UserError(f"--sweep {sweep}: give factor=value,value,... with a factor of {known}")
+        known = [f.name for f in fields(Propagation)]
+        if name not in known or not values:
+            raise UserError(f"--sweep {sweep}: give factor=value,value,... with a factor of {', '.join(known)}")
         try:
             factors.setdefault(name, []).extend(parse_value(name, value) for value in values.split(","))
         except ValueError as error:
@@ -858,23 +865,24 @@ def forget_stale(row: Row, sequences: list[Sequence]) -> None:
         if before.get(seq.name) != now[seq.name]:
             if seq.name in before and prediction(row.folder, seq).exists():
                 note(f"{row.folder / seq.name}: is made again, its annotation or its frames have changed")
-            discard(row.folder / seq.name)
-            discard(row.folder / "Instance_ids" / seq.name)
+            discard(row.folder, seq)
     record = {"model": row.model, "weights": str(row.weights), **asdict(row.settings), "made_from": {**before, **now}}
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1))
 
 
-def discard(folder: Path) -> None:
+def discard(base: Path, seq: Sequence) -> None:
     """Delete a prediction, and the folders that it leaves empty. UserError if anything is there that no run made."""
-    inside = [*folder.glob("parts/*"), *folder.glob("*")]
-    other = [path for path in inside if path.suffix not in (".png", ".txt", ".mat") or not path.is_file()]
-    if folder.is_symlink() or any(path != folder / "parts" for path in other):
-        raise UserError(f"{other[0] if other else folder}: no run has made it; move it away or choose another --out")
-    for path in inside:
-        path.unlink() if path.is_file() else path.rmdir()
-    if folder.is_dir():
-        os.removedirs(folder)
+    for folder in (base / "Instance_ids" / seq.name, base / seq.name):
+        inside = list(folder.glob("*"))
+        other = [path for path in inside if path.suffix not in (".png", ".txt", ".mat") or not path.is_file()]
+        if folder.is_symlink() or other:
+            what = other[0] if other else folder
+            raise UserError(f"{what}: no run has made it; move it away or choose another --out")
+        for path in inside:
+            path.unlink()
+        if folder.is_dir():
+            os.removedirs(folder)
 
 
 @torch.inference_mode()
@@ -891,21 +899,20 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     for name in seq.names:
         if name not in at:
             raise UserError(f"{seq.frames / name}.jpg: not found, yet it is annotated; download the sequence again")
-    masks, ids, parts, names, size = {}, [], {}, seq.names, video.size  # parts: id -> class
+    given, parts = seq.given, {}  # parts: id -> class
+    masks = {name: seq.ids(name) for name in given}  # the first whole, of others the ids that are new
+    ids = sorted(itertools.chain(*given.values()))
+    names = seq.names[seq.names.index(next(iter(masks), seq.names[0])) :]
+    size = masks[names[0]].shape if masks else video.size
+    for name, mask in masks.items():
+        if mask.shape != (size if seq.dataset == "vip" else video.size):
+            sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*mask.shape, *video.size)
+            raise UserError(f"{seq.truth[name]}: {sizes}; they must show the same pixels")
     if seq.dataset == "jhmdb":
         joints = read_joints(seq.truth[names[0]])
         if len(joints) != len(names):
             counts = f"holds {len(names)} frames, yet {seq.truth[names[0]]} has the joints of {len(joints)}"
             raise UserError(f"{seq.frames}: {counts}; download the clip again")
-    else:
-        masks = {name: seq.ids(name) for name in seq.given}  # the first whole, of others the ids that are new
-        ids = sorted(itertools.chain(*seq.given.values()))
-        names = names[names.index(next(iter(masks))) :]
-        size = masks[names[0]].shape
-        for name, mask in masks.items():
-            if mask.shape != (size if seq.dataset == "vip" else video.size):
-                sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*mask.shape, *video.size)
-                raise UserError(f"{seq.truth[name]}: {sizes}; they must show the same pixels")
 
     frames, shown = ahead(frame for _, frame in video.frames([at[name] for name in names])), deque()
 
@@ -913,8 +920,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
         return encoder(torch.from_numpy(frame)[None].to(device))[0]
 
     def encoded() -> Iterator[torch.Tensor]:  # C h w each; a frame waits in `shown` for its masks
-        pairs = encode_ahead(encode, frames) if device.type == "cpu" else ((frame, encode(frame)) for frame in frames)
-        for frame, features in pairs:
+        for frame, features in encode_ahead(encode, frames, device.type == "cpu"):
             shown.append(torch.from_numpy(frame))
             yield features
 
@@ -922,37 +928,37 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     first = next(features)
     grid = tuple(first.shape[1:])
     if seq.dataset == "jhmdb":
-        soft_masks = [labels_from_points(joints[0], size, grid).to(device)]
+        labels = {names[0]: labels_from_points(joints[0], size, grid).to(device)}
     elif ids:
-        soft_masks = [labels_from_mask(torch.from_numpy(m).to(device), ids, grid, sampling) for m in masks.values()]
+        on_device = {name: torch.from_numpy(mask).to(device) for name, mask in masks.items()}
+        labels = {name: labels_from_mask(mask, ids, grid, sampling) for name, mask in on_device.items()}
     else:
-        soft_masks = [torch.ones(1, *grid, device=device)]
+        labels = {names[0]: torch.ones(1, *grid, device=device)}
     if seq.instances and seq.instances.is_dir():  # semantic and instance labels travel together
         given_parts, listed_parts = read_parts(seq.instances / f"{names[0]}.png", given=True)
         parts = {number: kind for number, kind, _ in sorted(listed_parts) if (given_parts == number).any() and number}
     if parts:
-        given_parts = torch.from_numpy(given_parts.copy()).to(device)
-        soft_masks[0] = torch.cat([soft_masks[0], labels_from_mask(given_parts, parts, grid, sampling)])
-    numbers = []  # which label each pixel has, where boxes are drawn round them
-    if ids and not parts:
-        numbers = [label_numbers(masks[names[0]], ids)]
-    later = {}  # objects that come in later
-    for name, soft in list(zip(masks, soft_masks, strict=False))[1:]:
-        named = torch.tensor([False, *(number in seq.given[name] for number in ids)], device=device)
-        later[names.index(name)] = soft, named
+        given_parts = torch.from_numpy(given_parts).to(device)
+        labels[names[0]] = torch.cat([labels[names[0]], labels_from_mask(given_parts, parts, grid, sampling)])
+    numbers = [label_numbers(masks[names[0]], ids)] if ids and not parts else []  # boxes are drawn round them
+    annotated = labels.pop(names[0])
+    later = {  # objects that come in later
+        names.index(name): (soft, torch.tensor([False, *(number in given[name] for number in ids)], device=device))
+        for name, soft in labels.items()
+    }
 
-    folders, tracks = [row.folder / ".partial" / seq.name for row in rows], [[] for _ in rows]
+    folders, tracks = [row.folder / ".partial" for row in rows], [[] for _ in rows]
     for folder in folders:
-        discard(folder)
-        (folder / "parts").mkdir(parents=True)
+        discard(folder, seq)
+        (folder / seq.name).mkdir(parents=True)
         for name in seq.names[: -len(names)]:  # before there is any object
-            write_mask(folder / f"{name}.png", np.zeros(size, np.uint8))
+            write_mask(folder / seq.name / f"{name}.png", np.zeros(size, np.uint8))
     streams = [
-        propagate_video(targets, [(first, soft_masks[0], *numbers)], row.settings, given=later)
+        propagate_video(targets, [(first, annotated, *numbers)], row.settings, given=later)
         for row, targets in zip(rows, itertools.tee(features, len(rows)), strict=True)
     ]
     with ThreadPoolExecutor(2) as writers:
-        pending, soft_maps = deque(), itertools.chain([soft_masks[:1] * len(rows)], zip(*streams, strict=True))
+        pending, soft_maps = deque(), itertools.chain([[annotated] * len(rows)], zip(*streams, strict=True))
         for name, maps in zip(names, soft_maps, strict=True):
             frame = shown.popleft()
             for row, folder, track, soft in zip(rows, folders, tracks, maps, strict=True):
@@ -960,22 +966,21 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                     track.append(points_from_labels(soft, size) if name != names[0] else joints[0])
                     continue
                 # VIP's masks are made at the network's input size and brought to full size by nearest neighbour
-                full = row.settings.input_size(*size) if seq.dataset == "vip" else size
+                s, mask, new = row.settings, masks.get(name), given.get(name, [])
+                full = s.input_size(*size) if seq.dataset == "vip" else size
                 soft, soft_parts = soft[: 1 + len(ids)], soft[1 + len(ids) :]
-                mask, new = masks.get(name), seq.given.get(name, [])
                 if name != names[0]:
-                    old = [i for i, number in enumerate(ids) if number not in new]
-                    soft, old = soft[[0, *(1 + i for i in old)]], [ids[i] for i in old]
-                    s = row.settings
+                    old = [number for number in ids if number not in new]
+                    soft = soft[[True, *(number in old for number in ids)]]
                     others = mask_from_labels(soft, old, full, s.minmax, frame, s.refine).cpu().numpy()
                     others = nearest(others, size)
                     mask = np.where(np.isin(mask, new), mask, others) if new else others
-                pending.append(writers.submit(write_mask, folder / f"{name}.png", mask))
+                pending.append(writers.submit(write_mask, folder / seq.name / f"{name}.png", mask))
                 if parts:
                     if name == names[0]:
                         soft_parts, full = labels_from_mask(given_parts, parts, given_parts.shape), given_parts.shape
-                    job = write_parts, folder / f"parts/{name}.png", soft_parts, list(parts.values()), full, size
-                    pending.append(writers.submit(*job))
+                    path = folder / "Instance_ids" / seq.name / f"{name}.png"
+                    pending.append(writers.submit(write_parts, path, soft_parts, list(parts.values()), full, size))
             while len(pending) > 16 * len(rows):
                 pending.popleft().result()
             bar.update(len(rows))
@@ -983,12 +988,12 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
             job.result()
     for row, folder, track in zip(rows, folders, tracks, strict=True):
         if track:
-            savemat(folder / "joint_positions.mat", {"pos_img": np.stack(track).transpose(2, 1, 0) + 1})
-        if parts:
-            move(folder / "parts", row.folder / "Instance_ids" / seq.name)
-        else:
-            (folder / "parts").rmdir()
-        move(folder, row.folder / seq.name)
+            savemat(folder / seq.name / "joint_positions.mat", {"pos_img": np.stack(track).transpose(2, 1, 0) + 1})
+        discard(row.folder, seq)  # an earlier one with frames missing
+        for place in ["Instance_ids"] * bool(parts) + [""]:  # the masks last: where they are, all is whole
+            target = row.folder / place / seq.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (folder / place / seq.name).rename(target)
 
 
 def write_parts(
@@ -1000,16 +1005,8 @@ def write_parts(
     winner = winner.astype(np.uint8)
     sums, areas = (np.bincount(winner.ravel(), w, 1 + len(kinds)) for w in (probability.ravel(), None))
     scores = sums / np.maximum(areas, 1)  # the mean probability over the mask
-    text = "".join(f"{kind} {scores[i]:.6f}\n" for i, kind in enumerate(kinds, 1))
-    path.with_suffix(".txt").write_text(text)
     write_mask(path, nearest(winner, size))
-
-
-def move(source: Path, target: Path) -> None:
-    """Give a finished folder its name."""
-    discard(target)  # an earlier one with frames missing
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(target)
+    path.with_suffix(".txt").write_text("".join(f"{kind} {scores[i]:.6f}\n" for i, kind in enumerate(kinds, 1)))
 
 
 def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, results: dict, failed: dict) -> None:
@@ -1038,7 +1035,6 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
                 if todo and encoder is None:
                     with contextlib.redirect_stderr(io.StringIO()):  # fits has said what the file is taken for
-                        torch.set_num_threads(1)  # on a CPU the pool does the work
                         encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
                 try:
                     check_names(seq.frames, seq.names if todo else seq.truth, seq.names[0])  # scored without frames
@@ -1062,11 +1058,10 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
 
 def check_prediction(seq: Sequence, folder: Path) -> None:
     """Is there a prediction for this sequence, and of it alone?"""
-    if seq.dataset == "jhmdb":
-        return
     path = prediction(folder, seq)
-    if not path.is_dir():
-        raise UserError(f"{path}: not found; predictions are <folder>/<sequence>/<frame>.png, or in masks/ there")
+    if not path.exists():
+        where = prediction(Path("<folder>"), seq, "<frame>")
+        raise UserError(f"{path}: not found; predictions are {where}, masks may also be in masks/ there")
     extra = sorted(files(path, (".png",)).keys() - set(seq.names))
     check_names(path, extra, seq.names[0])
     if extra:
@@ -1145,10 +1140,9 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
         files = " or ".join(f"{model.rpartition('@')[2].removesuffix('.pth')}.pth" for model in models)
         raise UserError(f"needs weights of {either} in weights/, named {files}")
-    factors = {}
-    for word in words:  # factor=value, or one of the two factors that the tables name by their values
-        factor, _, text = word.rpartition("=")
-        factor = factor or ("aggregation" if word in ("overall", "per-frame") else "localization")
+    factors = {"refine": 0.0}  # the paper does not
+    for word in words:
+        factor, _, text = word.partition("=")
         factors[factor] = parse_value(factor, text)
     return chosen, replace(preset(chosen.partition("@")[0], args.dataset), **factors)
 
@@ -1233,13 +1227,13 @@ def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: d
         path.write_text(json.dumps(record, indent=1))
     columns = COLUMNS[args.dataset] + (["IoU"] if args.dataset == "vip" else [])
     with atomic(out / "scores.csv") as path, path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "level", "name", *columns])
+        writer = csv.DictWriter(file, ["row", "level", "name", *columns], extrasaction="ignore")
+        writer.writeheader()
         for name, score in scores.items():
             for level, entries in {**score, "overall": {"all": score["overall"]}}.items():
                 for what, entry in entries.items():
-                    values = [entry.get(c, math.nan) for c in columns]
-                    writer.writerow([name, level, what, *("" if v != v else f"{v:.6f}" for v in values)])
+                    numbers = {column: f"{value:.6f}" for column, value in entry.items() if value == value}
+                    writer.writerow({"row": name, "level": level, "name": what, **numbers})
 
 
 def sweep_curves(rows: list[Row], scores: dict, figure: str) -> dict[str, dict]:
@@ -1284,7 +1278,7 @@ def draw_curves(curves: dict[str, dict], ylabel: str) -> str:
             ax.minorticks_off()
         ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         ax.set_xlabel(names.get(factor, factor))
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend()
     axes[0, 0].set_ylabel(ylabel)
     return embed_figure(figure)
 
@@ -1309,10 +1303,6 @@ def draw_time(results: dict[str, dict]) -> str:
 
 
 def embed_figure(figure: Figure) -> str:
-    for ax in figure.axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return f'<img class=plot src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
@@ -1399,6 +1389,9 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
     def card(title: str, *inside: str) -> None:
         text.append(f"<h2>{title}</h2><div class=card>{''.join(inside)}</div>")
 
+    def bullets(lines: Iterable[str]) -> str:
+        return f"<ul>{''.join(f'<li>{esc(line)}</li>' for line in lines)}</ul>"
+
     def bars(numbers: dict[str, list[float]], keys: list[str]) -> str:  # name: the number beside it, then a bar a key
         key = "".join(f"<i style='background:{colours[i]}'></i>{esc(k)}" for i, k in enumerate(keys))
         out = [f"<div class='sub key'>{key}</div>"]
@@ -1474,11 +1467,10 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
             lines += ["<br>", table(differ, list(zip(models, cells, strict=True)))]
         card("Settings", *lines)
     if not_run := lacking(rows):
-        card("Not run", "<ul>", *(f"<li>{esc(line.removeprefix('not run: '))}</li>" for line in not_run), "</ul>")
-    if wrong := dict.fromkeys(why for row in rows for why in failed[row.name].values()):
-        more = f"<li>and {len(wrong) - 10} more, in scores.json</li>" if len(wrong) > 10 else ""
-        items = "".join(f"<li>{esc(why)}</li>" for why in list(wrong)[:10])
-        card("<span class=fail>Failed</span>", "<ul>", items, more, "</ul>")
+        card("Not run", bullets(line.removeprefix("not run: ") for line in not_run))
+    if wrong := list(dict.fromkeys(why for row in rows for why in failed[row.name].values())):
+        more = [f"and {len(wrong) - 10} more, in scores.json"] if len(wrong) > 10 else []
+        card("<span class=fail>Failed</span>", bullets(wrong[:10] + more))
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     with atomic(out / "report.html") as path:
         path.write_text(f"{head}<main>{''.join(text)}</main></html>", encoding="utf-8")
@@ -1487,19 +1479,15 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def cores() -> int:
-    """Cores for this process: its share of those that the system lets it use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+def worker_pool():
+    """A process for scoring on each CPU, forked: they share what is imported, and use neither torch nor the GPU.
 
-
-def worker_pool(processes: int):
-    """Processes for scoring, forked: they share what is imported, and use neither torch nor the GPU."""
-    threads = cv2.getNumThreads()
+    What else this process computes is shared out over propagate's pool, so torch and OpenCV have one thread each.
+    """
+    torch.set_num_threads(1)
     cv2.setNumThreads(1)  # ends OpenCV's threads before the fork; a child cannot
-    pool = multiprocessing.get_context("fork").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    cv2.setNumThreads(threads)
-    return pool
+    context = multiprocessing.get_context("fork")
+    return context.Pool(usable_cpus(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def check_flags(args: Args) -> None:
@@ -1538,7 +1526,7 @@ def main(args: Args) -> None:
     if absent and rank == 0:
         of = len(sequences) + len(absent)
         print(f"error: {next(iter(absent.values()))} ({len(absent)} of {of} sequences are missing)", file=sys.stderr)
-    with worker_pool(cores()) as pool:  # forked before there is any thread
+    with worker_pool() as pool:  # forked before there is any thread
         if world > 1:
             distributed.init_process_group("gloo", timeout=timedelta(days=30))
             atexit.register(distributed.destroy_process_group)
@@ -1570,8 +1558,8 @@ def main(args: Args) -> None:
             print(f"{out}/scores.json  {out}/scores.csv  {out}/report.html")
     for row, seq in itertools.product(can_run if rank == 0 and not args.predictions else (), sequences):
         with contextlib.suppress(UserError):  # what a run that was killed has left
-            (left := row.folder / ".partial" / seq.name).mkdir(parents=True, exist_ok=True)
-            discard(left)
+            (row.folder / ".partial" / seq.name).mkdir(parents=True, exist_ok=True)
+            discard(row.folder / ".partial", seq)
     if world > 1:
         distributed.barrier()  # a process that leaves with code 1 ends the others, so it waits for the report
     sys.exit(code)

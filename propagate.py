@@ -451,10 +451,13 @@ def propagate_video(
         remember_target(t, f, z)
 
 
-def encode_ahead(encode: Callable, frames: Iterable) -> Iterator[tuple]:
+def encode_ahead(encode: Callable, frames: Iterable, shared: bool = True) -> Iterator[tuple]:
     """(frame, encode(frame)) for each of `frames`, in order. Up to workers + 1 frames are encoded ahead by tasks of the
     pool, which come after the tiles of the frame that is being labelled. Where `frames` breaks off with an error, the
-    frames before it come first."""
+    frames before it come first. shared=False: each is encoded when it is due, by a GPU or for a camera's next frame."""
+    if not shared:
+        yield from ((frame, encode(frame)) for frame in frames)
+        return
     coming, frames, error = deque(), iter(frames), None
     try:
         while True:
@@ -1775,15 +1778,10 @@ def track(
     labels: annotated frame that a stretch starts from -> soft labels L x h x w. given: other annotated frame -> Given.
     """
     device = encoder.mean.device
+    shared = device.type == "cpu" and not isinstance(video, Camera)
 
     def encode(frame: np.ndarray) -> torch.Tensor:
         return encoder(torch.from_numpy(frame).to(device)[None])[0]
-
-    def features_of(frames: Iterator) -> Iterator[tuple]:
-        """((index, frame), features) of each; ahead of time where the frames are there and a CPU encodes them."""
-        if device.type == "cpu" and not isinstance(video, Camera):
-            return encode_ahead(lambda item: encode(item[1]), frames)
-        return ((item, encode(item[1])) for item in frames)
 
     def state(index: int) -> torch.Tensor:
         return torch.from_numpy(np.load(results.state_path(index))).to(device)
@@ -1817,7 +1815,8 @@ def track(
         current = deque()
 
         def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-            for item, f in clock.each("extract", features_of(clock.each("read", ahead(video.frames(todo))))):
+            frames = clock.each("read", ahead(video.frames(todo)))
+            for item, f in clock.each("extract", encode_ahead(lambda item: encode(item[1]), frames, shared)):
                 current.append(item)
                 yield f
 

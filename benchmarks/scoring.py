@@ -63,7 +63,7 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def read_and_score(job: tuple) -> np.ndarray:
-    return evaluate.score_masks_frame(job)[:2]
+    return evaluate.score_masks_frame(*job)[:2]
 
 
 def plain_of_files(job: tuple) -> list[tuple[float, float]]:
@@ -95,9 +95,8 @@ for truth in sorted((args.data / "Annotations/480p").iterdir()):
     for frame in frames[1:-1] if (args.predictions / truth.name).is_dir() else ():
         jobs.append((frame, args.predictions / truth.name / frame.name, ids, None, objects, truth.name))
         MASKS.append((*map(evaluate.read_ids, jobs[-1][:2]), objects))
-cores, object_frames = evaluate.cores(), sum(job[4] for job in jobs)
-with evaluate.worker_pool(cores) as pool:  # the masks are shared with the processes, not sent
-    cv2.setNumThreads(1)
+cores, object_frames = evaluate.usable_cpus(), sum(job[4] for job in jobs)
+with evaluate.worker_pool() as pool:  # the masks are shared with the processes, not sent; OpenCV has one thread
     indices = range(len(jobs))
     timed = {
         "in memory, plain, 1 core": best(lambda: (plain(*masks) for masks in MASKS), args.repeat),

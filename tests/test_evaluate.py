@@ -1323,6 +1323,44 @@ def test_a_sweep_computes_features_once_and_changes_nothing(cli, data, whole, tm
     assert sum(frames) == 12  # for the two settings that were not there yet
 
 
+def test_refine_changes_masks_when_asked(cli, data, whole, tmp_path):
+    for argv, values in ((("--refine", 0.35), [0.35]), (("--sweep", "refine=0,0.2,0.35"), [0, 0.2, 0.35])):
+        code, _, err = cli(evaluate, "--data", data, *RANDOM, *argv, "--out", tmp_path)
+        rows = read(tmp_path)["rows"]
+        assert code == 0 and [row["settings"]["refine"] for row in rows] == values, err
+        masks = [read_ids(Path(row["predictions"], "first/00003.png")).tobytes() for row in rows]
+        assert len(set(masks)) == len(values)
+    assert rows[0]["per_object"] == read(whole)["per_object"]  # without the flag it is off
+    assert "<h2>Sweep</h2>" in (tmp_path / "report.html").read_text()
+
+
+def test_refine_where_it_has_no_say(cli, tmp_path):
+    clips = jhmdb(tmp_path / "jhmdb", {"clip": grid_of_joints(3)})
+    for argv in ("--refine", 0.35), ("--sweep", "refine=0,0.35"):
+        argv = ("--dataset", "jhmdb", "--data", clips, *RANDOM, *argv, "--out", tmp_path / "out")
+        code, _, err = cli(evaluate, *argv)
+        assert code == 2 and err == "error: --refine: is for the edges of masks, JHMDB has key points; leave it out\n"
+    mask, ids = square((8, 8), (8, 40), ids=(13, 14), side=32), square((8, 8), (8, 40), ids=(3, 4), side=32)
+    data = vip(tmp_path / "vip", "flat", [mask] * 3, [ids] * 3, {3: 13, 4: 14})
+    argv = ("--dataset", "vip", "--data", data, *RANDOM, "--sweep", "refine=0,0.35", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0 and err.count("note: --refine: changes VIP's classes alone, so mIoU") == 1, err
+    plain, refined = (row["overall"] for row in read(tmp_path / "out")["rows"])
+    assert plain["mIoU"] != refined["mIoU"] and plain["AP^r_vol"] == refined["AP^r_vol"]
+
+
+def test_the_papers_rows_never_refine(data, imagenet, cli, tmp_path, monkeypatch):
+    argv = ("--data", data, "--weights", imagenet, "--paper", "table4", "--size", "64", "--sequences", "first")
+    code, _, err = cli(evaluate, *argv, "--refine", 0.35, "--out", tmp_path)
+    assert code == 2 and err.startswith("error: --refine: has no say in --paper") and len(err.splitlines()) == 1
+    imagenet_rows = common.importlib.import_module("systems.imagenet").SYSTEMS
+    row = imagenet_rows["imagenet"]
+    monkeypatch.setitem(imagenet_rows, "imagenet", replace(row, settings=replace(row.settings, refine=0.35)))
+    code, _, err = cli(evaluate, *argv, "--out", tmp_path)  # nor where it is the default
+    ran = [row["settings"]["refine"] for row in read(tmp_path)["rows"] if not row["lacks"]]
+    assert code == 0 and ran and not any(ran), err
+
+
 def test_curves_join_rows_that_differ_in_one_number():
     row = lambda name, **factors: evaluate.Row(name, model="m", settings=evaluate.Propagation(**factors))  # noqa: E731
     rows = [
@@ -1458,6 +1496,7 @@ def test_every_row_of_the_paper_says_its_settings(tmp_path, monkeypatch):
                 settings[row] = evaluate.paper_settings(
                     evaluate.Args(dataset=dataset), line["models"], line["settings"]
                 )
+    assert not any(s.refine for _, s in settings.values())
     with pytest.raises(evaluate.UserError, match="quoted in the paper from another one"):
         evaluate.paper_settings(evaluate.Args(), ["-"], [])
     model, s = settings["table4", "(c) ImageNet, none, per-frame"]
@@ -1484,6 +1523,35 @@ def test_two_processes_give_the_scores_of_one(whole, data, tmp_path):
     assert done.stdout.count("J&F_M") == 1  # one table
     ours, theirs = read(tmp_path), read(whole)
     assert ours["per_object"] == theirs["per_object"] and ours["overall"] == theirs["overall"]
+
+
+def test_two_processes_share_the_cpus(data, tmp_path):
+    """Each has half of them for its pool and for scoring, and one thread a task, whichever library it calls."""
+    watch = tmp_path / "watch.py"
+    watch.write_text(
+        "import cv2, evaluate, json, os, pathlib, propagate, torch\n"
+        "score, predict, file = evaluate.score_masks, evaluate.propagate, f\"rank{os.environ['RANK']}.json\"\n"
+        "def threads(_=None):\n"
+        "    return [torch.get_num_threads(), cv2.getNumThreads()]\n"
+        "def scoring(seq, folder, pool, **more):\n"
+        "    said = [threads(), *pool.map(threads, range(9))], [pool._processes, propagate.pool().workers]\n"
+        "    pathlib.Path(file).write_text(json.dumps(said))\n"
+        "    return score(seq, folder, pool=pool, **more)\n"
+        "def predicting(*args):\n"
+        "    assert [threads(), *propagate.pool().map(threads, range(9))] == [[1, 1]] * 10\n"
+        "    return predict(*args)\n"
+        "evaluate.score_masks, evaluate.propagate = scoring, predicting\n"
+        "evaluate.run(evaluate.main, evaluate.parse_args)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*torchrun, "watch.py", "--data", data, *RANDOM, "--out", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    share = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else 1
+    for rank in range(2):
+        threads, workers = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert threads == [[1, 1]] * 10 and max(workers) <= share and workers[0] == workers[1]
 
 
 def test_the_report_is_written_before_any_process_leaves(data, tmp_path):

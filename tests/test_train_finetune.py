@@ -703,10 +703,10 @@ def test_rows_of_the_paper_take_the_fine_tuned_weights(tmp_path, monkeypatch):
     assert {name for row in rows for name in row["models"].split()} <= set(common.systems())
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "rotation-finetuned.pth").touch()
-    model, settings = evaluate.paper_settings(args, ["rotation-finetuned", "rotation"], ["per-frame", "none"])
+    model, settings = evaluate.paper_settings(args, ["rotation-finetuned", "rotation"], ["aggregation=per-frame"])
     assert model == "rotation-finetuned" and settings.aggregation == "per-frame"
     with pytest.raises(UserError, match=r"weights of moco-r18-finetuned \(train_finetune.py makes them\)"):
-        evaluate.paper_settings(args, ["moco-r18-finetuned"], ["per-frame", "none"])
+        evaluate.paper_settings(args, ["moco-r18-finetuned"], ["aggregation=per-frame"])
 
 
 # What the user gets wrong
