@@ -6,7 +6,6 @@ are built without the package, as its import takes two seconds and 180 MiB.
 """
 
 import hashlib
-import itertools
 import re
 import sys
 from collections import Counter, OrderedDict
