@@ -223,10 +223,6 @@ def learning_rate(args: Args) -> Callable[[int], float]:
 # Pictures
 
 
-class Unreadable(Exception):
-    """Raised with "path: why" by a data set that cannot read a sample: train() names it and draws another."""
-
-
 def leads_back(folder: Path) -> bool:
     """Whether a link leads to a folder that it was reached through: a loop."""
     return folder.is_symlink() and any(folder.samefile(above) for above in folder.parents)
@@ -312,13 +308,10 @@ def hold_out(pictures: Sequence[tuple[str, int]], share: float) -> tuple[list, l
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """A picture file -> H x W x 3 uint8 RGB. Raises Unreadable."""
+    """A picture file -> H x W x 3 uint8 RGB. UserError if it cannot be read."""
     if not Path(path).is_file():  # a FIFO would wait for ever
-        raise Unreadable(f"{path}: is no file (any more)")
-    try:
-        return common.read_picture(path)
-    except UserError as error:
-        raise Unreadable(str(error)) from error
+        raise UserError(f"{path}: is no file (any more)")
+    return common.read_picture(path)
 
 
 class Pictures(Dataset):
@@ -343,7 +336,7 @@ class HeldOut(Pictures):
     def __getitem__(self, index: int) -> dict:
         try:
             return super().__getitem__(index)
-        except Unreadable:
+        except UserError:
             black = torch.zeros(3, 9, 9, dtype=torch.uint8)
             return {"label": -1, **{view: self.transform(black) for view in self.views}}
 
@@ -654,7 +647,8 @@ def seed_of(*numbers: int) -> int:
 
 class Draws(torch.utils.data.Dataset):
     """A data set asked by (index, seed, step): what is random in a sample depends on its seed alone; what changes while
-    training reads samples.step. A sample that cannot be read gives place to another; None in its place after 100."""
+    training reads samples.step. A sample whose reading is a UserError is named and gives place to another; None in its
+    place after 100."""
 
     def __init__(self, samples):
         self.samples = samples
@@ -665,7 +659,7 @@ class Draws(torch.utils.data.Dataset):
         while len(skipped) < 100:
             try:
                 return self.samples[index], skipped
-            except Unreadable as error:
+            except UserError as error:
                 skipped.append(str(error))
                 index = int(torch.randint(len(self.samples), ()))
         return None, skipped

@@ -34,7 +34,7 @@ import common
 import train_finetune
 from common import PICTURES, UserError, rank_world
 from propagate import Video
-from train_finetune import Unreadable, check_numbers, pictures_in, read_picture, read_start, resumes, visible
+from train_finetune import check_numbers, pictures_in, read_picture, read_start, resumes, visible
 
 
 @dataclass
@@ -138,21 +138,20 @@ open_video = functools.lru_cache(maxsize=256)(Video)  # where its frames are; fo
 
 
 def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list[np.ndarray]:
-    """The frames `choose(length)` of a video, or a picture. Raises Unreadable."""
+    """The frames `choose(length)` of a video, or a picture. UserError if they cannot be read."""
+    if path.suffix.lower() in PICTURES and not path.is_dir():
+        return [read_picture(path)]
+    if not (path.is_file() or path.is_dir()):  # a FIFO would wait for ever
+        raise UserError(f"{path}: is no file (any more)")
     try:
-        if path.suffix.lower() in PICTURES and not path.is_dir():
-            return [read_picture(path)]
-        if not (path.is_file() or path.is_dir()):  # a FIFO would wait for ever
-            raise UserError(f"{path}: is no file (any more)")
         video = open_video(path)
         times = choose(len(video))
         frames = dict(video.frames(sorted(set(times))))
-        if len(frames) < len(set(times)):
-            raise UserError(video.broken or f"{path}: not all of its frames can be decoded")
-        return [frames[t] for t in times]
-    except (UserError, OSError) as error:
-        why = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        raise Unreadable(why) from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    if len(frames) < len(set(times)):
+        raise UserError(video.broken or f"{path}: not all of its frames can be decoded")
+    return [frames[t] for t in times]
 
 
 def integer(low: int, high: int) -> int:
@@ -732,7 +731,7 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
         for video in held[:64]:
             try:
                 test.append(change(read_frames(video, lambda length: [length // 2])[0]))
-            except Unreadable:
+            except UserError:
                 continue
 
     @torch.no_grad()

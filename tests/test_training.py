@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # also run as a script, below
 import common  # noqa: E402
 import train_finetune  # noqa: E402
 from common import UserError  # noqa: E402
-from train_finetune import Training, Unreadable, start_training, train  # noqa: E402
+from train_finetune import Training, start_training, train  # noqa: E402
 
 
 class Numbers:
@@ -32,7 +32,7 @@ class Numbers:
 
     def __getitem__(self, index: int):
         if index in self.bad:
-            raise Unreadable(f"picture{index}.jpg: is damaged")
+            raise UserError(f"picture{index}.jpg: is damaged")
         time.sleep(self.seconds)
         return {"x": torch.randn(3) + index, "index": index}
 
