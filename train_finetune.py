@@ -235,59 +235,59 @@ def visible(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
         yield place, sorted(name for name in files if name[0] != ".")
 
 
-def pictures_in(folder: str | Path) -> list[str]:
-    """The pictures below a folder, in order."""
-    return [f"{at}/{name}" for at, files in visible(folder) for name in files if name.lower().endswith(PICTURES)]
-
-
-def class_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def list_classes(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """The pictures of the class folders in a folder, each (path, class number). UserError for one that is empty or no
-    class; pictures beside the class folders are left out, with a note."""
-    found, folders = [], class_folders(folder)
-    loose = sum(path.suffix.lower() in PICTURES and path.name[0] != "." for path in folder.iterdir())
-    if not folders and loose:
-        raise UserError(f"{folder}: has {loose} pictures but no class folders; move them into one folder a class")
-    for path in folders:
-        if path.name not in classes:
-            raise UserError(f"{path}: is no class of {folder.parent / 'train'}; remove it, or add it there")
-        if not (inside := pictures_in(path)):
-            raise UserError(f"{path}: an empty class folder, no pictures in it; fill or remove it")
-        found += [(picture, classes.index(path.name)) for picture in inside]
-    if loose and not rank_world()[0]:
-        print(f"note: {folder}: {loose} pictures beside the class folders are left out", file=sys.stderr)
+def pictures_in(folder: Path) -> dict[str, list[str]]:
+    """The pictures below each folder of a folder, in order, by the folder's name; those beside the folders by ""."""
+    found = {}
+    for place, names in visible(folder):
+        below = "".join(Path(place).relative_to(folder).parts[:1])
+        found.setdefault(below, []).extend(f"{place}/{name}" for name in names if name.lower().endswith(PICTURES))
     return found
+
+
+def note_loose(folder: Path, loose: Sequence[str]) -> None:
+    if loose and not rank_world()[0]:
+        print(f"note: {folder}: {len(loose)} pictures beside the class folders are left out", file=sys.stderr)
+
+
+def labelled(folder: Path, found: dict[str, list[str]], classes: Sequence[str]) -> list[tuple[str, int]]:
+    """What pictures_in() found, each (path, class number); without classes the number is 0. UserError for nothing, and
+    for a folder that is empty or no class."""
+    number = {name: i for i, name in enumerate(classes)}
+    if classes:
+        loose = found.pop("")
+        if loose and not found:
+            what = f"has {len(loose)} pictures but no class folders"
+            raise UserError(f"{folder}: {what}; move them into one folder a class")
+        for name, inside in found.items():
+            if name not in number:
+                raise UserError(f"{folder / name}: is no class of {folder.parent / 'train'}; remove it, or add it there")
+            if not inside:
+                raise UserError(f"{folder / name}: an empty class folder, no pictures in it; fill or remove it")
+        note_loose(folder, loose)
+    if not any(found.values()):
+        raise UserError(f"{folder}: holds no pictures ({', '.join(PICTURES[:3])}, ...) at any depth; check --data")
+    return [(path, number.get(name, 0)) for name, inside in found.items() for path in inside]
 
 
 def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[str]]:
     """Pictures to learn from and pictures held out, each (path, class number), and the names of the classes."""
     if not args.data.is_dir():
         raise UserError(f"--data {args.data}: no such folder; give one with pictures in it")
-    folder, val = (args.data / name for name in ("train", "val"))
-    if not folder.is_dir():
-        folder = val = args.data
-    apart = val.is_dir() and val != folder
+    train, val = args.data / "train", args.data / "val"
+    folder = train if train.is_dir() else args.data
+    apart = folder == train and val.is_dir()
     if apart and args.holdout != Args.holdout:
         raise UserError(f"--holdout {args.holdout}: accuracy is measured on {val}; leave it out")
-    classes = [path.name for path in class_folders(folder)] if args.objective == "imagenet" else []
+    found = pictures_in(folder)
+    classes = [name for name in found if name] if args.objective == "imagenet" else []
     if args.objective == "imagenet" and len(classes) < 2:
         what = f"holds {len(classes)} class folders, classification needs 2"
         raise UserError(f"{folder}: {what}; --objective rotation and moco take pictures of any kind")
-
-    def listed(folder: Path) -> list[tuple[str, int]]:
-        found = list_classes(folder, classes) if classes else [(path, 0) for path in pictures_in(folder)]
-        if not found:
-            raise UserError(f"{folder}: holds no pictures ({', '.join(PICTURES[:3])}, ...) at any depth; check --data")
-        return found
-
-    pictures = listed(folder)
-    if apart:
-        return pictures, listed(val) if args.objective != "moco" else [], classes
+    pictures = labelled(folder, found, classes)
     if args.objective == "moco":
         return pictures, [], classes
+    if apart:
+        return pictures, labelled(val, pictures_in(val), classes), classes
     return *hold_out(pictures, args.holdout), classes
 
 

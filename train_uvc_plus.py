@@ -13,6 +13,7 @@ Without --autoencoder the Lab auto-encoder, whose codes are what is copied, is t
 
 import copy
 import functools
+import itertools
 import math
 import os
 import sys
@@ -34,7 +35,7 @@ import common
 import train_finetune
 from common import PICTURES, UserError, rank_world
 from propagate import Video
-from train_finetune import check_numbers, pictures_in, read_picture, read_start, resumes, visible
+from train_finetune import check_numbers, note_loose, pictures_in, read_picture, read_start, resumes, visible
 
 
 @dataclass
@@ -285,20 +286,17 @@ def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
         raise UserError(f"--image-data {args.image_data}: --image-objective none has no use for it; say which")
     root = Path(args.image_data)
     root = root / "train" if (root / "train").is_dir() else root
-    paths = pictures_in(root)
-    if not paths:
+    found = pictures_in(root)
+    if not any(found.values()):
         raise UserError(f"--image-data {args.image_data}: holds no pictures; give a folder of them, or frames")
     if objective != "imagenet":
-        return Images(paths, change)
-    loose = [path for path in paths if Path(path).parent == root]
-    paths = [path for path in paths if Path(path).parent != root]
-    names = [Path(path).relative_to(root).parts[0] for path in paths]
-    classes = {name: number for number, name in enumerate(sorted(set(names)))}
+        return Images(list(itertools.chain(*found.values())), change)
+    loose, *classes = (inside for name, inside in found.items() if inside or not name)
     if len(classes) < 2:
         raise UserError(f"--image-data {args.image_data}: has {len(classes)} folders of pictures; give one a class")
-    if loose and not rank_world()[0]:
-        print(f"note: {root}: {len(loose)} pictures beside the class folders are left out", file=sys.stderr)
-    return Images(paths, change, [classes[name] for name in names])
+    note_loose(root, loose)
+    labels = np.repeat(range(len(classes)), [len(inside) for inside in classes])
+    return Images(list(itertools.chain(*classes)), change, labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
