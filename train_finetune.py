@@ -152,18 +152,21 @@ PAPER = {
 }
 
 
-def check_numbers(args: Training, least: dict[str, float], most: dict[str, float]) -> None:
-    """UserError for a flag that is below or above what makes sense; None is a default."""
-    for flag in (*least, *most):
+ABOVE_0 = math.ulp(0)  # the least number that is more
+
+
+def check_numbers(args: Training, limits: dict[str, tuple[float, float]]) -> None:
+    """UserError for a flag below the least or above the most that makes sense; None is a default."""
+    for flag, (least, most) in limits.items():
         values = getattr(args, flag)
         for value in values if isinstance(values, tuple) else (values,):
-            what = f"--{flag.replace('_', '-')} {value}"
-            if value is None:
+            if value is None or least <= value <= most:
                 continue
-            if flag in least and not value >= least[flag]:  # nan is not either
-                raise UserError(f"{what}: give {least[flag]} or more")
-            if flag in most and not value <= most[flag]:
-                raise UserError(f"{what}: is too large; give {most[flag]} or less")
+            if value > most:
+                how = f"give {least:.0f} to {most}"
+            else:  # nan is no more than anything
+                how = "must be above 0" if least == ABOVE_0 else f"give {least} or more"
+            raise UserError(f"--{flag.replace('_', '-')} {value}: {how}")
 
 
 def settle(args: Args) -> Args:
@@ -180,18 +183,14 @@ def settle(args: Args) -> Args:
         "temperature": 0.2 if args.moco_v2 else 0.07,
         "bn_groups": parts * max(math.ceil(8 / parts), 2 if world == 1 else 1) if moco else None,
     }
-    check_numbers(args, {"batch_size": 1}, {"batch_size": 2**20})
+    limits = {"batch_size": (1, 2**20), "epochs": (ABOVE_0, 10**6), "crop": (8, 4096), "lr": (ABOVE_0, 1e30)}
+    limits |= {"temperature": (ABOVE_0, 1000), "queue": (ABOVE_0, 2**24), "dim": (ABOVE_0, 2**16)}
+    limits |= {"min_area": (ABOVE_0, 1), "decay_epochs": (1, math.inf), "bn_groups": (1, math.inf)}
+    limits |= dict.fromkeys(("momentum", "weight_decay", "holdout", "key_momentum"), (0, 1))
+    check_numbers(args, limits)
     args = replace(args, **{name: value for name, value in chosen.items() if getattr(args, name) is None})
     if args.data is None:
         raise UserError("--data: missing; give the folder of pictures to learn from")
-    for flag in ("epochs", "crop", "queue", "dim", "lr", "temperature", "min_area"):
-        if not getattr(args, flag) > 0:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
-    for flag in ("momentum", "weight_decay", "holdout", "key_momentum", "min_area"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 to 1")
-    most = {"epochs": 10**6, "crop": 4096, "lr": 1e30, "temperature": 1000, "queue": 2**24, "dim": 2**16}
-    check_numbers(args, {"crop": 8, "decay_epochs": 1}, most)
     if moco and args.queue * args.dim > 2**31:
         raise UserError(f"--queue {args.queue} --dim {args.dim}: these keys take more than 8 GiB; give fewer")
     batch = f"--batch-size {args.batch_size}"
@@ -202,7 +201,7 @@ def settle(args: Args) -> Args:
     if moco and args.queue % args.batch_size:
         right = max(args.queue // args.batch_size, 1) * args.batch_size
         raise UserError(f"--queue {args.queue}: must be a multiple of {batch}; give {right}")
-    if moco and (args.bn_groups < 1 or args.batch_size % args.bn_groups or args.bn_groups % parts):
+    if moco and (args.batch_size % args.bn_groups or args.bn_groups % parts):
         what = f"must divide {batch} and be a multiple of {parts}, processes x --accumulate"
         raise UserError(f"--bn-groups {args.bn_groups}: {what}; change one of them")
     groups = {"imagenet": parts, "rotation": 0, "moco": args.bn_groups}[args.objective]
@@ -435,13 +434,9 @@ def rotations(images: Tensor) -> tuple[Tensor, Tensor]:
     return turned.flatten(0, 1), torch.arange(4, device=images.device).repeat(len(images))
 
 
-class Rotation(nn.Module):
+class Rotation(Classification):
     """Which way is up (RotNet, Gidaris et al. 2018). All four turns are in every part of a batch: BatchNorm's
     statistics would tell the turn of one by itself."""
-
-    def __init__(self, net: Net):
-        super().__init__()
-        self.net = net
 
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = rotations(batch["pictures"]["image"])
@@ -454,11 +449,9 @@ def all_gather(x: Tensor) -> Tensor:
     if world == 1:
         return x
     x = x.contiguous()  # not channels last, whose strides a gather does not heed
-    everybody = x.new_empty(world * len(x), *x.shape[1:])
-    new = hasattr(torch.distributed, "all_gather_single")  # the name from torch 2.14 on
-    gather = torch.distributed.all_gather_single if new else torch.distributed.all_gather_into_tensor
-    gather(everybody, x)
-    return everybody
+    everybody = [torch.empty_like(x) for _ in range(world)]
+    torch.distributed.all_gather(everybody, x)
+    return torch.cat(everybody)
 
 
 def contrast(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -525,17 +518,13 @@ class MoCo(nn.Module):
         """Images N x 3 x S x S -> keys of length 1, N x D; BatchNorm in groups."""
         return F.normalize(torch.cat([net(part) for part in images.chunk(self.groups)]), dim=1)
 
-    def keys(self, images: Tensor, step: int) -> Tensor:
-        """Keys of the images of all processes, in their order."""
-        return shuffled_keys(functools.partial(self.embed, self.encoder_k), images, step)
-
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
         query, key = batch["pictures"]["query"], batch["pictures"]["key"]
         q = self.embed(self.encoder_q, query)
         if step != self.step:
             follow(self.encoder_k, self.encoder_q, self.momentum)
             self.step, self.negatives = step, self.queue.clone()
-        keys = self.keys(key, step)
+        keys = shuffled_keys(functools.partial(self.embed, self.encoder_k), key, step)
         terms = tell_own_key(q, keys, self.negatives, self.temperature)
         enqueue(self.queue, self.queue_ptr, keys)
         return terms
@@ -555,8 +544,9 @@ MOVED = {"finetune", "init", "autoencoder"}  # not read again; the same name els
 def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> torch.device:
     """Check the flags, the batch sizes of the streams (as in train) and both against OUT/last.pth, seed, join the
     process group. To be called first."""
-    least = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
-    check_numbers(args, least, {"workers": 256, "seed": 2**63 - 1})
+    limits = {"max_steps": (0, math.inf), "accumulate": (1, math.inf), "workers": (0, 256)}
+    limits |= {"save_minutes": (0, math.inf), "validate_every": (1, math.inf), "seed": (0, 2**63 - 1)}
+    check_numbers(args, limits)
     if os.path.lexists(args.out) and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is there, and is no folder; choose another")
     if args.validate:

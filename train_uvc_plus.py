@@ -684,13 +684,12 @@ def check(args: Args) -> Args:
     for flag in ("lr", "temperature"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag} {getattr(args, flag)}: give a number above 0")
-    least = dict.fromkeys(("epochs", "batch_size", "image_batch_size", "pairs_per_video", "gap", "look_every"), 1)
-    least |= {"autoencoder_steps": 1, "queue": 1, "image_size": 64}
-    least |= dict.fromkeys(("image_weight", "short_side", "threshold", "color_switch", "concentration"), 0)
-    least |= dict.fromkeys(("coordinate", "threshold_steps", "concentration_steps"), 0)
-    most = dict.fromkeys(("lr", "temperature", "image_weight", "color_switch", "concentration", "coordinate"), 1000)
-    most |= {"epochs": 10**6, "pairs_per_video": 10**5, "queue": 2**24, "image_size": 4096, "short_side": 2**15}
-    check_numbers(args, least, most)
+    factors = ("lr", "temperature", "image_weight", "color_switch", "concentration", "coordinate")
+    limits = dict.fromkeys(factors, (0, 1000)) | dict.fromkeys(("threshold", "threshold_steps"), (0, math.inf))
+    limits |= dict.fromkeys(("batch_size", "image_batch_size", "gap", "look_every"), (1, math.inf))
+    limits |= {"autoencoder_steps": (1, math.inf), "concentration_steps": (0, math.inf), "short_side": (0, 2**15)}
+    limits |= {"epochs": (1, 10**6), "pairs_per_video": (1, 10**5), "queue": (1, 2**24), "image_size": (64, 4096)}
+    check_numbers(args, limits)
     if (args.crop // 8) ** 2 * (args.full // 8) ** 2 > 2**31:
         raise UserError(f"--crop {args.crop} --full {args.full}: affinities of a pair take over 8 GiB; give less")
     for flag in ("image_weight", "image_grey"):
