@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -79,6 +79,11 @@ class Training:
     """Epochs between two such scores."""
     validate_sequences: str = ""
     """Clips to score, separated by commas (default: the first two of the val list)."""
+
+    @property
+    def parts(self) -> int:
+        """Parts that a batch is cut into, over all processes."""
+        return rank_world()[1] * self.accumulate
 
     @property
     def shuffles(self) -> bool:
@@ -173,7 +178,7 @@ def settle(args: Args) -> Args:
     """The flags with the paper's values where none were given. UserError for those that make no sense."""
     epochs, lr, decay = PAPER[args.objective, args.finetune is not None]
     moco, world = args.objective == "moco", rank_world()[1]
-    parts = world * max(args.accumulate, 1)
+    parts = max(args.parts, 1)
     chosen = {
         "epochs": epochs,
         "lr": lr * args.batch_size / 256,
@@ -259,7 +264,8 @@ def labelled(folder: Path, found: dict[str, list[str]], classes: Sequence[str]) 
             raise UserError(f"{folder}: {what}; move them into one folder a class")
         for name, inside in found.items():
             if name not in number:
-                raise UserError(f"{folder / name}: is no class of {folder.parent / 'train'}; remove it, or add it there")
+                train = folder.parent / "train"
+                raise UserError(f"{folder / name}: is no class of {train}; remove it, or add it there")
             if not inside:
                 raise UserError(f"{folder / name}: an empty class folder, no pictures in it; fill or remove it")
         note_loose(folder, loose)
@@ -551,21 +557,17 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
         raise UserError(f"--out {args.out}: is there, and is no folder; choose another")
     if args.validate:
         clips(args)
-    parts = rank_world()[1] * args.accumulate
     for samples, flag in streams.values():
         size, what = getattr(args, flag), f"--{flag.replace('_', '-')} {getattr(args, flag)}"
         if len(samples) < size:
             raise UserError(f"{what}: there are {len(samples)} samples to learn from; give fewer")
-        if size % parts:
-            raise UserError(f"{what}: is no multiple of {parts}, processes x --accumulate; change one of them")
-    step = 0
-    if resumes(args):
-        state = read_checkpoint(args, streams)
-        step, before, world = state["step"], state["processes"], rank_world()[1]
-        same = before is None or before * int(state["config"]["accumulate"]) == world * args.accumulate
-        if not same and not rank_world()[0]:
-            what = f"was trained by {before} processes, not {world}; BatchNorm sees other parts of a batch from here on"
-            print(f"note: {args.out / 'last.pth'}: {what}", file=sys.stderr)
+        if size % args.parts:
+            raise UserError(f"{what}: is no multiple of {args.parts}, processes x --accumulate; change one of them")
+    rank, world = rank_world()
+    state = read_checkpoint(args, streams) if resumes(args) else {"step": 0, "parts": args.parts}
+    if state["parts"] != args.parts and not rank:
+        what = f"was trained by {state['processes']} processes, not {world}; BatchNorm sees other parts of a batch"
+        print(f"note: {args.out / 'last.pth'}: {what} from here on", file=sys.stderr)
     name, _, index = args.device.partition(":")
     if name in ("auto", "cuda") and torch.cuda.is_available():  # on GPU 0 each process would keep some memory
         name, index = "cuda", os.environ.get("LOCAL_RANK", index or "0")
@@ -573,13 +575,13 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same
-    if rank_world()[1] > 1:
+    if world > 1:
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         patience = timedelta(days=1)  # the others wait for a validation
         torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
         atexit.register(torch.distributed.destroy_process_group)
-        everybody = [None] * rank_world()[1]
-        found = step, sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
+        everybody = [None] * world
+        found = state["step"], sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
         torch.distributed.all_gather_object(everybody, found)
         if any(other != found for other in everybody):
             raise UserError(f"--out {args.out}: processes find other files there; give a folder that all nodes share")
@@ -592,26 +594,23 @@ def resumes(args: Training) -> bool:
     return args.resume and (args.out / "last.pth").is_file()
 
 
-def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str]]) -> dict:
+def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str | int]]) -> dict:
     """OUT/last.pth of train(). UserError if it was trained with other flags or another number of samples."""
-    path = args.out / "last.pth"
+    path, older = args.out / "last.pth", {"processes": rank_world()[1]}  # which do not say it
     try:
-        older = {"samples": {}, "processes": None}  # do not say so
         state = older | torch.load(path, map_location="cpu", weights_only=True)
-        state = {key: state[key] for key in ("step", "config", "method", "optimizer", "scaler", *older)}
+        state["parts"] = state["processes"] * int(state["config"]["accumulate"])
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
     remedy = "give the same, another --out, or --no-resume to begin again"
-    free, world = FREE, rank_world()[1]
-    if state["processes"] and not args.shuffles:  # processes or --accumulate may cut a batch into the same parts
-        same = state["processes"] * int(state["config"]["accumulate"]) == world * args.accumulate
-        free = FREE | ({"accumulate"} if same else set())
+    # processes or --accumulate may cut a batch into the same parts
+    free = FREE | {"accumulate"} if state["parts"] == args.parts and not args.shuffles else FREE
     for flag, old in state["config"].items():
         now = str(getattr(args, flag, None))
         if now != old and flag not in free and not (flag in MOVED and Path(now).name == Path(old).name):
             raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, not {now}; {remedy}")
     for name, (samples, _) in streams.items():
-        if (old := state["samples"].get(name, len(samples))) != len(samples):
+        if (old := state["samples"].get(name)) != len(samples):
             raise UserError(f"{path}: was trained with {old} samples ({name}), not {len(samples)}; {remedy}")
     return state
 
@@ -635,15 +634,15 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class Draws(torch.utils.data.Dataset):
+class Draws(Dataset):
     """A data set asked by (index, seed, step): what is random in a sample depends on its seed alone; what changes while
-    training reads samples.step. A sample whose reading is a UserError is named and gives place to another; None in its
-    place after 100."""
+    training reads samples.step. A sample whose reading is a UserError gives place to another; None in its place after
+    100. Beside the sample stands what was wrong with those before it."""
 
-    def __init__(self, samples):
+    def __init__(self, samples: Sequence):
         self.samples = samples
 
-    def __getitem__(self, key: tuple[int, int, int]):
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple:
         (index, seed, self.samples.step), skipped = key, []
         torch.manual_seed(seed)
         while len(skipped) < 100:
@@ -654,31 +653,26 @@ class Draws(torch.utils.data.Dataset):
                 index = int(torch.randint(len(self.samples), ()))
         return None, skipped
 
-    @staticmethod
-    def collate(drawn: list) -> tuple:
-        samples = [sample for sample, _ in drawn]
-        skipped = [line for _, lines in drawn for line in lines]
-        whole = all(sample is not None for sample in samples)
-        return torch.utils.data.default_collate(samples) if whole else None, skipped
+
+def collate(drawn: Sequence[tuple]) -> tuple:
+    """Samples of Draws -> their batch, None where one is missing; and all that was wrong."""
+    samples, skipped = zip(*drawn, strict=True)
+    whole = all(sample is not None for sample in samples)
+    return default_collate(samples) if whole else None, list(itertools.chain(*skipped))
 
 
-class Batches(torch.utils.data.Sampler):
+def batches(count: int, size: int, seed: tuple[int, ...], start: int) -> Iterator[list[tuple[int, int, int]]]:
     """Endless shuffled batches of (index, seed, step) from step `start` on, full ones only; those of a step are a
     function of (seed, step), and a process takes its slice of them."""
-
-    def __init__(self, count: int, size: int, seed: tuple[int, ...], start: int):
-        self.count, self.size, self.seed, self.start = count, size, seed, start
-
-    def __iter__(self):
-        rank, world = rank_world()
-        share, epoch = self.size // world, None
-        for step in itertools.count(self.start):
-            if step // (self.count // self.size) != epoch:
-                epoch = step // (self.count // self.size)
-                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(*self.seed, epoch)))
-            first = step % (self.count // self.size) * self.size
-            places = range(rank * share, (rank + 1) * share)
-            yield [(int(order[first + place]), seed_of(*self.seed, step, place), step) for place in places]
+    rank, world = rank_world()
+    places = range(rank * size // world, (rank + 1) * size // world)
+    now = None
+    for step in itertools.count(start):
+        epoch, turn = divmod(step, count // size)
+        if epoch != now:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*seed, epoch)))
+            now = epoch
+        yield [(int(order[turn * size + place]), seed_of(*seed, step, place), step) for place in places]
 
 
 def quiet_worker(_) -> None:
@@ -689,59 +683,61 @@ def quiet_worker(_) -> None:
 
 
 def each(batch, do: Callable[[Tensor], Tensor]):
-    """A batch of nested dicts, lists and tuples with `do` applied to its tensors."""
+    """A batch of nested dicts and lists with `do` applied to its tensors."""
     if isinstance(batch, dict):
         return {key: each(value, do) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(each(value, do) for value in batch)
-    return do(batch) if isinstance(batch, Tensor) else batch
+    return do(batch) if isinstance(batch, Tensor) else [each(value, do) for value in batch]
 
 
-class Curve:
-    """A CSV with a row for each call; rows of later steps than `step`, from a run that was cut off, are dropped."""
+class Feed:
+    """Batches of all streams, from step `step` on. Samples that cannot be read are named once, and kept in
+    OUT/unreadable.txt. UserError where there are too many of them."""
 
-    def __init__(self, path: Path, step: int):
-        self.path, self.columns, self.kept = path, [], []
-        if step and path.is_file():
-            self.kept = [row for row in self.read() if None not in row.values() and int(row["step"]) <= step]
+    def __init__(self, args: Training, streams: dict[str, tuple[Sequence, int]], step: int, device: torch.device):
+        self.streams, self.device, self.file = streams, device, args.out / "unreadable.txt"
+        self.lost, self.waited = set(), 0.0  # lines of unreadable.txt; seconds
+        self.loaders = []
+        for number, (samples, size) in enumerate(streams.values()):
+            loader = DataLoader(
+                Draws(samples),
+                batch_sampler=batches(len(samples), size, (args.seed, number), step),
+                collate_fn=collate,
+                num_workers=math.ceil(args.workers / len(streams)),
+                worker_init_fn=quiet_worker,
+                pin_memory=device.type == "cuda",
+            )
+            self.loaders.append(iter(loader))
 
-    def read(self) -> list[dict]:
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
-
-    def add(self, row: dict) -> None:
-        row = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-        if row.keys() <= set(self.columns):
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
-            return
-        rows = [*(self.read() if self.columns else self.kept), row]  # the first, or one with new columns
-        self.columns = list(dict.fromkeys(name for row in rows for name in row))
-        with atomic(self.path) as path, path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
+    def next(self) -> dict:
+        start, batch = time.perf_counter(), {}
+        for loader, (name, (samples, _)) in zip(self.loaders, self.streams.items(), strict=True):
+            batch[name], skipped = next(loader)
+            for line in set(skipped) - self.lost:
+                tqdm.write(f"warning: {line}: skipped", file=sys.stderr)
+                with self.file.open("a") as file:
+                    file.write(f"{line}\n")
+            self.lost.update(skipped)
+            if batch[name] is None or len(self.lost) > max(10, len(samples) // 10):
+                count, example = len(self.lost), min(self.lost)
+                raise UserError(f"{count} samples of {name} cannot be read, such as {example}; check --data")
+        self.waited += time.perf_counter() - start
+        return each(batch, lambda x: x.to(self.device, non_blocking=True))
 
 
 def clips(args: Training) -> list[str]:
     """The sequences that validate() scores. UserError if they are not there."""
-    names = [name for name in args.validate_sequences.split(",") if name]
     listing = args.validate / "ImageSets" / "2017" / "val.txt"
-    if not names and not listing.is_file():
-        raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
-    names = names or listing.read_text(errors="replace").split()[:2]
+    names = [name for name in args.validate_sequences.split(",") if name]
+    if not names and listing.is_file():
+        names = listing.read_text(errors="replace").split()[:2]
+    what = f"--validate {args.validate}"
     if not names:
-        raise UserError(f"{listing}: names no sequence; give --validate-sequences, or the root of DAVIS 2017")
-    for name in names:
+        raise UserError(f"{what}: has no ImageSets/2017/val.txt with sequences; give the root of DAVIS 2017")
+    for folder, name in itertools.product(("JPEGImages", "Annotations"), names):
         if name != Path(name).name or name == "..":
-            raise UserError(
-                f"--validate {args.validate}: {name!r} is no name of a sequence; give names without folders"
-            )
-    for place in (f"{folder}/480p/{name}" for folder in ("JPEGImages", "Annotations") for name in names):
-        if not (args.validate / place).is_dir():
-            raise UserError(
-                f"--validate {args.validate}: has no {place}; give DAVIS 2017 and --validate-sequences of it"
-            )
+            raise UserError(f"{what}: {name!r} is no name of a sequence; give names without folders")
+        if not (args.validate / folder / "480p" / name).is_dir():
+            raise UserError(f"{what}: has no {folder}/480p/{name}; give DAVIS 2017 and --validate-sequences of it")
     return names
 
 
@@ -762,80 +758,67 @@ def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
 
 
 def together(values: Sequence[float], how: str) -> list[float]:
-    """The "max" or "mean" of each value over all processes; on the CPU, as a GPU would have to finish its work."""
-    world = rank_world()[1]
-    if world == 1:
-        return list(values)
+    """The "SUM" or "MAX" of each value over all processes; on the CPU, as a GPU would have to finish its work."""
     x = torch.tensor(values, dtype=torch.float64)
-    torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM)
-    return (x if how == "max" else x / world).tolist()
+    if rank_world()[1] > 1:
+        torch.distributed.all_reduce(x, getattr(torch.distributed.ReduceOp, how))
+    return x.tolist()
 
 
 @torch.no_grad()
 def share_statistics(method: nn.Module) -> None:
     """BatchNorm's running statistics: in every process the mean over all. They are running means, so it does not matter
     how often this is done."""
-    norms = [part for part in method.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
-    own = [values for norm in norms for values in (norm.running_mean, norm.running_var)]
     world = rank_world()[1]
-    if world == 1 or not own:
-        return
-    everything = torch.cat(own)
-    torch.distributed.all_reduce(everything)
-    for values, mean in zip(own, (everything / world).split([len(values) for values in own]), strict=True):
-        values.copy_(mean)
+    norms = [part for part in method.modules() if isinstance(part, nn.BatchNorm2d) and part.training]
+    for norm in norms if world > 1 else ():
+        for values in (norm.running_mean, norm.running_var):
+            torch.distributed.all_reduce(values)
+            values /= world
 
 
-class Feed:
-    """Batches of all streams, from step `step` on. Samples that cannot be read are named once, and kept in
-    OUT/unreadable.txt. UserError where there are too many of them."""
+class Curve:
+    """The rows of a CSV, and the same in TensorBoard where there is a board. Rows of later steps than `step`, from a
+    run that was cut off, are dropped."""
 
-    def __init__(self, args: Training, streams: dict[str, tuple[Sequence, int]], step: int, device: torch.device):
-        self.streams, self.device, self.file = streams, device, args.out / "unreadable.txt"
-        self.lost, self.waited = set(), 0.0  # lines of unreadable.txt; seconds
-        self.loaders = [
-            iter(
-                torch.utils.data.DataLoader(
-                    Draws(samples),
-                    batch_sampler=Batches(len(samples), size, (args.seed, number), step),
-                    collate_fn=Draws.collate,
-                    num_workers=math.ceil(args.workers / len(streams)),
-                    worker_init_fn=quiet_worker,
-                    pin_memory=device.type == "cuda",
-                )
-            )
-            for number, (samples, size) in enumerate(streams.values())
-        ]
+    def __init__(self, path: Path, step: int, board, prefix: str = ""):
+        self.path, self.board, self.prefix = path, board, prefix
+        self.columns, self.kept = [], []
+        if step and path.is_file():
+            self.kept = [row for row in self.read() if None not in row.values() and int(row["step"]) <= step]
 
-    def next(self) -> dict:
-        start, batch = time.perf_counter(), {}
-        for loader, (name, (samples, _)) in zip(self.loaders, self.streams.items(), strict=True):
-            batch[name], skipped = next(loader)
-            for line in set(skipped) - self.lost:
-                tqdm.write(f"warning: {line}: skipped", file=sys.stderr)
-                with self.file.open("a") as file:
-                    file.write(f"{line}\n")
-            self.lost.update(skipped)
-            if batch[name] is None or len(self.lost) > max(10, len(samples) // 10):
-                count, example = len(self.lost), min(self.lost)
-                raise UserError(f"{count} samples of {name} cannot be read, such as {example}; check --data")
-        self.waited += time.perf_counter() - start
-        return each(batch, lambda x: x.to(self.device, non_blocking=True))
+    def read(self) -> list[dict]:
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def add(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(self.prefix + name, value, step)
+        row = {"step": step, "epoch": epoch} | {name: f"{value:.6g}" for name, value in values.items()}
+        if not row.keys() <= set(self.columns):  # the first, or one with new columns
+            rows = self.read() if self.columns else self.kept
+            self.columns = list(dict.fromkeys(itertools.chain(*rows, row)))
+            with atomic(self.path) as path, path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
 
 
 class Log:
     """What is written down of a run: log.csv, validation.csv and TensorBoard's events by rank 0, and a bar. The terms
     of a row are means over the steps since the row before, and over all processes."""
 
-    def __init__(self, out: Path, step: int, total: float):
-        self.rows, self.scores = (Curve(out / name, step) for name in ("log.csv", "validation.csv"))
-        self.writes = rank_world()[0] == 0
-        self.board = None
-        if self.writes:
+    def __init__(self, out: Path, step: int, total: float, pictures: int):
+        self.board, self.pictures = None, pictures  # of one step, over all processes
+        if not rank_world()[0]:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out, purge_step=step)
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=not self.writes, dynamic_ncols=True)
+        self.rows = Curve(out / "log.csv", step, self.board)
+        self.scores = Curve(out / "validation.csv", step, self.board, "validation/")
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=not self.board, dynamic_ncols=True)
         self.sums, self.steps, self.began = {}, 0, time.perf_counter()  # of the row to come
 
     def note(self, terms: dict[str, Tensor]) -> None:
@@ -847,18 +830,16 @@ class Log:
 
     def means(self) -> dict[str, float]:
         """Of the terms since the last row; together() with the other processes."""
-        own = [float(value) / self.steps for value in self.sums.values()]
-        return dict(zip(self.sums, together(own, "mean"), strict=True))
+        sums = together([float(value) / self.steps for value in self.sums.values()], "SUM")
+        return {name: value / rank_world()[1] for name, value in zip(self.sums, sums, strict=True)}
 
-    def row(self, step: int, epoch: int, lr: float, pictures: int, waiting: float, means: dict[str, float]) -> None:
-        """pictures: of one step, over all processes; waiting: share of the time that this process waited for data."""
+    def row(self, step: int, epoch: int, lr: float, waiting: float, means: dict[str, float]) -> None:
+        """waiting: share of the time that this process waited for data."""
         now = time.perf_counter()
-        row = {"lr": lr, "images_per_s": pictures * self.steps / (now - self.began), "waiting": waiting, **means}
+        row = {"lr": lr, "images_per_s": self.pictures * self.steps / (now - self.began), "waiting": waiting, **means}
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in {**means, **row}.items()}, refresh=False)
-        if self.writes:
-            self.rows.add({"step": step, "epoch": epoch, **row})
-            for name, value in row.items():
-                self.board.add_scalar(name, value, step)
+        if self.board:
+            self.rows.add(step, epoch, row)
         self.sums, self.steps, self.began = {}, 0, now
 
     def judged(self, step: int) -> bool:
@@ -866,10 +847,8 @@ class Log:
         return any(int(row["step"]) == step for row in self.scores.kept)
 
     def score(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        if values and self.writes:
-            self.scores.add({"step": step, "epoch": epoch, **values})
-            for name, value in values.items():
-                self.board.add_scalar(f"validation/{name}", value, step)
+        if values and self.board:
+            self.scores.add(step, epoch, values)
             tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.began = time.perf_counter()  # scoring is no part of a row's time
 
@@ -929,33 +908,32 @@ def train(
     optimizer: torch.optim.Optimizer,
     lr: Callable[[int], float],
     epochs: int,
-    steps_per_epoch: int,
     streams: dict[str, tuple[Sequence, str]],
-    weights: Callable[[], dict],
+    net: nn.Module,
+    meta: dict,
     validation: Sequence[str] = (),
     score: Callable[[], dict[str, float]] | None = None,
-    look: Callable[[], np.ndarray] | None = None,
-    look_every: int = 0,
+    look: Callable[[], np.ndarray | None] | None = None,
 ) -> None:
     """Train, on one process or many, so that a run that is cut off and resumed ends with the same weights.
 
     method(batch, step) gives scalar tensors, the same ones at all steps of an epoch: "loss" is minimised, all are
     logged. streams names data sets and the flags of their batch sizes over all processes, as checked by start_training;
-    batch[name] is what their samples collate to. Randomness is a function of (seed, step, place in the batch), so a
-    checkpoint needs no random states, and processes x accumulated parts see the same samples however they are shared
-    out. lr(epoch), epochs from 0. weights() is saved as OUT/weights.pth; validation are flags of evaluate.py for
-    --validate; score() is run by all processes at the end of an epoch; look() is a picture, H x W x 3 uint8, of the
-    step before. Raises UserError for a loss that is not finite, data that cannot be read and a full disk; the last
-    checkpoint stays.
+    batch[name] is what their samples collate to, and an epoch is one of the first. Randomness is a function of (seed,
+    step, place in the batch), so a checkpoint needs no random states, and processes x accumulated parts see the same
+    samples however they are shared out. lr(epoch), epochs from 0. The net's weights and meta are saved as
+    OUT/weights.pth; validation are flags of evaluate.py for --validate; score() is run by all processes at the end of
+    an epoch; look() is a picture of the step before, H x W x 3 uint8, or None. Raises UserError for a loss that is not
+    finite, data that cannot be read and a full disk; the last checkpoint stays.
     """
     rank, world = rank_world()
     device, last = next(method.parameters()).device, args.out / "last.pth"
-    try:
+    with common.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another") from error
-    total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
     streams = {name: (samples, getattr(args, flag)) for name, (samples, flag) in streams.items()}
+    samples, size = next(iter(streams.values()))
+    steps_per_epoch = len(samples) // size
+    total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
     scaler, first = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
     if resumes(args):
         state = read_checkpoint(args, streams)
@@ -968,7 +946,8 @@ def train(
         gpu = [device] if device.type == "cuda" else None
         parallel = nn.parallel.DistributedDataParallel(method, device_ids=gpu)
         parallel.broadcast_buffers = False  # the argument's name depends on torch's version
-    feed, log = Feed(args, streams, first, device), Log(args.out, first, total)
+    feed = Feed(args, streams, first, device)
+    log = Log(args.out, first, total, sum(size for _, size in streams.values()))
     began = saved = time.perf_counter()
     step, halt = first, 0
 
@@ -980,14 +959,17 @@ def train(
 
     def save() -> None:
         config = {flag: str(value) for flag, value in vars(args).items()}
-        samples = {name: len(samples) for name, (samples, _) in streams.items()}
-        state = {"step": step, "config": config, "samples": samples, "processes": world}
-        state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state = {"step": step, "config": config, "processes": world, "scaler": scaler.state_dict()}
+        state |= {"samples": {name: len(samples) for name, (samples, _) in streams.items()}}
+        state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
         write_checkpoint(last, state)
-        write_checkpoint(args.out / "weights.pth", weights())
+        about = meta | {"torch": str(torch.__version__), "config": config}
+        write_checkpoint(args.out / "weights.pth", {"state_dict": net.state_dict(), "meta": about})
 
     def judge() -> None:
-        """Scores of an epoch that is over, and of the end."""
+        """Scores of an epoch that is over, and of the end, unless a run before this one had the time for them."""
+        if not step or not (ends_epoch() or step == total) or log.judged(step):
+            return
         values = score() if score and ends_epoch() else {}
         if validates() and not rank:
             values |= validate(args, validation)
@@ -996,9 +978,8 @@ def train(
 
     method.train()
     try:
-        with stop_signals() as signals:
-            if step and not log.judged(step):  # stopped before there was time for it
-                judge()
+        with common.writing(args.out), stop_signals() as signals:
+            judge()
             while step < total and not halt:
                 epoch = step // steps_per_epoch
                 for group in optimizer.param_groups:
@@ -1008,7 +989,7 @@ def train(
 
                 minutes = (time.perf_counter() - saved) / 60
                 late = minutes > (min(1, args.save_minutes) if ends_epoch() else args.save_minutes)
-                halt, late = map(int, together([max(signals, default=0), late], "max"))  # all at the same step
+                halt, late = map(int, together([max(signals, default=0), late], "MAX"))  # all at the same step
                 due = halt or late or validates() or step == total
                 if due or ends_epoch():
                     share_statistics(method)
@@ -1016,24 +997,17 @@ def train(
                     means = log.means()
                     whole = not due or all(value.isfinite().all() for value in method.parameters())
                     if not (math.isfinite(means["loss"]) and whole):
-                        raise UserError(
-                            f"loss or weights are no numbers by step {step}; {last if last.exists() else 'nothing'} is "
-                            "kept from before; lower the learning rate, or take --amp float32"
-                        )
-                    pictures = sum(size for _, size in streams.values())
-                    waiting = feed.waited / (time.perf_counter() - began)
-                    log.row(step, epoch, lr(epoch), pictures, waiting, means)
+                        what = f"no numbers by step {step}; {last if last.exists() else 'nothing'} is kept from before"
+                        raise UserError(f"loss or weights are {what}; lower the learning rate, or take --amp float32")
+                    log.row(step, epoch, lr(epoch), feed.waited / (time.perf_counter() - began), means)
                 if due:
                     if not rank:
                         save()
                     saved = time.perf_counter()
-                if look and not rank and step % look_every == 0:
-                    log.picture(step, look(), args.out / "pictures" / f"{step:07}.jpg")
-                if (ends_epoch() or step == total) and not halt:
+                if look and not rank and (picture := look()) is not None:
+                    log.picture(step, picture, args.out / "pictures" / f"{step:07}.jpg")
+                if not halt:
                     judge()
-    except OSError as error:  # of the logs; a checkpoint's says so itself
-        why = error.strerror or error
-        raise UserError(f"{args.out}: cannot be written ({why}); free space, the same command goes on") from error
     finally:
         log.close()
     if world > 1:
@@ -1052,24 +1026,26 @@ def train(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights to start from, weights to save, accuracy
+# Weights to start from, accuracy
 
 
 def load_start(net: Net, path: Path, arch: str) -> None:
     """Weights of the original stride into the network; what the file lacks beyond layer3 is named and stays random.
     UserError for another architecture."""
-    state, own = read_start(path), net.state_dict()
+    state, own, fresh = read_start(path), net.state_dict(), {}
 
     def head(entries: dict) -> dict:
         return {key: value.shape for key, value in entries.items() if key.startswith("fc.")}
 
-    fresh = [] if any(key.startswith("layer4.") for key in state) else ["layer4"]
-    fresh += [] if head(state) == head(own) else ["fc"]
-    state = {key: value for key, value in state.items() if key.split(".")[0] not in fresh}
-    if why := common.fit(net, state | {key: value for key, value in own.items() if key.split(".")[0] in fresh}):
+    if not any(key.startswith("layer4.") for key in state):
+        fresh["layer4."] = "layer4"
+    if head(state) != head(own):
+        fresh["fc."] = "head (fc)"
+    state |= {key: value for key, value in own.items() if key.startswith(tuple(fresh))}
+    if why := common.fit(net, state):
         raise UserError(f"{path}: is no {arch} with torchvision's names: {why}; give another file, or another --arch")
     if fresh and not rank_world()[0]:
-        names = " and ".join({"layer4": "layer4", "fc": "head (fc)"}[name] for name in fresh)
+        names = " and ".join(fresh.values())
         print(f"note: {path}: has no fitting {names}; random weights are taken instead", file=sys.stderr)
 
 
@@ -1090,21 +1066,20 @@ def held_out_score(args: Args, method: nn.Module, pictures: HeldOut, device: tor
         num_workers=min(args.workers, len(pictures) // 64),
         worker_init_fn=quiet_worker,
     )
-    sums = torch.zeros(4, device=device)  # loss, top1, top5, pictures
+    names = ("loss", "top1", "top5") if method.net.fc.out_features > 5 else ("loss", "top1")
+    sums = np.zeros(len(names) + 1)  # the last counts the pictures
     method.eval()
     for batch in loader:
         readable = batch["label"] >= 0
+        if not readable.any():
+            continue
         batch = {"pictures": {name: values[readable].to(device) for name, values in batch.items()}}
         mixed = torch.autocast(device.type, getattr(torch, args.amp), enabled=args.amp != "float32")
         with torch.inference_mode(), mixed:
-            terms = method(batch, 0) if readable.any() else {}
-        means = [float(terms.get(name, 0)) for name in ("loss", "top1", "top5")]
-        sums += torch.tensor([*means, 1.0], device=device) * readable.sum().to(device)
-    if world > 1:
-        torch.distributed.all_reduce(sums)
-    loss, top1, top5, count = sums.tolist()
-    means = {"loss": loss, "top1": top1} | ({"top5": top5} if method.net.fc.out_features > 5 else {})
-    return {name: value / max(count, 1) for name, value in means.items()} | {"pictures": count}
+            terms = method(batch, 0)
+        sums += int(readable.sum()) * np.array([*(float(terms[name]) for name in names), 1])
+    *sums, count = together(sums, "SUM")
+    return {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)} | {"pictures": count}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1122,8 +1097,7 @@ def main(args: Args) -> None:
     if args.finetune and not resumes(args):
         load_start(net, args.finetune, args.arch)
     if moco:
-        groups = args.bn_groups // (rank_world()[1] * args.accumulate)
-        method = MoCo(net, args.queue, args.dim, args.temperature, args.key_momentum, groups)
+        method = MoCo(net, args.queue, args.dim, args.temperature, args.key_momentum, args.bn_groups // args.parts)
     else:
         method = {"imagenet": Classification, "rotation": Rotation}[args.objective](net)
     method.to(device, memory_format=torch.channels_last)
@@ -1133,13 +1107,9 @@ def main(args: Args) -> None:
         if moco and args.queue > len(learned):
             print(f"note: --queue {args.queue}: longer than an epoch, a picture meets keys of itself", file=sys.stderr)
 
-    def weights() -> dict:
-        meta = {"arch": args.arch, "task": system(args), "out_layer": "layer3", "input": "rgb", "l2_normalise": True}
-        meta["strides"] = {"layer3": 1 if args.finetune else 2, "layer4": 2}
-        meta["temperature"] = common.preset(system(args)).temperature
-        meta |= {"torch": str(torch.__version__), "config": {flag: str(value) for flag, value in vars(args).items()}}
-        return {"state_dict": net.state_dict(), "meta": meta}
-
+    meta = {"arch": args.arch, "task": system(args), "out_layer": "layer3", "input": "rgb", "l2_normalise": True}
+    meta["strides"] = {"layer3": 1 if args.finetune else 2, "layer4": 2}
+    meta["temperature"] = common.preset(system(args)).temperature
     trained, kept = [value for value in method.parameters() if value.requires_grad], HeldOut(held, centre(args))
     train(
         args,
@@ -1147,9 +1117,9 @@ def main(args: Args) -> None:
         torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
         learning_rate(args),
         args.epochs,
-        len(pictures) // args.batch_size,
         streams,
-        weights,
+        net,
+        meta,
         validation=("--model", system(args)),
         score=(lambda: held_out_score(args, method, kept, device)) if held else None,
     )

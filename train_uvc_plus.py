@@ -16,7 +16,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -568,6 +567,7 @@ class UVC(nn.Module):
                 terms["coordinate"] = coordinate_cycle(S, legacy)
                 video = video + a.coordinate * terms["coordinate"]
         loss = video + a.image_weight * terms["image"] if "image" in terms else video
+        self.shown = None
         if (step + 1) % a.look_every == 0:
             self.shown = [None if x is None else x[:4].detach().clone() for x in (x1, x2, y2, forward, where)]
         return {
@@ -649,8 +649,10 @@ class UVC(nn.Module):
         train_finetune.enqueue(self.queue, self.pointer, keys)
         return terms["loss"], terms["top1"]
 
-    def look(self) -> np.ndarray:
-        """Rows of reference, whole target with its box, target, and the colours copied to it."""
+    def look(self) -> np.ndarray | None:
+        """Rows of reference, whole target with its box, target, and the colours copied; None between --look-every."""
+        if self.shown is None:
+            return None
         x1, x2, y2, copied, where = self.shown
         side, rows = x1.shape[-1], []
         pictures = [from_lab(x) for x in (x1, x2, y2, copied)]
@@ -736,23 +738,19 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
         terms = [method({"frames": frame[None].to(device)}, 0) for frame in test]
         return {name: float(sum(t[name] for t in terms)) / len(terms) for name in ("loss", "L", "a", "b")}
 
-    def weights() -> dict:
-        return {"encoder": method.encoder.state_dict(), "decoder": method.decoder.state_dict()}
-
     own = replace(args, out=folder, max_steps=args.autoencoder_steps, validate=None)
-    steps = len(frames) // args.batch_size
     streams = {"frames": (frames, "batch_size")}
-    epochs = math.ceil(args.autoencoder_steps / steps)
+    epochs = math.ceil(args.autoencoder_steps / (len(frames) // args.batch_size))
 
     def lr(epoch: int) -> float:
         return 1e-3 * (1 - epoch / epochs) ** 0.9
 
-    train_finetune.train(own, method, optimizer, lr, epochs, steps, streams, weights, score=score if test else None)
+    train_finetune.train(own, method, optimizer, lr, epochs, streams, method, {}, score=score if test else None)
     if rank_world()[0] == 0:
         errors = ", ".join(f"{name} {value:.3g}" for name, value in (score() if test else {}).items())
         print(f"Lab auto-encoder: error {errors} (Lab units) on {len(test)} frames; learnt from {len(learn)} videos")
-        for name, part in weights().items():
-            train_finetune.write_checkpoint(folder / f"{name}.pth", part)
+        for name, part in (("encoder", method.encoder), ("decoder", method.decoder)):
+            train_finetune.write_checkpoint(folder / f"{name}.pth", part.state_dict())
     if rank_world()[1] > 1:
         torch.distributed.barrier()
     return folder
@@ -762,8 +760,7 @@ def main(args: Args) -> None:
     args = check(args)
     videos = find_videos(args.data)
     images = find_images(args, videos)
-    steps_per_epoch = len(videos) * args.pairs_per_video // args.batch_size
-    warmup = args.warmup_epochs * steps_per_epoch
+    warmup = args.warmup_epochs * (len(videos) * args.pairs_per_video // args.batch_size)
     streams = {"video": (Pairs(args, videos, warmup), "batch_size")}
     streams |= {"image": (images, "image_batch_size")} if images else {}
     again = resumes(args)  # all weights are in last.pth
@@ -780,21 +777,14 @@ def main(args: Args) -> None:
         e = epoch if epoch < args.warmup_epochs else epoch - args.warmup_epochs
         return args.lr * (1 - e / args.epochs) ** 0.9
 
-    def weights() -> dict:
-        strides = {stage: 1 for stage in ("layer3", "layer4") if stage <= args.out_layer}
-        meta = {"task": "uvc+", "arch": "resnet18", "image_objective": args.image_objective}
-        meta |= {"out_layer": args.out_layer, "strides": strides, "input": "lab_l", "l2_normalise": False}
-        meta |= {"temperature": args.temperature, "torch": str(torch.__version__)}
-        meta["config"] = {flag: str(value) for flag, value in vars(args).items()}
-        return {"state_dict": method.backbone.state_dict(), "meta": meta}
-
+    meta = {"task": "uvc+", "arch": "resnet18", "image_objective": args.image_objective, "out_layer": args.out_layer}
+    meta |= {"strides": {stage: 1 for stage in ("layer3", "layer4") if stage <= args.out_layer}, "input": "lab_l"}
+    meta |= {"l2_normalise": False, "temperature": args.temperature}
     layer = args.out_layer.replace("layer", "res")
     validation = ["--model", "uvc+", "--layer", layer, "--localization", "none", "--context", "7"]
     validation += ["--temperature", str(args.temperature)]
     train_finetune.train(
-        *(args, method, optimizer, lr, args.epochs, steps_per_epoch, streams, weights, validation),
-        look=method.look,
-        look_every=args.look_every,
+        *(args, method, optimizer, lr, args.epochs, streams, method.backbone, meta, validation), look=method.look
     )
 
 

@@ -70,21 +70,7 @@ def go(
     method = Line().to(device)
     method.nan_at, method.stop_at = nan_at, stop_at
     optimizer = torch.optim.SGD(method.parameters(), args.lr, momentum=0.9)
-
-    def weights():
-        return {"state_dict": method.fit.state_dict(), "meta": {}}
-
-    train(
-        args,
-        method,
-        optimizer,
-        lambda e: args.lr / (e + 1),
-        epochs,
-        20 // batch,
-        streams,
-        weights,
-        score=score,
-    )
+    train(args, method, optimizer, lambda e: args.lr / (e + 1), epochs, streams, method.fit, {}, score=score)
     return method
 
 
