@@ -31,7 +31,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -301,20 +300,20 @@ def hold_out(pictures: Sequence[tuple[str, int]], share: float) -> tuple[list, l
     all but one of a class at the most. What is too little for a picture is added to the next folder's share."""
     left = Counter(label for _, label in pictures)
     learned, held, owed = [], [], 0.0
-    for _, inside in groupby(pictures, lambda picture: Path(picture[0]).parent):
+    for _, inside in itertools.groupby(pictures, lambda picture: Path(picture[0]).parent):
         inside = list(inside)
         label = inside[0][1]
         owed += len(inside) * share
         count = min(int(owed), len(inside), left[label] - 1)
         owed, left[label] = owed - count, left[label] - count
-        kept = len(inside) - count
-        learned, held = learned + inside[:kept], held + inside[kept:]
+        learned.extend(inside[: len(inside) - count])
+        held.extend(inside[len(inside) - count :])
     return learned, held
 
 
 def read_picture(path: str | Path) -> np.ndarray:
     """A picture file -> H x W x 3 uint8 RGB. UserError if it cannot be read."""
-    if not Path(path).is_file():  # a FIFO would wait for ever
+    if not Path(path).is_file():
         raise UserError(f"{path}: is no file (any more)")
     return common.read_picture(path)
 

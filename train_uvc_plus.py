@@ -11,6 +11,7 @@ first found in the whole second one. Where papers and released code differ, this
 Without --autoencoder the Lab auto-encoder, whose codes are what is copied, is trained first.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -109,8 +110,8 @@ class Args(train_finetune.Training):
 
 
 FILMS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".ts")
-IMAGE_WEIGHT = {"none": 0.0, "rotation": 0.3, "moco": 0.1, "imagenet": 0.05}
-IMAGE_BATCH = {"none": 0, "rotation": 64, "moco": 32, "imagenet": 256}
+# image objective: lambda, pictures in a batch (section 5)
+IMAGE_LOSS = {"none": (0.0, 0), "rotation": (0.3, 64), "moco": (0.1, 32), "imagenet": (0.05, 256)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -702,14 +703,12 @@ def check(args: Args) -> Args:
     if args.amp == "bfloat16":
         what = "is too coarse for affinities of features that have no unit length"
         raise UserError(f"--amp bfloat16: {what}; take float16")
-    given = {
-        "short_side": args.crop if args.short_side is None else args.short_side,
-        "image_weight": IMAGE_WEIGHT[args.image_objective] if args.image_weight is None else args.image_weight,
-        "image_batch_size": args.image_batch_size or IMAGE_BATCH[args.image_objective],
-    }
-    if args.image_objective == "moco" and args.queue % given["image_batch_size"]:
-        raise UserError(f"--queue {args.queue}: give a multiple of --image-batch-size {given['image_batch_size']}")
-    return replace(args, **given)
+    weight, batch = IMAGE_LOSS[args.image_objective]
+    chosen = {"short_side": args.crop, "image_weight": weight, "image_batch_size": batch}
+    args = replace(args, **{name: value for name, value in chosen.items() if getattr(args, name) is None})
+    if args.image_objective == "moco" and args.queue % args.image_batch_size:
+        raise UserError(f"--queue {args.queue}: give a multiple of --image-batch-size {args.image_batch_size}")
+    return args
 
 
 def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) -> Path:
@@ -724,14 +723,11 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     frames = Images(learn * math.ceil(500 * args.batch_size / len(learn)), change)  # 500 steps an epoch
     method = AutoEncoder().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(method.parameters())
+    torch.manual_seed(0)  # the same crops whatever the seed
     test = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for video in held[:64]:
-            try:
-                test.append(change(read_frames(video, lambda length: [length // 2])[0]))
-            except UserError:
-                continue
+    for video in held[:64]:
+        with contextlib.suppress(UserError):
+            test.append(change(read_frames(video, lambda length: [length // 2])[0]))
 
     @torch.no_grad()
     def score() -> dict[str, float]:
