@@ -47,6 +47,8 @@ from tqdm import tqdm
 import common
 from common import PICTURES, UserError, atomic, pick_device, rank_world, read_weights
 
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may run on
+
 
 @dataclass
 class Training:
@@ -62,8 +64,8 @@ class Training:
     accumulate: int = 1
     """Parts that a batch is cut into, their gradients added up: for small memories. A run can go on with fewer
     processes and more parts each (not moco)."""
-    workers: int = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    """Processes that read and augment the data, for each GPU."""
+    workers: int = max(1, min(8, CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """Processes that read and augment the data, of one thread each, for each GPU."""
     amp: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of convolutions; float16 with loss scaling."""
     device: str = "auto"
@@ -642,8 +644,9 @@ class Draws(Dataset):
         self.samples = samples
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple:
-        (index, seed, self.samples.step), skipped = key, []
+        index, seed, self.samples.step = key
         torch.manual_seed(seed)
+        skipped = []
         while len(skipped) < 100:
             try:
                 return self.samples[index], skipped

@@ -477,6 +477,22 @@ def test_mixed_precision_and_parts(data, tmp_path, cli):
     torch.testing.assert_close(state["queue"].norm(dim=0), torch.ones(16))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity")
+def test_no_more_workers_than_cpus_it_may_run_on(data, tmp_path):
+    """DataLoader would warn."""
+    flags = ("--objective", "rotation", "--data", data, "--crop", "32", "--batch-size", "4", "--max-steps", "1")
+    one = {min(os.sched_getaffinity(0))}
+    done = subprocess.run(
+        command(*flags, "--device", "cpu", "--out", tmp_path),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, one),
+    )
+    assert done.returncode == 0 and "worker" not in done.stderr, done.stderr
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["config"]["workers"] == "1"
+
+
 # Pictures
 
 
