@@ -374,19 +374,16 @@ class AutoEncoder(nn.Module):
         return {"loss": lab_error(decoded, x).mean(), "L": L, "a": a, "b": b}
 
 
-def load_autoencoder(folder: Path) -> tuple[LabEncoder, LabDecoder]:
-    """The released files, or those of another run, found in a folder."""
-    parts = LabEncoder(), LabDecoder()
+def load_autoencoder(folder: Path, coders: tuple[nn.Module, nn.Module] = ()) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder with the released weights, or those of another run, found in a folder."""
+    parts = coders or (LabEncoder(), LabDecoder())
     for name, part in zip(("encoder", "decoder"), parts, strict=True):
         found = sorted(folder.glob(f"*{name}*.pth"))
         if len(found) != 1:
             what = f"{len(found)} files *{name}*.pth" if folder.is_dir() else "no such folder"
             raise UserError(f"--autoencoder {folder}: {what}; give one with *encoder*.pth and *decoder*.pth")
-        try:
-            part.load_state_dict(common.read_weights(found[0])[0])
-        except RuntimeError as error:
-            why = str(error).splitlines()[1].strip()
-            raise UserError(f"{found[0]}: is not the {name} of UVC's Lab auto-encoder: {why}") from error
+        if why := common.fit(part, common.read_weights(found[0])[0]):
+            raise UserError(f"{found[0]}: is not the {name} of UVC's Lab auto-encoder: {why}")
     return parts
 
 
@@ -764,8 +761,7 @@ def main(args: Args) -> None:
     device = train_finetune.start_training(args, streams)
     method = UVC(args, coders, warmup, max(images.labels, default=-1) + 1 if images else 0).to(device)
     if not (args.autoencoder or again):  # an --init that does not fit has been refused by now
-        for part, trained in zip(coders, load_autoencoder(train_autoencoder(args, videos, device)), strict=True):
-            part.load_state_dict(trained.state_dict())
+        load_autoencoder(train_autoencoder(args, videos, device), coders)
     optimizer = torch.optim.Adam([weight for weight in method.parameters() if weight.requires_grad], lr=args.lr)
 
     def lr(epoch: int) -> float:
