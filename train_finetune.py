@@ -86,11 +86,6 @@ class Training:
         """Parts that a batch is cut into, over all processes."""
         return rank_world()[1] * self.accumulate
 
-    @property
-    def shuffles(self) -> bool:
-        """Whether processes exchange samples within a step, as moco does: their number then decides what is learnt."""
-        return False
-
 
 @dataclass
 class Args(Training):
@@ -142,10 +137,6 @@ class Args(Training):
     processes and --accumulate parts: what shuffled BatchNorm is on one GPU. Default: 8, and 2 or more at a time in a
     process that is alone."""
 
-    @property
-    def shuffles(self) -> bool:
-        return self.objective == "moco"
-
 
 # objective, fine-tuning: epochs, learning rate, epochs of decay (section 3.3; PyTorch's ImageNet example; MoCo's code)
 PAPER = {
@@ -173,6 +164,12 @@ def check_numbers(args: Training, limits: dict[str, tuple[float, float]]) -> Non
             else:  # nan is no more than anything
                 how = "must be above 0" if least == ABOVE_0 else f"give {least} or more"
             raise UserError(f"--{flag.replace('_', '-')} {value}: {how}")
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, of all processes the first."""
+    if not rank_world()[0]:
+        print(line, file=sys.stderr)
 
 
 def settle(args: Args) -> Args:
@@ -249,11 +246,6 @@ def pictures_in(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def note_loose(folder: Path, loose: Sequence[str]) -> None:
-    if loose and not rank_world()[0]:
-        print(f"note: {folder}: {len(loose)} pictures beside the class folders are left out", file=sys.stderr)
-
-
 def labelled(folder: Path, found: dict[str, list[str]], classes: Sequence[str]) -> list[tuple[str, int]]:
     """What pictures_in() found, each (path, class number); without classes the number is 0. UserError for nothing, and
     for a folder that is empty or no class."""
@@ -269,7 +261,8 @@ def labelled(folder: Path, found: dict[str, list[str]], classes: Sequence[str]) 
                 raise UserError(f"{folder / name}: is no class of {train}; remove it, or add it there")
             if not inside:
                 raise UserError(f"{folder / name}: an empty class folder, no pictures in it; fill or remove it")
-        note_loose(folder, loose)
+        if loose:
+            say(f"note: {folder}: {len(loose)} pictures beside the class folders are left out")
     if not any(found.values()):
         raise UserError(f"{folder}: holds no pictures ({', '.join(PICTURES[:3])}, ...) at any depth; check --data")
     return [(path, number.get(name, 0)) for name, inside in found.items() for path in inside]
@@ -564,11 +557,11 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
             raise UserError(f"{what}: there are {len(samples)} samples to learn from; give fewer")
         if size % args.parts:
             raise UserError(f"{what}: is no multiple of {args.parts}, processes x --accumulate; change one of them")
-    rank, world = rank_world()
+    world = rank_world()[1]
     state = read_checkpoint(args, streams) if resumes(args) else {"step": 0, "parts": args.parts}
-    if state["parts"] != args.parts and not rank:
+    if state["parts"] != args.parts:
         what = f"was trained by {state['processes']} processes, not {world}; BatchNorm sees other parts of a batch"
-        print(f"note: {args.out / 'last.pth'}: {what} from here on", file=sys.stderr)
+        say(f"note: {args.out / 'last.pth'}: {what} from here on")
     name, _, index = args.device.partition(":")
     if name in ("auto", "cuda") and torch.cuda.is_available():  # on GPU 0 each process would keep some memory
         name, index = "cuda", os.environ.get("LOCAL_RANK", index or "0")
@@ -604,8 +597,8 @@ def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str | int
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
     remedy = "give the same, another --out, or --no-resume to begin again"
-    # processes or --accumulate may cut a batch into the same parts
-    free = FREE | {"accumulate"} if state["parts"] == args.parts and not args.shuffles else FREE
+    moco = "moco" in (getattr(args, "objective", ""), getattr(args, "image_objective", ""))  # processes swap samples
+    free = FREE if moco or state["parts"] != args.parts else FREE | {"accumulate"}  # the same parts, cut otherwise
     for flag, old in state["config"].items():
         now = str(getattr(args, flag, None))
         if now != old and flag not in free and not (flag in MOVED and Path(now).name == Path(old).name):
@@ -668,13 +661,12 @@ def batches(count: int, size: int, seed: tuple[int, ...], start: int) -> Iterato
     function of (seed, step), and a process takes its slice of them."""
     rank, world = rank_world()
     places = range(rank * size // world, (rank + 1) * size // world)
-    now = None
-    for step in itertools.count(start):
-        epoch, turn = divmod(step, count // size)
-        if epoch != now:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*seed, epoch)))
-            now = epoch
-        yield [(int(order[turn * size + place]), seed_of(*seed, step, place), step) for place in places]
+    steps = count // size  # an epoch
+    for epoch in itertools.count(start // steps):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*seed, epoch)))
+        for step in range(max(start, epoch * steps), (epoch + 1) * steps):
+            first = (step - epoch * steps) * size
+            yield [(int(order[first + place]), seed_of(*seed, step, place), step) for place in places]
 
 
 def quiet_worker(_) -> None:
@@ -844,10 +836,6 @@ class Log:
             self.rows.add(step, epoch, row)
         self.sums, self.steps, self.began = {}, 0, now
 
-    def judged(self, step: int) -> bool:
-        """Whether a run before this one has the scores of this step."""
-        return any(int(row["step"]) == step for row in self.scores.kept)
-
     def score(self, step: int, epoch: int, values: dict[str, float]) -> None:
         if values and self.board:
             self.scores.add(step, epoch, values)
@@ -970,7 +958,7 @@ def train(
 
     def judge() -> None:
         """Scores of an epoch that is over, and of the end, unless a run before this one had the time for them."""
-        if not step or not (ends_epoch() or step == total) or log.judged(step):
+        if not (ends_epoch() or step == total) or str(step) in [row["step"] for row in log.scores.kept]:
             return
         values = score() if score and ends_epoch() else {}
         if validates() and not rank:
@@ -981,7 +969,8 @@ def train(
     method.train()
     try:
         with common.writing(args.out), stop_signals() as signals:
-            judge()
+            if step:
+                judge()
             while step < total and not halt:
                 epoch = step // steps_per_epoch
                 for group in optimizer.param_groups:
@@ -1015,8 +1004,7 @@ def train(
     if world > 1:
         torch.distributed.barrier()  # last.pth is written before anybody leaves or reads it
     if halt:
-        if not rank:
-            print(f"stopped at step {step}: {last} is whole; the same command goes on from there", file=sys.stderr)
+        say(f"stopped at step {step}: {last} is whole; the same command goes on from there")
         sys.exit(128 + halt)
     if not rank:
         took = time.perf_counter() - began
@@ -1046,9 +1034,8 @@ def load_start(net: Net, path: Path, arch: str) -> None:
     state |= {key: value for key, value in own.items() if key.startswith(tuple(fresh))}
     if why := common.fit(net, state):
         raise UserError(f"{path}: is no {arch} with torchvision's names: {why}; give another file, or another --arch")
-    if fresh and not rank_world()[0]:
-        names = " and ".join(fresh.values())
-        print(f"note: {path}: has no fitting {names}; random weights are taken instead", file=sys.stderr)
+    if fresh:
+        say(f"note: {path}: has no fitting {' and '.join(fresh.values())}; random weights are taken instead")
 
 
 def system(args: Args) -> str:
@@ -1103,11 +1090,10 @@ def main(args: Args) -> None:
     else:
         method = {"imagenet": Classification, "rotation": Rotation}[args.objective](net)
     method.to(device, memory_format=torch.channels_last)
-    if not rank_world()[0]:
-        what = f"{len(learned)} pictures" + (f" of {len(classes)} classes" if classes else "")
-        print(f"{args.objective}: {what}, {len(held)} held out; {args.epochs} epochs, lr {args.lr:g}", file=sys.stderr)
-        if moco and args.queue > len(learned):
-            print(f"note: --queue {args.queue}: longer than an epoch, a picture meets keys of itself", file=sys.stderr)
+    what = f"{len(learned)} pictures" + (f" of {len(classes)} classes" if classes else "")
+    say(f"{args.objective}: {what}, {len(held)} held out; {args.epochs} epochs, lr {args.lr:g}")
+    if moco and args.queue > len(learned):
+        say(f"note: --queue {args.queue}: longer than an epoch, a picture meets keys of itself")
 
     meta = {"arch": args.arch, "task": system(args), "out_layer": "layer3", "input": "rgb", "l2_normalise": True}
     meta["strides"] = {"layer3": 1 if args.finetune else 2, "layer4": 2}

@@ -35,7 +35,7 @@ import common
 import train_finetune
 from common import PICTURES, UserError, rank_world
 from propagate import Video
-from train_finetune import check_numbers, note_loose, pictures_in, read_picture, read_start, resumes, visible
+from train_finetune import check_numbers, pictures_in, read_picture, read_start, resumes, say, visible
 
 
 @dataclass
@@ -103,10 +103,6 @@ class Args(train_finetune.Training):
     """Coordinates as PyTorch 1.1 had them, where the released run was made."""
     look_every: int = 500
     """Steps between two pictures in OUT/pictures: reference, target, its box, and the colours copied to it."""
-
-    @property
-    def shuffles(self) -> bool:
-        return self.image_objective == "moco"
 
 
 FILMS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".ts")
@@ -294,7 +290,8 @@ def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
     loose, *classes = (inside for name, inside in found.items() if inside or not name)
     if len(classes) < 2:
         raise UserError(f"--image-data {args.image_data}: has {len(classes)} folders of pictures; give one a class")
-    note_loose(root, loose)
+    if loose:
+        say(f"note: {root}: {len(loose)} pictures beside the class folders are left out")
     labels = np.repeat(range(len(classes)), [len(inside) for inside in classes])
     return Images(list(itertools.chain(*classes)), change, labels)
 
