@@ -742,6 +742,8 @@ def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
         command += ["--weights", args.out / "weights.pth", "--sequences", ",".join(clips(args))]
         command += ["--device", args.device, *flags]
         alone = {name: value for name, value in os.environ.items() if not name.endswith(("RANK", "WORLD_SIZE"))}
+        if rank_world()[1] > 1:  # torchrun sets it to 1 unasked, and the other processes wait
+            alone.pop("OMP_NUM_THREADS", None)
         done = subprocess.run(command, capture_output=True, text=True, env=alone)
         if done.returncode:
             why = (done.stderr.splitlines() or ["no message"])[-1]

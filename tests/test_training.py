@@ -153,6 +153,19 @@ def test_a_process_takes_its_gpu_and_no_other(tmp_path, monkeypatch):
     assert asked == ["cuda:0", "cuda:1", "cuda:3", "cuda:3", "cpu"]
 
 
+@pytest.mark.parametrize(("processes", "expected"), [("1", "3"), ("2", None)])
+def test_a_validation_has_the_threads_of_all_processes(tmp_path, monkeypatch, processes, expected):
+    """torchrun's OMP_NUM_THREADS is for each of several; the others wait meanwhile."""
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(train_finetune, "clips", lambda args: ["dog"])
+    done = subprocess.CompletedProcess([], 1, "", "")
+    monkeypatch.setattr(train_finetune.subprocess, "run", lambda *_, env, **__: seen.append(env) or done)
+    assert train_finetune.validate(Args(out=tmp_path, validate=tmp_path), []) == {}
+    assert seen[0].get("OMP_NUM_THREADS") == expected and "WORLD_SIZE" not in seen[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(tmp_path, number):
     command = [sys.executable, __file__, str(tmp_path / "cut"), "0.02"]
