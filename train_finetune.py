@@ -31,7 +31,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -40,13 +39,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import common
 from common import PICTURES, UserError, atomic, pick_device, rank_world, read_weights
+
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may run on
 
 
 @dataclass
@@ -63,8 +64,8 @@ class Training:
     accumulate: int = 1
     """Parts that a batch is cut into, their gradients added up: for small memories. A run can go on with fewer
     processes and more parts each (not moco)."""
-    workers: int = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    """Processes that read and augment the data, for each GPU."""
+    workers: int = max(1, min(8, CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """Processes that read and augment the data, of one thread each, for each GPU."""
     amp: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of convolutions; float16 with loss scaling."""
     device: str = "auto"
@@ -81,9 +82,9 @@ class Training:
     """Clips to score, separated by commas (default: the first two of the val list)."""
 
     @property
-    def shuffles(self) -> bool:
-        """Whether processes exchange samples within a step, as moco does: their number then decides what is learnt."""
-        return False
+    def parts(self) -> int:
+        """Parts that a batch is cut into, over all processes."""
+        return rank_world()[1] * self.accumulate
 
 
 @dataclass
@@ -136,10 +137,6 @@ class Args(Training):
     processes and --accumulate parts: what shuffled BatchNorm is on one GPU. Default: 8, and 2 or more at a time in a
     process that is alone."""
 
-    @property
-    def shuffles(self) -> bool:
-        return self.objective == "moco"
-
 
 # objective, fine-tuning: epochs, learning rate, epochs of decay (section 3.3; PyTorch's ImageNet example; MoCo's code)
 PAPER = {
@@ -152,25 +149,34 @@ PAPER = {
 }
 
 
-def check_numbers(args: Training, least: dict[str, float], most: dict[str, float]) -> None:
-    """UserError for a flag that is below or above what makes sense; None is a default."""
-    for flag in (*least, *most):
+ABOVE_0 = math.ulp(0)  # the least number that is more
+
+
+def check_numbers(args: Training, limits: dict[str, tuple[float, float]]) -> None:
+    """UserError for a flag below the least or above the most that makes sense; None is a default."""
+    for flag, (least, most) in limits.items():
         values = getattr(args, flag)
         for value in values if isinstance(values, tuple) else (values,):
-            what = f"--{flag.replace('_', '-')} {value}"
-            if value is None:
+            if value is None or least <= value <= most:
                 continue
-            if flag in least and not value >= least[flag]:  # nan is not either
-                raise UserError(f"{what}: give {least[flag]} or more")
-            if flag in most and not value <= most[flag]:
-                raise UserError(f"{what}: is too large; give {most[flag]} or less")
+            if value > most:
+                how = f"give {least:.0f} to {most}"
+            else:  # nan is no more than anything
+                how = "must be above 0" if least == ABOVE_0 else f"give {least} or more"
+            raise UserError(f"--{flag.replace('_', '-')} {value}: {how}")
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, of all processes the first."""
+    if not rank_world()[0]:
+        print(line, file=sys.stderr)
 
 
 def settle(args: Args) -> Args:
     """The flags with the paper's values where none were given. UserError for those that make no sense."""
     epochs, lr, decay = PAPER[args.objective, args.finetune is not None]
     moco, world = args.objective == "moco", rank_world()[1]
-    parts = world * max(args.accumulate, 1)
+    parts = max(args.parts, 1)
     chosen = {
         "epochs": epochs,
         "lr": lr * args.batch_size / 256,
@@ -180,18 +186,14 @@ def settle(args: Args) -> Args:
         "temperature": 0.2 if args.moco_v2 else 0.07,
         "bn_groups": parts * max(math.ceil(8 / parts), 2 if world == 1 else 1) if moco else None,
     }
-    check_numbers(args, {"batch_size": 1}, {"batch_size": 2**20})
+    limits = {"batch_size": (1, 2**20), "epochs": (ABOVE_0, 10**6), "crop": (8, 4096), "lr": (ABOVE_0, 1e30)}
+    limits |= {"temperature": (ABOVE_0, 1000), "queue": (ABOVE_0, 2**24), "dim": (ABOVE_0, 2**16)}
+    limits |= {"min_area": (ABOVE_0, 1), "decay_epochs": (1, math.inf), "bn_groups": (1, math.inf)}
+    limits |= dict.fromkeys(("momentum", "weight_decay", "holdout", "key_momentum"), (0, 1))
+    check_numbers(args, limits)
     args = replace(args, **{name: value for name, value in chosen.items() if getattr(args, name) is None})
     if args.data is None:
         raise UserError("--data: missing; give the folder of pictures to learn from")
-    for flag in ("epochs", "crop", "queue", "dim", "lr", "temperature", "min_area"):
-        if not getattr(args, flag) > 0:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
-    for flag in ("momentum", "weight_decay", "holdout", "key_momentum", "min_area"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 to 1")
-    most = {"epochs": 10**6, "crop": 4096, "lr": 1e30, "temperature": 1000, "queue": 2**24, "dim": 2**16}
-    check_numbers(args, {"crop": 8, "decay_epochs": 1}, most)
     if moco and args.queue * args.dim > 2**31:
         raise UserError(f"--queue {args.queue} --dim {args.dim}: these keys take more than 8 GiB; give fewer")
     batch = f"--batch-size {args.batch_size}"
@@ -202,7 +204,7 @@ def settle(args: Args) -> Args:
     if moco and args.queue % args.batch_size:
         right = max(args.queue // args.batch_size, 1) * args.batch_size
         raise UserError(f"--queue {args.queue}: must be a multiple of {batch}; give {right}")
-    if moco and (args.bn_groups < 1 or args.batch_size % args.bn_groups or args.bn_groups % parts):
+    if moco and (args.batch_size % args.bn_groups or args.bn_groups % parts):
         what = f"must divide {batch} and be a multiple of {parts}, processes x --accumulate"
         raise UserError(f"--bn-groups {args.bn_groups}: {what}; change one of them")
     groups = {"imagenet": parts, "rotation": 0, "moco": args.bn_groups}[args.objective]
@@ -223,10 +225,6 @@ def learning_rate(args: Args) -> Callable[[int], float]:
 # Pictures
 
 
-class Unreadable(Exception):
-    """Raised with "path: why" by a data set that cannot read a sample: train() names it and draws another."""
-
-
 def leads_back(folder: Path) -> bool:
     """Whether a link leads to a folder that it was reached through: a loop."""
     return folder.is_symlink() and any(folder.samefile(above) for above in folder.parents)
@@ -239,59 +237,56 @@ def visible(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
         yield place, sorted(name for name in files if name[0] != ".")
 
 
-def pictures_in(folder: str | Path) -> list[str]:
-    """The pictures below a folder, in order."""
-    return [f"{at}/{name}" for at, files in visible(folder) for name in files if name.lower().endswith(PICTURES)]
-
-
-def class_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def list_classes(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """The pictures of the class folders in a folder, each (path, class number). UserError for one that is empty or no
-    class; pictures beside the class folders are left out, with a note."""
-    found, folders = [], class_folders(folder)
-    loose = sum(path.suffix.lower() in PICTURES and path.name[0] != "." for path in folder.iterdir())
-    if not folders and loose:
-        raise UserError(f"{folder}: has {loose} pictures but no class folders; move them into one folder a class")
-    for path in folders:
-        if path.name not in classes:
-            raise UserError(f"{path}: is no class of {folder.parent / 'train'}; remove it, or add it there")
-        if not (inside := pictures_in(path)):
-            raise UserError(f"{path}: an empty class folder, no pictures in it; fill or remove it")
-        found += [(picture, classes.index(path.name)) for picture in inside]
-    if loose and not rank_world()[0]:
-        print(f"note: {folder}: {loose} pictures beside the class folders are left out", file=sys.stderr)
+def pictures_in(folder: Path) -> dict[str, list[str]]:
+    """The pictures below each folder of a folder, in order, by the folder's name; those beside the folders by ""."""
+    found = {}
+    for place, names in visible(folder):
+        below = "".join(Path(place).relative_to(folder).parts[:1])
+        found.setdefault(below, []).extend(f"{place}/{name}" for name in names if name.lower().endswith(PICTURES))
     return found
+
+
+def labelled(folder: Path, found: dict[str, list[str]], classes: Sequence[str]) -> list[tuple[str, int]]:
+    """What pictures_in() found, each (path, class number); without classes the number is 0. UserError for nothing, and
+    for a folder that is empty or no class."""
+    number = {name: i for i, name in enumerate(classes)}
+    if classes:
+        loose = found.pop("")
+        if loose and not found:
+            what = f"has {len(loose)} pictures but no class folders"
+            raise UserError(f"{folder}: {what}; move them into one folder a class")
+        for name, inside in found.items():
+            if name not in number:
+                train = folder.parent / "train"
+                raise UserError(f"{folder / name}: is no class of {train}; remove it, or add it there")
+            if not inside:
+                raise UserError(f"{folder / name}: an empty class folder, no pictures in it; fill or remove it")
+        if loose:
+            say(f"note: {folder}: {len(loose)} pictures beside the class folders are left out")
+    if not any(found.values()):
+        raise UserError(f"{folder}: holds no pictures ({', '.join(PICTURES[:3])}, ...) at any depth; check --data")
+    return [(path, number.get(name, 0)) for name, inside in found.items() for path in inside]
 
 
 def find_pictures(args: Args) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[str]]:
     """Pictures to learn from and pictures held out, each (path, class number), and the names of the classes."""
     if not args.data.is_dir():
         raise UserError(f"--data {args.data}: no such folder; give one with pictures in it")
-    folder, val = (args.data / name for name in ("train", "val"))
-    if not folder.is_dir():
-        folder = val = args.data
-    apart = val.is_dir() and val != folder
+    train, val = args.data / "train", args.data / "val"
+    folder = train if train.is_dir() else args.data
+    apart = folder == train and val.is_dir()
     if apart and args.holdout != Args.holdout:
         raise UserError(f"--holdout {args.holdout}: accuracy is measured on {val}; leave it out")
-    classes = [path.name for path in class_folders(folder)] if args.objective == "imagenet" else []
+    found = pictures_in(folder)
+    classes = [name for name in found if name] if args.objective == "imagenet" else []
     if args.objective == "imagenet" and len(classes) < 2:
         what = f"holds {len(classes)} class folders, classification needs 2"
         raise UserError(f"{folder}: {what}; --objective rotation and moco take pictures of any kind")
-
-    def listed(folder: Path) -> list[tuple[str, int]]:
-        found = list_classes(folder, classes) if classes else [(path, 0) for path in pictures_in(folder)]
-        if not found:
-            raise UserError(f"{folder}: holds no pictures ({', '.join(PICTURES[:3])}, ...) at any depth; check --data")
-        return found
-
-    pictures = listed(folder)
-    if apart:
-        return pictures, listed(val) if args.objective != "moco" else [], classes
+    pictures = labelled(folder, found, classes)
     if args.objective == "moco":
         return pictures, [], classes
+    if apart:
+        return pictures, labelled(val, pictures_in(val), classes), classes
     return *hold_out(pictures, args.holdout), classes
 
 
@@ -300,25 +295,22 @@ def hold_out(pictures: Sequence[tuple[str, int]], share: float) -> tuple[list, l
     all but one of a class at the most. What is too little for a picture is added to the next folder's share."""
     left = Counter(label for _, label in pictures)
     learned, held, owed = [], [], 0.0
-    for _, inside in groupby(pictures, lambda picture: Path(picture[0]).parent):
+    for _, inside in itertools.groupby(pictures, lambda picture: Path(picture[0]).parent):
         inside = list(inside)
         label = inside[0][1]
         owed += len(inside) * share
         count = min(int(owed), len(inside), left[label] - 1)
         owed, left[label] = owed - count, left[label] - count
-        kept = len(inside) - count
-        learned, held = learned + inside[:kept], held + inside[kept:]
+        learned.extend(inside[: len(inside) - count])
+        held.extend(inside[len(inside) - count :])
     return learned, held
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """A picture file -> H x W x 3 uint8 RGB. Raises Unreadable."""
-    if not Path(path).is_file():  # a FIFO would wait for ever
-        raise Unreadable(f"{path}: is no file (any more)")
-    try:
-        return common.read_picture(path)
-    except UserError as error:
-        raise Unreadable(str(error)) from error
+    """A picture file -> H x W x 3 uint8 RGB. UserError if it cannot be read."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: is no file (any more)")
+    return common.read_picture(path)
 
 
 class Pictures(Dataset):
@@ -343,7 +335,7 @@ class HeldOut(Pictures):
     def __getitem__(self, index: int) -> dict:
         try:
             return super().__getitem__(index)
-        except Unreadable:
+        except UserError:
             black = torch.zeros(3, 9, 9, dtype=torch.uint8)
             return {"label": -1, **{view: self.transform(black) for view in self.views}}
 
@@ -442,13 +434,9 @@ def rotations(images: Tensor) -> tuple[Tensor, Tensor]:
     return turned.flatten(0, 1), torch.arange(4, device=images.device).repeat(len(images))
 
 
-class Rotation(nn.Module):
+class Rotation(Classification):
     """Which way is up (RotNet, Gidaris et al. 2018). All four turns are in every part of a batch: BatchNorm's
     statistics would tell the turn of one by itself."""
-
-    def __init__(self, net: Net):
-        super().__init__()
-        self.net = net
 
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = rotations(batch["pictures"]["image"])
@@ -461,11 +449,9 @@ def all_gather(x: Tensor) -> Tensor:
     if world == 1:
         return x
     x = x.contiguous()  # not channels last, whose strides a gather does not heed
-    everybody = x.new_empty(world * len(x), *x.shape[1:])
-    new = hasattr(torch.distributed, "all_gather_single")  # the name from torch 2.14 on
-    gather = torch.distributed.all_gather_single if new else torch.distributed.all_gather_into_tensor
-    gather(everybody, x)
-    return everybody
+    everybody = [torch.empty_like(x) for _ in range(world)]
+    torch.distributed.all_gather(everybody, x)
+    return torch.cat(everybody)
 
 
 def contrast(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -532,17 +518,13 @@ class MoCo(nn.Module):
         """Images N x 3 x S x S -> keys of length 1, N x D; BatchNorm in groups."""
         return F.normalize(torch.cat([net(part) for part in images.chunk(self.groups)]), dim=1)
 
-    def keys(self, images: Tensor, step: int) -> Tensor:
-        """Keys of the images of all processes, in their order."""
-        return shuffled_keys(functools.partial(self.embed, self.encoder_k), images, step)
-
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
         query, key = batch["pictures"]["query"], batch["pictures"]["key"]
         q = self.embed(self.encoder_q, query)
         if step != self.step:
             follow(self.encoder_k, self.encoder_q, self.momentum)
             self.step, self.negatives = step, self.queue.clone()
-        keys = self.keys(key, step)
+        keys = shuffled_keys(functools.partial(self.embed, self.encoder_k), key, step)
         terms = tell_own_key(q, keys, self.negatives, self.temperature)
         enqueue(self.queue, self.queue_ptr, keys)
         return terms
@@ -562,27 +544,24 @@ MOVED = {"finetune", "init", "autoencoder"}  # not read again; the same name els
 def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> torch.device:
     """Check the flags, the batch sizes of the streams (as in train) and both against OUT/last.pth, seed, join the
     process group. To be called first."""
-    least = {"max_steps": 0, "accumulate": 1, "workers": 0, "save_minutes": 0, "validate_every": 1, "seed": 0}
-    check_numbers(args, least, {"workers": 256, "seed": 2**63 - 1})
+    limits = {"max_steps": (0, math.inf), "accumulate": (1, math.inf), "workers": (0, 256)}
+    limits |= {"save_minutes": (0, math.inf), "validate_every": (1, math.inf), "seed": (0, 2**63 - 1)}
+    check_numbers(args, limits)
     if os.path.lexists(args.out) and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is there, and is no folder; choose another")
     if args.validate:
         clips(args)
-    parts = rank_world()[1] * args.accumulate
     for samples, flag in streams.values():
         size, what = getattr(args, flag), f"--{flag.replace('_', '-')} {getattr(args, flag)}"
         if len(samples) < size:
             raise UserError(f"{what}: there are {len(samples)} samples to learn from; give fewer")
-        if size % parts:
-            raise UserError(f"{what}: is no multiple of {parts}, processes x --accumulate; change one of them")
-    step = 0
-    if resumes(args):
-        state = read_checkpoint(args, streams)
-        step, before, world = state["step"], state["processes"], rank_world()[1]
-        same = before is None or before * int(state["config"]["accumulate"]) == world * args.accumulate
-        if not same and not rank_world()[0]:
-            what = f"was trained by {before} processes, not {world}; BatchNorm sees other parts of a batch from here on"
-            print(f"note: {args.out / 'last.pth'}: {what}", file=sys.stderr)
+        if size % args.parts:
+            raise UserError(f"{what}: is no multiple of {args.parts}, processes x --accumulate; change one of them")
+    world = rank_world()[1]
+    state = read_checkpoint(args, streams) if resumes(args) else {"step": 0, "parts": args.parts}
+    if state["parts"] != args.parts:
+        what = f"was trained by {state['processes']} processes, not {world}; BatchNorm sees other parts of a batch"
+        say(f"note: {args.out / 'last.pth'}: {what} from here on")
     name, _, index = args.device.partition(":")
     if name in ("auto", "cuda") and torch.cuda.is_available():  # on GPU 0 each process would keep some memory
         name, index = "cuda", os.environ.get("LOCAL_RANK", index or "0")
@@ -590,13 +569,13 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same
-    if rank_world()[1] > 1:
+    if world > 1:
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         patience = timedelta(days=1)  # the others wait for a validation
         torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
         atexit.register(torch.distributed.destroy_process_group)
-        everybody = [None] * rank_world()[1]
-        found = step, sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
+        everybody = [None] * world
+        found = state["step"], sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
         torch.distributed.all_gather_object(everybody, found)
         if any(other != found for other in everybody):
             raise UserError(f"--out {args.out}: processes find other files there; give a folder that all nodes share")
@@ -609,26 +588,23 @@ def resumes(args: Training) -> bool:
     return args.resume and (args.out / "last.pth").is_file()
 
 
-def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str]]) -> dict:
+def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str | int]]) -> dict:
     """OUT/last.pth of train(). UserError if it was trained with other flags or another number of samples."""
-    path = args.out / "last.pth"
+    path, older = args.out / "last.pth", {"processes": rank_world()[1]}  # which do not say it
     try:
-        older = {"samples": {}, "processes": None}  # do not say so
         state = older | torch.load(path, map_location="cpu", weights_only=True)
-        state = {key: state[key] for key in ("step", "config", "method", "optimizer", "scaler", *older)}
+        state["parts"] = state["processes"] * int(state["config"]["accumulate"])
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
     remedy = "give the same, another --out, or --no-resume to begin again"
-    free, world = FREE, rank_world()[1]
-    if state["processes"] and not args.shuffles:  # processes or --accumulate may cut a batch into the same parts
-        same = state["processes"] * int(state["config"]["accumulate"]) == world * args.accumulate
-        free = FREE | ({"accumulate"} if same else set())
+    moco = "moco" in (getattr(args, "objective", ""), getattr(args, "image_objective", ""))  # processes swap samples
+    free = FREE if moco or state["parts"] != args.parts else FREE | {"accumulate"}  # the same parts, cut otherwise
     for flag, old in state["config"].items():
         now = str(getattr(args, flag, None))
         if now != old and flag not in free and not (flag in MOVED and Path(now).name == Path(old).name):
             raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, not {now}; {remedy}")
     for name, (samples, _) in streams.items():
-        if (old := state["samples"].get(name, len(samples))) != len(samples):
+        if (old := state["samples"].get(name)) != len(samples):
             raise UserError(f"{path}: was trained with {old} samples ({name}), not {len(samples)}; {remedy}")
     return state
 
@@ -652,49 +628,45 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class Draws(torch.utils.data.Dataset):
+class Draws(Dataset):
     """A data set asked by (index, seed, step): what is random in a sample depends on its seed alone; what changes while
-    training reads samples.step. A sample that cannot be read gives place to another; None in its place after 100."""
+    training reads samples.step. A sample whose reading is a UserError gives place to another; None in its place after
+    100. Beside the sample stands what was wrong with those before it."""
 
-    def __init__(self, samples):
+    def __init__(self, samples: Sequence):
         self.samples = samples
 
-    def __getitem__(self, key: tuple[int, int, int]):
-        (index, seed, self.samples.step), skipped = key, []
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple:
+        index, seed, self.samples.step = key
         torch.manual_seed(seed)
+        skipped = []
         while len(skipped) < 100:
             try:
                 return self.samples[index], skipped
-            except Unreadable as error:
+            except UserError as error:
                 skipped.append(str(error))
                 index = int(torch.randint(len(self.samples), ()))
         return None, skipped
 
-    @staticmethod
-    def collate(drawn: list) -> tuple:
-        samples = [sample for sample, _ in drawn]
-        skipped = [line for _, lines in drawn for line in lines]
-        whole = all(sample is not None for sample in samples)
-        return torch.utils.data.default_collate(samples) if whole else None, skipped
+
+def collate(drawn: Sequence[tuple]) -> tuple:
+    """Samples of Draws -> their batch, None where one is missing; and all that was wrong."""
+    samples, skipped = zip(*drawn, strict=True)
+    whole = all(sample is not None for sample in samples)
+    return default_collate(samples) if whole else None, list(itertools.chain(*skipped))
 
 
-class Batches(torch.utils.data.Sampler):
+def batches(count: int, size: int, seed: tuple[int, ...], start: int) -> Iterator[list[tuple[int, int, int]]]:
     """Endless shuffled batches of (index, seed, step) from step `start` on, full ones only; those of a step are a
     function of (seed, step), and a process takes its slice of them."""
-
-    def __init__(self, count: int, size: int, seed: tuple[int, ...], start: int):
-        self.count, self.size, self.seed, self.start = count, size, seed, start
-
-    def __iter__(self):
-        rank, world = rank_world()
-        share, epoch = self.size // world, None
-        for step in itertools.count(self.start):
-            if step // (self.count // self.size) != epoch:
-                epoch = step // (self.count // self.size)
-                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(*self.seed, epoch)))
-            first = step % (self.count // self.size) * self.size
-            places = range(rank * share, (rank + 1) * share)
-            yield [(int(order[first + place]), seed_of(*self.seed, step, place), step) for place in places]
+    rank, world = rank_world()
+    places = range(rank * size // world, (rank + 1) * size // world)
+    steps = count // size  # an epoch
+    for epoch in itertools.count(start // steps):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*seed, epoch)))
+        for step in range(max(start, epoch * steps), (epoch + 1) * steps):
+            first = (step - epoch * steps) * size
+            yield [(int(order[first + place]), seed_of(*seed, step, place), step) for place in places]
 
 
 def quiet_worker(_) -> None:
@@ -705,101 +677,10 @@ def quiet_worker(_) -> None:
 
 
 def each(batch, do: Callable[[Tensor], Tensor]):
-    """A batch of nested dicts, lists and tuples with `do` applied to its tensors."""
+    """A batch of nested dicts and lists with `do` applied to its tensors."""
     if isinstance(batch, dict):
         return {key: each(value, do) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(each(value, do) for value in batch)
-    return do(batch) if isinstance(batch, Tensor) else batch
-
-
-class Curve:
-    """A CSV with a row for each call; rows of later steps than `step`, from a run that was cut off, are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path, self.columns, self.kept = path, [], []
-        if step and path.is_file():
-            self.kept = [row for row in self.read() if None not in row.values() and int(row["step"]) <= step]
-
-    def read(self) -> list[dict]:
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
-
-    def add(self, row: dict) -> None:
-        row = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-        if row.keys() <= set(self.columns):
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
-            return
-        rows = [*(self.read() if self.columns else self.kept), row]  # the first, or one with new columns
-        self.columns = list(dict.fromkeys(name for row in rows for name in row))
-        with atomic(self.path) as path, path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def clips(args: Training) -> list[str]:
-    """The sequences that validate() scores. UserError if they are not there."""
-    names = [name for name in args.validate_sequences.split(",") if name]
-    listing = args.validate / "ImageSets" / "2017" / "val.txt"
-    if not names and not listing.is_file():
-        raise UserError(f"--validate {args.validate}: has no ImageSets/2017/val.txt; give the root of DAVIS 2017")
-    names = names or listing.read_text(errors="replace").split()[:2]
-    if not names:
-        raise UserError(f"{listing}: names no sequence; give --validate-sequences, or the root of DAVIS 2017")
-    for name in names:
-        if name != Path(name).name or name == "..":
-            raise UserError(
-                f"--validate {args.validate}: {name!r} is no name of a sequence; give names without folders"
-            )
-    for place in (f"{folder}/480p/{name}" for folder in ("JPEGImages", "Annotations") for name in names):
-        if not (args.validate / place).is_dir():
-            raise UserError(
-                f"--validate {args.validate}: has no {place}; give DAVIS 2017 and --validate-sequences of it"
-            )
-    return names
-
-
-def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
-    """J&F of label propagation with OUT/weights.pth, by evaluate.py in a process of its own; {} if that fails."""
-    with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        command = [sys.executable, Path(__file__).parent / "evaluate.py", "--data", args.validate, "--out", folder]
-        command += ["--weights", args.out / "weights.pth", "--sequences", ",".join(clips(args))]
-        command += ["--device", args.device, *flags]
-        alone = {name: value for name, value in os.environ.items() if not name.endswith(("RANK", "WORLD_SIZE"))}
-        done = subprocess.run(command, capture_output=True, text=True, env=alone)
-        if done.returncode:
-            why = (done.stderr.splitlines() or ["no message"])[-1]
-            tqdm.write(f"warning: validation failed: {why}", file=sys.stderr)
-            return {}
-        overall = json.loads((Path(folder) / "scores.json").read_text())["overall"]
-    return {name: 100 * overall[name] for name in ("J&F_M", "J_M", "F_M")}
-
-
-def together(values: Sequence[float], how: str) -> list[float]:
-    """The "max" or "mean" of each value over all processes; on the CPU, as a GPU would have to finish its work."""
-    world = rank_world()[1]
-    if world == 1:
-        return list(values)
-    x = torch.tensor(values, dtype=torch.float64)
-    torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM)
-    return (x if how == "max" else x / world).tolist()
-
-
-@torch.no_grad()
-def share_statistics(method: nn.Module) -> None:
-    """BatchNorm's running statistics: in every process the mean over all. They are running means, so it does not matter
-    how often this is done."""
-    norms = [part for part in method.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
-    own = [values for norm in norms for values in (norm.running_mean, norm.running_var)]
-    world = rank_world()[1]
-    if world == 1 or not own:
-        return
-    everything = torch.cat(own)
-    torch.distributed.all_reduce(everything)
-    for values, mean in zip(own, (everything / world).split([len(values) for values in own]), strict=True):
-        values.copy_(mean)
+    return do(batch) if isinstance(batch, Tensor) else [each(value, do) for value in batch]
 
 
 class Feed:
@@ -809,19 +690,17 @@ class Feed:
     def __init__(self, args: Training, streams: dict[str, tuple[Sequence, int]], step: int, device: torch.device):
         self.streams, self.device, self.file = streams, device, args.out / "unreadable.txt"
         self.lost, self.waited = set(), 0.0  # lines of unreadable.txt; seconds
-        self.loaders = [
-            iter(
-                torch.utils.data.DataLoader(
-                    Draws(samples),
-                    batch_sampler=Batches(len(samples), size, (args.seed, number), step),
-                    collate_fn=Draws.collate,
-                    num_workers=math.ceil(args.workers / len(streams)),
-                    worker_init_fn=quiet_worker,
-                    pin_memory=device.type == "cuda",
-                )
+        self.loaders = []
+        for number, (samples, size) in enumerate(streams.values()):
+            loader = DataLoader(
+                Draws(samples),
+                batch_sampler=batches(len(samples), size, (args.seed, number), step),
+                collate_fn=collate,
+                num_workers=math.ceil(args.workers / len(streams)),
+                worker_init_fn=quiet_worker,
+                pin_memory=device.type == "cuda",
             )
-            for number, (samples, size) in enumerate(streams.values())
-        ]
+            self.loaders.append(iter(loader))
 
     def next(self) -> dict:
         start, batch = time.perf_counter(), {}
@@ -839,19 +718,103 @@ class Feed:
         return each(batch, lambda x: x.to(self.device, non_blocking=True))
 
 
+def clips(args: Training) -> list[str]:
+    """The sequences that validate() scores. UserError if they are not there."""
+    listing = args.validate / "ImageSets" / "2017" / "val.txt"
+    names = [name for name in args.validate_sequences.split(",") if name]
+    if not names and listing.is_file():
+        names = listing.read_text(errors="replace").split()[:2]
+    what = f"--validate {args.validate}"
+    if not names:
+        raise UserError(f"{what}: has no ImageSets/2017/val.txt with sequences; give the root of DAVIS 2017")
+    for folder, name in itertools.product(("JPEGImages", "Annotations"), names):
+        if name != Path(name).name or name == "..":
+            raise UserError(f"{what}: {name!r} is no name of a sequence; give names without folders")
+        if not (args.validate / folder / "480p" / name).is_dir():
+            raise UserError(f"{what}: has no {folder}/480p/{name}; give DAVIS 2017 and --validate-sequences of it")
+    return names
+
+
+def validate(args: Training, flags: Sequence[str]) -> dict[str, float]:
+    """J&F of label propagation with OUT/weights.pth, by evaluate.py in a process of its own; {} if that fails."""
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        command = [sys.executable, Path(__file__).parent / "evaluate.py", "--data", args.validate, "--out", folder]
+        command += ["--weights", args.out / "weights.pth", "--sequences", ",".join(clips(args))]
+        command += ["--device", args.device, *flags]
+        alone = {name: value for name, value in os.environ.items() if not name.endswith(("RANK", "WORLD_SIZE"))}
+        if rank_world()[1] > 1:  # torchrun sets it to 1 unasked, and the other processes wait
+            alone.pop("OMP_NUM_THREADS", None)
+        done = subprocess.run(command, capture_output=True, text=True, env=alone)
+        if done.returncode:
+            why = (done.stderr.splitlines() or ["no message"])[-1]
+            tqdm.write(f"warning: validation failed: {why}", file=sys.stderr)
+            return {}
+        overall = json.loads((Path(folder) / "scores.json").read_text())["overall"]
+    return {name: 100 * overall[name] for name in ("J&F_M", "J_M", "F_M")}
+
+
+def together(values: Sequence[float], how: str) -> list[float]:
+    """The "SUM" or "MAX" of each value over all processes; on the CPU, as a GPU would have to finish its work."""
+    x = torch.tensor(values, dtype=torch.float64)
+    if rank_world()[1] > 1:
+        torch.distributed.all_reduce(x, getattr(torch.distributed.ReduceOp, how))
+    return x.tolist()
+
+
+@torch.no_grad()
+def share_statistics(method: nn.Module) -> None:
+    """BatchNorm's running statistics: in every process the mean over all. They are running means, so it does not matter
+    how often this is done."""
+    world = rank_world()[1]
+    norms = [part for part in method.modules() if isinstance(part, nn.BatchNorm2d) and part.training]
+    for norm in norms if world > 1 else ():
+        for values in (norm.running_mean, norm.running_var):
+            torch.distributed.all_reduce(values)
+            values /= world
+
+
+class Curve:
+    """The rows of a CSV, and the same in TensorBoard where there is a board. Rows of later steps than `step`, from a
+    run that was cut off, are dropped."""
+
+    def __init__(self, path: Path, step: int, board, prefix: str = ""):
+        self.path, self.board, self.prefix = path, board, prefix
+        self.columns, self.kept = [], []
+        if step and path.is_file():
+            self.kept = [row for row in self.read() if None not in row.values() and int(row["step"]) <= step]
+
+    def read(self) -> list[dict]:
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def add(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(self.prefix + name, value, step)
+        row = {"step": step, "epoch": epoch} | {name: f"{value:.6g}" for name, value in values.items()}
+        if not row.keys() <= set(self.columns):  # the first, or one with new columns
+            rows = self.read() if self.columns else self.kept
+            self.columns = list(dict.fromkeys(itertools.chain(*rows, row)))
+            with atomic(self.path) as path, path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+
 class Log:
     """What is written down of a run: log.csv, validation.csv and TensorBoard's events by rank 0, and a bar. The terms
     of a row are means over the steps since the row before, and over all processes."""
 
-    def __init__(self, out: Path, step: int, total: float):
-        self.rows, self.scores = (Curve(out / name, step) for name in ("log.csv", "validation.csv"))
-        self.writes = rank_world()[0] == 0
-        self.board = None
-        if self.writes:
+    def __init__(self, out: Path, step: int, total: float, pictures: int):
+        self.board, self.pictures = None, pictures  # of one step, over all processes
+        if not rank_world()[0]:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out, purge_step=step)
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=not self.writes, dynamic_ncols=True)
+        self.rows = Curve(out / "log.csv", step, self.board)
+        self.scores = Curve(out / "validation.csv", step, self.board, "validation/")
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=not self.board, dynamic_ncols=True)
         self.sums, self.steps, self.began = {}, 0, time.perf_counter()  # of the row to come
 
     def note(self, terms: dict[str, Tensor]) -> None:
@@ -863,29 +826,21 @@ class Log:
 
     def means(self) -> dict[str, float]:
         """Of the terms since the last row; together() with the other processes."""
-        own = [float(value) / self.steps for value in self.sums.values()]
-        return dict(zip(self.sums, together(own, "mean"), strict=True))
+        sums = together([float(value) / self.steps for value in self.sums.values()], "SUM")
+        return {name: value / rank_world()[1] for name, value in zip(self.sums, sums, strict=True)}
 
-    def row(self, step: int, epoch: int, lr: float, pictures: int, waiting: float, means: dict[str, float]) -> None:
-        """pictures: of one step, over all processes; waiting: share of the time that this process waited for data."""
+    def row(self, step: int, epoch: int, lr: float, waiting: float, means: dict[str, float]) -> None:
+        """waiting: share of the time that this process waited for data."""
         now = time.perf_counter()
-        row = {"lr": lr, "images_per_s": pictures * self.steps / (now - self.began), "waiting": waiting, **means}
+        row = {"lr": lr, "images_per_s": self.pictures * self.steps / (now - self.began), "waiting": waiting, **means}
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in {**means, **row}.items()}, refresh=False)
-        if self.writes:
-            self.rows.add({"step": step, "epoch": epoch, **row})
-            for name, value in row.items():
-                self.board.add_scalar(name, value, step)
+        if self.board:
+            self.rows.add(step, epoch, row)
         self.sums, self.steps, self.began = {}, 0, now
 
-    def judged(self, step: int) -> bool:
-        """Whether a run before this one has the scores of this step."""
-        return any(int(row["step"]) == step for row in self.scores.kept)
-
     def score(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        if values and self.writes:
-            self.scores.add({"step": step, "epoch": epoch, **values})
-            for name, value in values.items():
-                self.board.add_scalar(f"validation/{name}", value, step)
+        if values and self.board:
+            self.scores.add(step, epoch, values)
             tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.began = time.perf_counter()  # scoring is no part of a row's time
 
@@ -945,33 +900,32 @@ def train(
     optimizer: torch.optim.Optimizer,
     lr: Callable[[int], float],
     epochs: int,
-    steps_per_epoch: int,
     streams: dict[str, tuple[Sequence, str]],
-    weights: Callable[[], dict],
+    net: nn.Module,
+    meta: dict,
     validation: Sequence[str] = (),
     score: Callable[[], dict[str, float]] | None = None,
-    look: Callable[[], np.ndarray] | None = None,
-    look_every: int = 0,
+    look: Callable[[], np.ndarray | None] | None = None,
 ) -> None:
     """Train, on one process or many, so that a run that is cut off and resumed ends with the same weights.
 
     method(batch, step) gives scalar tensors, the same ones at all steps of an epoch: "loss" is minimised, all are
     logged. streams names data sets and the flags of their batch sizes over all processes, as checked by start_training;
-    batch[name] is what their samples collate to. Randomness is a function of (seed, step, place in the batch), so a
-    checkpoint needs no random states, and processes x accumulated parts see the same samples however they are shared
-    out. lr(epoch), epochs from 0. weights() is saved as OUT/weights.pth; validation are flags of evaluate.py for
-    --validate; score() is run by all processes at the end of an epoch; look() is a picture, H x W x 3 uint8, of the
-    step before. Raises UserError for a loss that is not finite, data that cannot be read and a full disk; the last
-    checkpoint stays.
+    batch[name] is what their samples collate to, and an epoch is one of the first. Randomness is a function of (seed,
+    step, place in the batch), so a checkpoint needs no random states, and processes x accumulated parts see the same
+    samples however they are shared out. lr(epoch), epochs from 0. The net's weights and meta are saved as
+    OUT/weights.pth; validation are flags of evaluate.py for --validate; score() is run by all processes at the end of
+    an epoch; look() is a picture of the step before, H x W x 3 uint8, or None. Raises UserError for a loss that is not
+    finite, data that cannot be read and a full disk; the last checkpoint stays.
     """
     rank, world = rank_world()
     device, last = next(method.parameters()).device, args.out / "last.pth"
-    try:
+    with common.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); choose another") from error
-    total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
     streams = {name: (samples, getattr(args, flag)) for name, (samples, flag) in streams.items()}
+    samples, size = next(iter(streams.values()))
+    steps_per_epoch = len(samples) // size
+    total = min(epochs * steps_per_epoch, args.max_steps or math.inf)
     scaler, first = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
     if resumes(args):
         state = read_checkpoint(args, streams)
@@ -984,7 +938,8 @@ def train(
         gpu = [device] if device.type == "cuda" else None
         parallel = nn.parallel.DistributedDataParallel(method, device_ids=gpu)
         parallel.broadcast_buffers = False  # the argument's name depends on torch's version
-    feed, log = Feed(args, streams, first, device), Log(args.out, first, total)
+    feed = Feed(args, streams, first, device)
+    log = Log(args.out, first, total, sum(size for _, size in streams.values()))
     began = saved = time.perf_counter()
     step, halt = first, 0
 
@@ -996,14 +951,17 @@ def train(
 
     def save() -> None:
         config = {flag: str(value) for flag, value in vars(args).items()}
-        samples = {name: len(samples) for name, (samples, _) in streams.items()}
-        state = {"step": step, "config": config, "samples": samples, "processes": world}
-        state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state = {"step": step, "config": config, "processes": world, "scaler": scaler.state_dict()}
+        state |= {"samples": {name: len(samples) for name, (samples, _) in streams.items()}}
+        state |= {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
         write_checkpoint(last, state)
-        write_checkpoint(args.out / "weights.pth", weights())
+        about = meta | {"torch": str(torch.__version__), "config": config}
+        write_checkpoint(args.out / "weights.pth", {"state_dict": net.state_dict(), "meta": about})
 
     def judge() -> None:
-        """Scores of an epoch that is over, and of the end."""
+        """Scores of an epoch that is over, and of the end, unless a run before this one had the time for them."""
+        if not (ends_epoch() or step == total) or str(step) in [row["step"] for row in log.scores.kept]:
+            return
         values = score() if score and ends_epoch() else {}
         if validates() and not rank:
             values |= validate(args, validation)
@@ -1012,8 +970,8 @@ def train(
 
     method.train()
     try:
-        with stop_signals() as signals:
-            if step and not log.judged(step):  # stopped before there was time for it
+        with common.writing(args.out), stop_signals() as signals:
+            if step:
                 judge()
             while step < total and not halt:
                 epoch = step // steps_per_epoch
@@ -1024,7 +982,7 @@ def train(
 
                 minutes = (time.perf_counter() - saved) / 60
                 late = minutes > (min(1, args.save_minutes) if ends_epoch() else args.save_minutes)
-                halt, late = map(int, together([max(signals, default=0), late], "max"))  # all at the same step
+                halt, late = map(int, together([max(signals, default=0), late], "MAX"))  # all at the same step
                 due = halt or late or validates() or step == total
                 if due or ends_epoch():
                     share_statistics(method)
@@ -1032,31 +990,23 @@ def train(
                     means = log.means()
                     whole = not due or all(value.isfinite().all() for value in method.parameters())
                     if not (math.isfinite(means["loss"]) and whole):
-                        raise UserError(
-                            f"loss or weights are no numbers by step {step}; {last if last.exists() else 'nothing'} is "
-                            "kept from before; lower the learning rate, or take --amp float32"
-                        )
-                    pictures = sum(size for _, size in streams.values())
-                    waiting = feed.waited / (time.perf_counter() - began)
-                    log.row(step, epoch, lr(epoch), pictures, waiting, means)
+                        what = f"no numbers by step {step}; {last if last.exists() else 'nothing'} is kept from before"
+                        raise UserError(f"loss or weights are {what}; lower the learning rate, or take --amp float32")
+                    log.row(step, epoch, lr(epoch), feed.waited / (time.perf_counter() - began), means)
                 if due:
                     if not rank:
                         save()
                     saved = time.perf_counter()
-                if look and not rank and step % look_every == 0:
-                    log.picture(step, look(), args.out / "pictures" / f"{step:07}.jpg")
-                if (ends_epoch() or step == total) and not halt:
+                if look and not rank and (picture := look()) is not None:
+                    log.picture(step, picture, args.out / "pictures" / f"{step:07}.jpg")
+                if not halt:
                     judge()
-    except OSError as error:  # of the logs; a checkpoint's says so itself
-        why = error.strerror or error
-        raise UserError(f"{args.out}: cannot be written ({why}); free space, the same command goes on") from error
     finally:
         log.close()
     if world > 1:
         torch.distributed.barrier()  # last.pth is written before anybody leaves or reads it
     if halt:
-        if not rank:
-            print(f"stopped at step {step}: {last} is whole; the same command goes on from there", file=sys.stderr)
+        say(f"stopped at step {step}: {last} is whole; the same command goes on from there")
         sys.exit(128 + halt)
     if not rank:
         took = time.perf_counter() - began
@@ -1068,25 +1018,26 @@ def train(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights to start from, weights to save, accuracy
+# Weights to start from, accuracy
 
 
 def load_start(net: Net, path: Path, arch: str) -> None:
     """Weights of the original stride into the network; what the file lacks beyond layer3 is named and stays random.
     UserError for another architecture."""
-    state, own = read_start(path), net.state_dict()
+    state, own, fresh = read_start(path), net.state_dict(), {}
 
     def head(entries: dict) -> dict:
         return {key: value.shape for key, value in entries.items() if key.startswith("fc.")}
 
-    fresh = [] if any(key.startswith("layer4.") for key in state) else ["layer4"]
-    fresh += [] if head(state) == head(own) else ["fc"]
-    state = {key: value for key, value in state.items() if key.split(".")[0] not in fresh}
-    if why := common.fit(net, state | {key: value for key, value in own.items() if key.split(".")[0] in fresh}):
+    if not any(key.startswith("layer4.") for key in state):
+        fresh["layer4."] = "layer4"
+    if head(state) != head(own):
+        fresh["fc."] = "head (fc)"
+    state |= {key: value for key, value in own.items() if key.startswith(tuple(fresh))}
+    if why := common.fit(net, state):
         raise UserError(f"{path}: is no {arch} with torchvision's names: {why}; give another file, or another --arch")
-    if fresh and not rank_world()[0]:
-        names = " and ".join({"layer4": "layer4", "fc": "head (fc)"}[name] for name in fresh)
-        print(f"note: {path}: has no fitting {names}; random weights are taken instead", file=sys.stderr)
+    if fresh:
+        say(f"note: {path}: has no fitting {' and '.join(fresh.values())}; random weights are taken instead")
 
 
 def system(args: Args) -> str:
@@ -1106,21 +1057,20 @@ def held_out_score(args: Args, method: nn.Module, pictures: HeldOut, device: tor
         num_workers=min(args.workers, len(pictures) // 64),
         worker_init_fn=quiet_worker,
     )
-    sums = torch.zeros(4, device=device)  # loss, top1, top5, pictures
+    names = ("loss", "top1", "top5") if method.net.fc.out_features > 5 else ("loss", "top1")
+    sums = np.zeros(len(names) + 1)  # the last counts the pictures
     method.eval()
     for batch in loader:
         readable = batch["label"] >= 0
+        if not readable.any():
+            continue
         batch = {"pictures": {name: values[readable].to(device) for name, values in batch.items()}}
         mixed = torch.autocast(device.type, getattr(torch, args.amp), enabled=args.amp != "float32")
         with torch.inference_mode(), mixed:
-            terms = method(batch, 0) if readable.any() else {}
-        means = [float(terms.get(name, 0)) for name in ("loss", "top1", "top5")]
-        sums += torch.tensor([*means, 1.0], device=device) * readable.sum().to(device)
-    if world > 1:
-        torch.distributed.all_reduce(sums)
-    loss, top1, top5, count = sums.tolist()
-    means = {"loss": loss, "top1": top1} | ({"top5": top5} if method.net.fc.out_features > 5 else {})
-    return {name: value / max(count, 1) for name, value in means.items()} | {"pictures": count}
+            terms = method(batch, 0)
+        sums += int(readable.sum()) * np.array([*(float(terms[name]) for name in names), 1])
+    *sums, count = together(sums, "SUM")
+    return {name: value / max(count, 1) for name, value in zip(names, sums, strict=True)} | {"pictures": count}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1138,24 +1088,18 @@ def main(args: Args) -> None:
     if args.finetune and not resumes(args):
         load_start(net, args.finetune, args.arch)
     if moco:
-        groups = args.bn_groups // (rank_world()[1] * args.accumulate)
-        method = MoCo(net, args.queue, args.dim, args.temperature, args.key_momentum, groups)
+        method = MoCo(net, args.queue, args.dim, args.temperature, args.key_momentum, args.bn_groups // args.parts)
     else:
         method = {"imagenet": Classification, "rotation": Rotation}[args.objective](net)
     method.to(device, memory_format=torch.channels_last)
-    if not rank_world()[0]:
-        what = f"{len(learned)} pictures" + (f" of {len(classes)} classes" if classes else "")
-        print(f"{args.objective}: {what}, {len(held)} held out; {args.epochs} epochs, lr {args.lr:g}", file=sys.stderr)
-        if moco and args.queue > len(learned):
-            print(f"note: --queue {args.queue}: longer than an epoch, a picture meets keys of itself", file=sys.stderr)
+    what = f"{len(learned)} pictures" + (f" of {len(classes)} classes" if classes else "")
+    say(f"{args.objective}: {what}, {len(held)} held out; {args.epochs} epochs, lr {args.lr:g}")
+    if moco and args.queue > len(learned):
+        say(f"note: --queue {args.queue}: longer than an epoch, a picture meets keys of itself")
 
-    def weights() -> dict:
-        meta = {"arch": args.arch, "task": system(args), "out_layer": "layer3", "input": "rgb", "l2_normalise": True}
-        meta["strides"] = {"layer3": 1 if args.finetune else 2, "layer4": 2}
-        meta["temperature"] = common.preset(system(args)).temperature
-        meta |= {"torch": str(torch.__version__), "config": {flag: str(value) for flag, value in vars(args).items()}}
-        return {"state_dict": net.state_dict(), "meta": meta}
-
+    meta = {"arch": args.arch, "task": system(args), "out_layer": "layer3", "input": "rgb", "l2_normalise": True}
+    meta["strides"] = {"layer3": 1 if args.finetune else 2, "layer4": 2}
+    meta["temperature"] = common.preset(system(args)).temperature
     trained, kept = [value for value in method.parameters() if value.requires_grad], HeldOut(held, centre(args))
     train(
         args,
@@ -1163,9 +1107,9 @@ def main(args: Args) -> None:
         torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.weight_decay),
         learning_rate(args),
         args.epochs,
-        len(pictures) // args.batch_size,
         streams,
-        weights,
+        net,
+        meta,
         validation=("--model", system(args)),
         score=(lambda: held_out_score(args, method, kept, device)) if held else None,
     )

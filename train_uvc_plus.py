@@ -11,11 +11,12 @@ first found in the whole second one. Where papers and released code differ, this
 Without --autoencoder the Lab auto-encoder, whose codes are what is copied, is trained first.
 """
 
+import contextlib
 import copy
 import functools
+import itertools
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ import common
 import train_finetune
 from common import PICTURES, UserError, rank_world
 from propagate import Video
-from train_finetune import Unreadable, check_numbers, pictures_in, read_picture, read_start, resumes, visible
+from train_finetune import check_numbers, pictures_in, read_picture, read_start, resumes, say, visible
 
 
 @dataclass
@@ -103,14 +104,10 @@ class Args(train_finetune.Training):
     look_every: int = 500
     """Steps between two pictures in OUT/pictures: reference, target, its box, and the colours copied to it."""
 
-    @property
-    def shuffles(self) -> bool:
-        return self.image_objective == "moco"
-
 
 FILMS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".ts")
-IMAGE_WEIGHT = {"none": 0.0, "rotation": 0.3, "moco": 0.1, "imagenet": 0.05}
-IMAGE_BATCH = {"none": 0, "rotation": 64, "moco": 32, "imagenet": 256}
+# image objective: lambda, pictures in a batch (section 5)
+IMAGE_LOSS = {"none": (0.0, 0), "rotation": (0.3, 64), "moco": (0.1, 32), "imagenet": (0.05, 256)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,21 +135,20 @@ open_video = functools.lru_cache(maxsize=256)(Video)  # where its frames are; fo
 
 
 def read_frames(path: Path, choose: Callable[[int], Sequence[int]]) -> list[np.ndarray]:
-    """The frames `choose(length)` of a video, or a picture. Raises Unreadable."""
+    """The frames `choose(length)` of a video, or a picture. UserError if they cannot be read."""
+    if path.suffix.lower() in PICTURES and not path.is_dir():
+        return [read_picture(path)]
+    if not (path.is_file() or path.is_dir()):  # a FIFO would wait for ever
+        raise UserError(f"{path}: is no file (any more)")
     try:
-        if path.suffix.lower() in PICTURES and not path.is_dir():
-            return [read_picture(path)]
-        if not (path.is_file() or path.is_dir()):  # a FIFO would wait for ever
-            raise UserError(f"{path}: is no file (any more)")
         video = open_video(path)
         times = choose(len(video))
         frames = dict(video.frames(sorted(set(times))))
-        if len(frames) < len(set(times)):
-            raise UserError(video.broken or f"{path}: not all of its frames can be decoded")
-        return [frames[t] for t in times]
-    except (UserError, OSError) as error:
-        why = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        raise Unreadable(why) from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    if len(frames) < len(set(times)):
+        raise UserError(video.broken or f"{path}: not all of its frames can be decoded")
+    return [frames[t] for t in times]
 
 
 def integer(low: int, high: int) -> int:
@@ -286,20 +282,18 @@ def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
         raise UserError(f"--image-data {args.image_data}: --image-objective none has no use for it; say which")
     root = Path(args.image_data)
     root = root / "train" if (root / "train").is_dir() else root
-    paths = pictures_in(root)
-    if not paths:
+    found = pictures_in(root)
+    if not any(found.values()):
         raise UserError(f"--image-data {args.image_data}: holds no pictures; give a folder of them, or frames")
     if objective != "imagenet":
-        return Images(paths, change)
-    loose = [path for path in paths if Path(path).parent == root]
-    paths = [path for path in paths if Path(path).parent != root]
-    names = [Path(path).relative_to(root).parts[0] for path in paths]
-    classes = {name: number for number, name in enumerate(sorted(set(names)))}
+        return Images(list(itertools.chain(*found.values())), change)
+    loose, *classes = (inside for name, inside in found.items() if inside or not name)
     if len(classes) < 2:
         raise UserError(f"--image-data {args.image_data}: has {len(classes)} folders of pictures; give one a class")
-    if loose and not rank_world()[0]:
-        print(f"note: {root}: {len(loose)} pictures beside the class folders are left out", file=sys.stderr)
-    return Images(paths, change, [classes[name] for name in names])
+    if loose:
+        say(f"note: {root}: {len(loose)} pictures beside the class folders are left out")
+    labels = np.repeat(range(len(classes)), [len(inside) for inside in classes])
+    return Images(list(itertools.chain(*classes)), change, labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,19 +371,16 @@ class AutoEncoder(nn.Module):
         return {"loss": lab_error(decoded, x).mean(), "L": L, "a": a, "b": b}
 
 
-def load_autoencoder(folder: Path) -> tuple[LabEncoder, LabDecoder]:
-    """The released files, or those of another run, found in a folder."""
-    parts = LabEncoder(), LabDecoder()
+def load_autoencoder(folder: Path, coders: tuple[nn.Module, nn.Module] = ()) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder with the released weights, or those of another run, found in a folder."""
+    parts = coders or (LabEncoder(), LabDecoder())
     for name, part in zip(("encoder", "decoder"), parts, strict=True):
         found = sorted(folder.glob(f"*{name}*.pth"))
         if len(found) != 1:
             what = f"{len(found)} files *{name}*.pth" if folder.is_dir() else "no such folder"
             raise UserError(f"--autoencoder {folder}: {what}; give one with *encoder*.pth and *decoder*.pth")
-        try:
-            part.load_state_dict(common.read_weights(found[0])[0])
-        except RuntimeError as error:
-            why = str(error).splitlines()[1].strip()
-            raise UserError(f"{found[0]}: is not the {name} of UVC's Lab auto-encoder: {why}") from error
+        if why := common.fit(part, common.read_weights(found[0])[0]):
+            raise UserError(f"{found[0]}: is not the {name} of UVC's Lab auto-encoder: {why}")
     return parts
 
 
@@ -571,6 +562,7 @@ class UVC(nn.Module):
                 terms["coordinate"] = coordinate_cycle(S, legacy)
                 video = video + a.coordinate * terms["coordinate"]
         loss = video + a.image_weight * terms["image"] if "image" in terms else video
+        self.shown = None
         if (step + 1) % a.look_every == 0:
             self.shown = [None if x is None else x[:4].detach().clone() for x in (x1, x2, y2, forward, where)]
         return {
@@ -652,8 +644,10 @@ class UVC(nn.Module):
         train_finetune.enqueue(self.queue, self.pointer, keys)
         return terms["loss"], terms["top1"]
 
-    def look(self) -> np.ndarray:
-        """Rows of reference, whole target with its box, target, and the colours copied to it."""
+    def look(self) -> np.ndarray | None:
+        """Rows of reference, whole target with its box, target, and the colours copied; None between --look-every."""
+        if self.shown is None:
+            return None
         x1, x2, y2, copied, where = self.shown
         side, rows = x1.shape[-1], []
         pictures = [from_lab(x) for x in (x1, x2, y2, copied)]
@@ -687,13 +681,12 @@ def check(args: Args) -> Args:
     for flag in ("lr", "temperature"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag} {getattr(args, flag)}: give a number above 0")
-    least = dict.fromkeys(("epochs", "batch_size", "image_batch_size", "pairs_per_video", "gap", "look_every"), 1)
-    least |= {"autoencoder_steps": 1, "queue": 1, "image_size": 64}
-    least |= dict.fromkeys(("image_weight", "short_side", "threshold", "color_switch", "concentration"), 0)
-    least |= dict.fromkeys(("coordinate", "threshold_steps", "concentration_steps"), 0)
-    most = dict.fromkeys(("lr", "temperature", "image_weight", "color_switch", "concentration", "coordinate"), 1000)
-    most |= {"epochs": 10**6, "pairs_per_video": 10**5, "queue": 2**24, "image_size": 4096, "short_side": 2**15}
-    check_numbers(args, least, most)
+    factors = ("lr", "temperature", "image_weight", "color_switch", "concentration", "coordinate")
+    limits = dict.fromkeys(factors, (0, 1000)) | dict.fromkeys(("threshold", "threshold_steps"), (0, math.inf))
+    limits |= dict.fromkeys(("batch_size", "image_batch_size", "gap", "look_every"), (1, math.inf))
+    limits |= {"autoencoder_steps": (1, math.inf), "concentration_steps": (0, math.inf), "short_side": (0, 2**15)}
+    limits |= {"epochs": (1, 10**6), "pairs_per_video": (1, 10**5), "queue": (1, 2**24), "image_size": (64, 4096)}
+    check_numbers(args, limits)
     if (args.crop // 8) ** 2 * (args.full // 8) ** 2 > 2**31:
         raise UserError(f"--crop {args.crop} --full {args.full}: affinities of a pair take over 8 GiB; give less")
     for flag in ("image_weight", "image_grey"):
@@ -704,14 +697,12 @@ def check(args: Args) -> Args:
     if args.amp == "bfloat16":
         what = "is too coarse for affinities of features that have no unit length"
         raise UserError(f"--amp bfloat16: {what}; take float16")
-    given = {
-        "short_side": args.crop if args.short_side is None else args.short_side,
-        "image_weight": IMAGE_WEIGHT[args.image_objective] if args.image_weight is None else args.image_weight,
-        "image_batch_size": args.image_batch_size or IMAGE_BATCH[args.image_objective],
-    }
-    if args.image_objective == "moco" and args.queue % given["image_batch_size"]:
-        raise UserError(f"--queue {args.queue}: give a multiple of --image-batch-size {given['image_batch_size']}")
-    return replace(args, **given)
+    weight, batch = IMAGE_LOSS[args.image_objective]
+    chosen = {"short_side": args.crop, "image_weight": weight, "image_batch_size": batch}
+    args = replace(args, **{name: value for name, value in chosen.items() if getattr(args, name) is None})
+    if args.image_objective == "moco" and args.queue % args.image_batch_size:
+        raise UserError(f"--queue {args.queue}: give a multiple of --image-batch-size {args.image_batch_size}")
+    return args
 
 
 def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) -> Path:
@@ -726,37 +717,30 @@ def train_autoencoder(args: Args, videos: Sequence[Path], device: torch.device) 
     frames = Images(learn * math.ceil(500 * args.batch_size / len(learn)), change)  # 500 steps an epoch
     method = AutoEncoder().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(method.parameters())
+    torch.manual_seed(0)  # the same crops whatever the seed
     test = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for video in held[:64]:
-            try:
-                test.append(change(read_frames(video, lambda length: [length // 2])[0]))
-            except Unreadable:
-                continue
+    for video in held[:64]:
+        with contextlib.suppress(UserError):
+            test.append(change(read_frames(video, lambda length: [length // 2])[0]))
 
     @torch.no_grad()
     def score() -> dict[str, float]:
         terms = [method({"frames": frame[None].to(device)}, 0) for frame in test]
         return {name: float(sum(t[name] for t in terms)) / len(terms) for name in ("loss", "L", "a", "b")}
 
-    def weights() -> dict:
-        return {"encoder": method.encoder.state_dict(), "decoder": method.decoder.state_dict()}
-
     own = replace(args, out=folder, max_steps=args.autoencoder_steps, validate=None)
-    steps = len(frames) // args.batch_size
     streams = {"frames": (frames, "batch_size")}
-    epochs = math.ceil(args.autoencoder_steps / steps)
+    epochs = math.ceil(args.autoencoder_steps / (len(frames) // args.batch_size))
 
     def lr(epoch: int) -> float:
         return 1e-3 * (1 - epoch / epochs) ** 0.9
 
-    train_finetune.train(own, method, optimizer, lr, epochs, steps, streams, weights, score=score if test else None)
+    train_finetune.train(own, method, optimizer, lr, epochs, streams, method, {}, score=score if test else None)
     if rank_world()[0] == 0:
         errors = ", ".join(f"{name} {value:.3g}" for name, value in (score() if test else {}).items())
         print(f"Lab auto-encoder: error {errors} (Lab units) on {len(test)} frames; learnt from {len(learn)} videos")
-        for name, part in weights().items():
-            train_finetune.write_checkpoint(folder / f"{name}.pth", part)
+        for name, part in (("encoder", method.encoder), ("decoder", method.decoder)):
+            train_finetune.write_checkpoint(folder / f"{name}.pth", part.state_dict())
     if rank_world()[1] > 1:
         torch.distributed.barrier()
     return folder
@@ -766,8 +750,7 @@ def main(args: Args) -> None:
     args = check(args)
     videos = find_videos(args.data)
     images = find_images(args, videos)
-    steps_per_epoch = len(videos) * args.pairs_per_video // args.batch_size
-    warmup = args.warmup_epochs * steps_per_epoch
+    warmup = args.warmup_epochs * (len(videos) * args.pairs_per_video // args.batch_size)
     streams = {"video": (Pairs(args, videos, warmup), "batch_size")}
     streams |= {"image": (images, "image_batch_size")} if images else {}
     again = resumes(args)  # all weights are in last.pth
@@ -775,8 +758,7 @@ def main(args: Args) -> None:
     device = train_finetune.start_training(args, streams)
     method = UVC(args, coders, warmup, max(images.labels, default=-1) + 1 if images else 0).to(device)
     if not (args.autoencoder or again):  # an --init that does not fit has been refused by now
-        for part, trained in zip(coders, load_autoencoder(train_autoencoder(args, videos, device)), strict=True):
-            part.load_state_dict(trained.state_dict())
+        load_autoencoder(train_autoencoder(args, videos, device), coders)
     optimizer = torch.optim.Adam([weight for weight in method.parameters() if weight.requires_grad], lr=args.lr)
 
     def lr(epoch: int) -> float:
@@ -784,21 +766,14 @@ def main(args: Args) -> None:
         e = epoch if epoch < args.warmup_epochs else epoch - args.warmup_epochs
         return args.lr * (1 - e / args.epochs) ** 0.9
 
-    def weights() -> dict:
-        strides = {stage: 1 for stage in ("layer3", "layer4") if stage <= args.out_layer}
-        meta = {"task": "uvc+", "arch": "resnet18", "image_objective": args.image_objective}
-        meta |= {"out_layer": args.out_layer, "strides": strides, "input": "lab_l", "l2_normalise": False}
-        meta |= {"temperature": args.temperature, "torch": str(torch.__version__)}
-        meta["config"] = {flag: str(value) for flag, value in vars(args).items()}
-        return {"state_dict": method.backbone.state_dict(), "meta": meta}
-
+    meta = {"task": "uvc+", "arch": "resnet18", "image_objective": args.image_objective, "out_layer": args.out_layer}
+    meta |= {"strides": {stage: 1 for stage in ("layer3", "layer4") if stage <= args.out_layer}, "input": "lab_l"}
+    meta |= {"l2_normalise": False, "temperature": args.temperature}
     layer = args.out_layer.replace("layer", "res")
     validation = ["--model", "uvc+", "--layer", layer, "--localization", "none", "--context", "7"]
     validation += ["--temperature", str(args.temperature)]
     train_finetune.train(
-        *(args, method, optimizer, lr, args.epochs, steps_per_epoch, streams, weights, validation),
-        look=method.look,
-        look_every=args.look_every,
+        *(args, method, optimizer, lr, args.epochs, streams, method.backbone, meta, validation), look=method.look
     )
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -293,7 +294,8 @@ def test_the_queue_rolls_and_wraps():
 
 def test_keys_come_back_in_their_order():
     moco = small_moco().eval()  # in eval mode a key does not depend on its company
-    torch.testing.assert_close(moco.keys(images(4), 3), F.normalize(moco.encoder_k(images(4)), dim=1))
+    keys = train_finetune.shuffled_keys(partial(moco.embed, moco.encoder_k), images(4), 3)
+    torch.testing.assert_close(keys, F.normalize(moco.encoder_k(images(4)), dim=1))
 
 
 def test_the_loss_before_learning_is_that_of_a_guess():
@@ -473,6 +475,22 @@ def test_mixed_precision_and_parts(data, tmp_path, cli):
     state = state_of(tmp_path / "last.pth")
     assert all(value.dtype in (torch.float32, torch.int64) and value.isfinite().all() for value in state.values())
     torch.testing.assert_close(state["queue"].norm(dim=0), torch.ones(16))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity")
+def test_no_more_workers_than_cpus_it_may_run_on(data, tmp_path):
+    """DataLoader would warn."""
+    flags = ("--objective", "rotation", "--data", data, "--crop", "32", "--batch-size", "4", "--max-steps", "1")
+    one = {min(os.sched_getaffinity(0))}
+    done = subprocess.run(
+        command(*flags, "--device", "cpu", "--out", tmp_path),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, one),
+    )
+    assert done.returncode == 0 and "worker" not in done.stderr, done.stderr
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["config"]["workers"] == "1"
 
 
 # Pictures

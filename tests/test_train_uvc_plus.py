@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import clip
 import common
 import propagate
+import train_finetune
 import train_uvc_plus as uvc
 
 ROOT = Path(uvc.__file__).parent
@@ -725,13 +726,13 @@ def test_workers_that_are_no_forks(videos, tmp_path):
 
 
 def test_videos_and_pictures_share_the_workers(videos, coders, tmp_path, cli, monkeypatch):
-    real, counts = torch.utils.data.DataLoader, []
+    real, counts = train_finetune.DataLoader, []
 
     def loader(*samples, num_workers, **flags):
         counts.append(num_workers)
         return real(*samples, **flags)
 
-    monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
+    monkeypatch.setattr(train_finetune, "DataLoader", loader)
     flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "rotation", "--out", tmp_path]
     code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", 1, "--workers", 4)
     assert code == 0, err

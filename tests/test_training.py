@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # also run as a script, below
 import common  # noqa: E402
 import train_finetune  # noqa: E402
 from common import UserError  # noqa: E402
-from train_finetune import Training, Unreadable, start_training, train  # noqa: E402
+from train_finetune import Training, start_training, train  # noqa: E402
 
 
 class Numbers:
@@ -32,7 +32,7 @@ class Numbers:
 
     def __getitem__(self, index: int):
         if index in self.bad:
-            raise Unreadable(f"picture{index}.jpg: is damaged")
+            raise UserError(f"picture{index}.jpg: is damaged")
         time.sleep(self.seconds)
         return {"x": torch.randn(3) + index, "index": index}
 
@@ -70,21 +70,7 @@ def go(
     method = Line().to(device)
     method.nan_at, method.stop_at = nan_at, stop_at
     optimizer = torch.optim.SGD(method.parameters(), args.lr, momentum=0.9)
-
-    def weights():
-        return {"state_dict": method.fit.state_dict(), "meta": {}}
-
-    train(
-        args,
-        method,
-        optimizer,
-        lambda e: args.lr / (e + 1),
-        epochs,
-        20 // batch,
-        streams,
-        weights,
-        score=score,
-    )
+    train(args, method, optimizer, lambda e: args.lr / (e + 1), epochs, streams, method.fit, {}, score=score)
     return method
 
 
@@ -165,6 +151,19 @@ def test_a_process_takes_its_gpu_and_no_other(tmp_path, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", local) if local else monkeypatch.delenv("LOCAL_RANK", raising=False)
         start_training(Args(out=tmp_path, device=device), {})
     assert asked == ["cuda:0", "cuda:1", "cuda:3", "cuda:3", "cpu"]
+
+
+@pytest.mark.parametrize(("processes", "expected"), [("1", "3"), ("2", None)])
+def test_a_validation_has_the_threads_of_all_processes(tmp_path, monkeypatch, processes, expected):
+    """torchrun's OMP_NUM_THREADS is for each of several; the others wait meanwhile."""
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(train_finetune, "clips", lambda args: ["dog"])
+    done = subprocess.CompletedProcess([], 1, "", "")
+    monkeypatch.setattr(train_finetune.subprocess, "run", lambda *_, env, **__: seen.append(env) or done)
+    assert train_finetune.validate(Args(out=tmp_path, validate=tmp_path), []) == {}
+    assert seen[0].get("OMP_NUM_THREADS") == expected and "WORLD_SIZE" not in seen[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
