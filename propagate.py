@@ -380,7 +380,7 @@ def propagate_video(
     annotated: Sequence[tuple[Tensor, ...]],
     settings: Propagation,
     recent: Sequence[tuple[Tensor, Tensor]] = (),
-    given: dict[int, tuple[Tensor, Tensor]] | None = None,
+    given: dict[int, tuple[Tensor, ...]] | None = None,
 ) -> Iterator[Tensor]:
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
 
@@ -391,6 +391,7 @@ def propagate_video(
     all where needs_history(settings).
     given: number of a target -> (labels, which of them the annotation names, L bool): these are laid over what is
     predicted, the others keep their prediction, and the frame stays in the context for good as an annotated one does.
+    A third entry, which of them it is the first to name, has them looked for in the context's earlier frames.
     The context lives in one ring buffer, so memory does not grow with the video. Each target is pulled only when it is
     due, so that several settings can share one pass over the frames (itertools.tee).
     """
@@ -413,6 +414,10 @@ def propagate_video(
 
     def remember_target(t: int, f: Tensor, z: Tensor) -> None:
         about = note(z, first=t in given)
+        for new in given.get(t, ())[2:]:
+            for slot in number if new.any() else ():
+                before = keys[:, :, slot].permute(2, 0, 1), values[:, :, slot].permute(2, 0, 1)
+                values[:, :, slot] = hindsight(*before, (f, z), new, s).permute(1, 2, 0)
         if s.carry == "hard":
             z = F.one_hot(z.argmax(0), L).permute(2, 0, 1).float()
         latest = ring + (t - 1) % s.context if s.context else None
@@ -446,7 +451,7 @@ def propagate_video(
         if s.carry == "minmax":
             z = stretch(z)
         if t in given:
-            z = lay_over(z, *given[t])
+            z = lay_over(z, *given[t][:2])
         yield z
         remember_target(t, f, z)
 
@@ -485,6 +490,17 @@ def lay_over(z: Tensor, labels: Tensor, named: Tensor) -> Tensor:
     freed = (z * named).sum(0)  # where a named object was predicted and is not
     z = torch.cat([z[:1] + freed, z[1:]]) * ~named
     return z * (1 - labels.sum(0)) + labels
+
+
+def hindsight(f: Tensor, z: Tensor, first: tuple[Tensor, Tensor], new: Tensor, s: Propagation) -> Tensor:
+    """The labels z (L x h x w) of a frame (features f) that was labelled before the objects `new` (L bool) were known.
+
+    They may be visible in it, as background. So its background becomes theirs as far as Algorithm 1 copies their labels
+    from the first frame that names them: its (features, labels).
+    """
+    seen = propagate_labels(f, first[0][None], first[1][None], s)
+    share = z[:1] * seen * new[:, None, None] / seen.sum(0).clamp_min(1e-12)
+    return torch.cat([z[:1] - share.sum(0), z[1:] + share[1:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1418,10 +1434,18 @@ class Annotations:
         """The frames in the middle of a stretch (--partial): what they name is laid over what is predicted."""
         return [index for index in self.frames if index not in self.starts]
 
-    def named(self, index: int) -> list[bool]:
-        """Which of the ids the annotation of a frame names."""
+    def named(self, index: int) -> np.ndarray:
+        """Which of the ids the annotation of a frame names, bool."""
         known = self.frames[index]
-        return (known[:, 0] >= 0).tolist() if self.points else np.isin(self.ids, known).tolist()
+        return known[:, 0] >= 0 if self.points else np.isin(self.ids, known)
+
+    def new(self, order: range) -> dict[int, np.ndarray]:
+        """Annotated frame -> which of the ids it is the first to name; in the order of the run."""
+        before, new = np.zeros(len(self.ids), bool), {}
+        for index in sorted(self.frames, key=order.index):
+            new[index] = self.named(index) & ~before
+            before |= new[index]
+        return new
 
     def labels(self, index: int, s: Propagation) -> Tensor:
         """The soft labels of an annotated frame, L x h x w."""
@@ -1861,14 +1885,17 @@ def segments(order: range, annotated: Iterable[int]) -> list[range]:
 def track(encoder, video: Video | Camera, order: range, results: Results, clock: Stopwatch) -> Iterator[Answer]:
     """Label every frame that has no result yet.
 
-    The frames that stretches start from are in the context of all stretches for good.
+    The frames that stretches start from are in the context of all stretches for good. An object that comes later than
+    such a frame is looked for in it.
     """
     s, device, annotations = encoder.settings, encoder.mean.device, results.annotations
     ids, size = annotations.ids, annotations.size
-    given = {}  # frame that is laid over -> its labels, and which of them it names
+    labels = {index: annotations.labels(index, s).to(device) for index in annotations.frames}
+    new = {index: torch.tensor([False, *each], device=device) for index, each in annotations.new(order).items()}
+    given = {}  # frame that is laid over -> its labels, which of them it names, and which it is the first to name
     for index in annotations.laid_over:
         named = torch.tensor([False, *annotations.named(index)], device=device)
-        given[index] = annotations.labels(index, s).to(device), named
+        given[index] = labels[index], named, new[index]
 
     def encode(frame: np.ndarray) -> Tensor:
         return encoder(torch.from_numpy(frame).to(device)[None])[0]
@@ -1886,15 +1913,21 @@ def track(encoder, video: Video | Camera, order: range, results: Results, clock:
     def state(index: int) -> Tensor:
         return torch.from_numpy(np.load(results.state_path(index))).to(device)
 
+    def looked_back(before: tuple, index: int, f: Tensor, z: Tensor) -> tuple:
+        """An earlier frame's (features, labels, ...), with the objects that the frame `index` is the first to name."""
+        g, y, *mask = before
+        return (g, hindsight(g, y, (f, z), new[index], s), *mask) if new[index].any() else before
+
     annotated = {}
     for part in segments(order, annotations.starts):
         rest = part[1:]
         done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
         if done == len(rest):
             continue
-        for index in annotations.starts if not annotated else ():
-            mask = [] if results.points else [label_numbers(annotations.frames[index], ids)]
-            annotated[index] = encode(read_frame(video, index)), annotations.labels(index, s).to(device), *mask
+        for index in sorted(annotations.starts, key=order.index) if not annotated else ():
+            f, mask = encode(read_frame(video, index)), annotations.frames[index]
+            annotated = {other: looked_back(each, index, f, labels[index]) for other, each in annotated.items()}
+            annotated[index] = f, labels[index], *([] if results.points else [label_numbers(mask, ids)])
         # To go on, the labels of the targets from `back` on are looked at again, and before it those laid over.
         back = 0 if needs_history(s) else max(0, done - s.context)
         early = [index for index in rest[:back] if index in given and s.keep_first]
@@ -1904,13 +1937,16 @@ def track(encoder, video: Video | Camera, order: range, results: Results, clock:
         latest = rest[max(0, done - s.context) : done]
         again = [index for index in rest[:done] if index in latest or index in given or index in rest[4:5]]
         known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
-        first = [annotated[part[0]], *(each for index, each in annotated.items() if index != part[0])]
-        first += [(known[index], state(index)) for index in early]
+        others = [index for index in annotations.starts if index != part[0]]
+        first = [annotated[index] for index in (part[0], *others)]
+        for index in early:
+            f, z = known[index], state(index)
+            first = [*(looked_back(each, index, f, z) for each in first), (f, z)]
         recent = [(known.get(index, first[0][0]), state(index)) for index in rest[back:done]]
         targets, read = rest[back:], deque()
         later = {targets.index(index) + 1: each for index, each in given.items() if index in targets}
         labelled = propagate_video(features(rest[done:], read), first, s, recent, later)
-        shift = shift_of_points(annotations, [*annotated, part[0], *rest[:done]], s) if results.points else 0
+        shift = shift_of_points(annotations, [*annotations.starts, part[0], *rest[:done]], s) if results.points else 0
         for z in clock.each("propagate", labelled):
             index, frame = read.popleft()
             with clock.time("up-sample"):
@@ -1918,8 +1954,8 @@ def track(encoder, video: Video | Camera, order: range, results: Results, clock:
                     shift = shift_of_points(annotations, [index], s, shift)
                     answer = shifted(points_from_labels(z, size), shift, size)
                 else:
-                    others = z * ~given[index][1][:, None, None] if index in given else z
-                    answer = mask_from_labels(others, ids, size, s.minmax, torch.from_numpy(frame), s.refine)
+                    unnamed = z * ~given[index][1][:, None, None] if index in given else z
+                    answer = mask_from_labels(unnamed, ids, size, s.minmax, torch.from_numpy(frame), s.refine)
                     answer = answer.cpu().numpy()
                 if index in given:  # at full size, what is given is exactly as given
                     own = annotations.frames[index]
@@ -2131,7 +2167,8 @@ def main(args: Args) -> None:
     annotations = annotate(args, video, order)
     tracker = load_tracker(args, video, annotations)
     video.check(order)
-    record = open_job(out, describe_job(args, video, annotations, tracker), args.overwrite, video.live)
+    with writing(out):
+        record = open_job(out, describe_job(args, video, annotations, tracker), args.overwrite, video.live)
     introduce_all(annotations, order, video, args)
 
     # The run.
