@@ -380,7 +380,7 @@ def propagate_video(
     annotated: Sequence[tuple[Tensor, ...]],
     settings: Propagation,
     recent: Sequence[tuple[Tensor, Tensor]] = (),
-    given: dict[int, tuple[Tensor, Tensor]] | None = None,
+    given: dict[int, tuple[Tensor, ...]] | None = None,
 ) -> Iterator[Tensor]:
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
 
@@ -391,6 +391,7 @@ def propagate_video(
     all where needs_history(settings).
     given: number of a target -> (labels, which of them the annotation names, L bool): these are laid over what is
     predicted, the others keep their prediction, and the frame stays in the context for good as an annotated one does.
+    A third entry, which of them it is the first to name, has them looked for in the context's earlier frames.
     The context lives in one ring buffer, so memory does not grow with the video. Each target is pulled only when it is
     due, so that several settings can share one pass over the frames (itertools.tee).
     """
@@ -413,6 +414,10 @@ def propagate_video(
 
     def remember_target(t: int, f: Tensor, z: Tensor) -> None:
         about = note(z, first=t in given)
+        for new in given.get(t, ())[2:]:
+            for slot in number if new.any() else ():
+                before = keys[:, :, slot].permute(2, 0, 1), values[:, :, slot].permute(2, 0, 1)
+                values[:, :, slot] = hindsight(*before, (f, z), new, s).permute(1, 2, 0)
         if s.carry == "hard":
             z = F.one_hot(z.argmax(0), L).permute(2, 0, 1).float()
         latest = ring + (t - 1) % s.context if s.context else None
@@ -446,7 +451,7 @@ def propagate_video(
         if s.carry == "minmax":
             z = stretch(z)
         if t in given:
-            z = lay_over(z, *given[t])
+            z = lay_over(z, *given[t][:2])
         yield z
         remember_target(t, f, z)
 
@@ -488,6 +493,17 @@ def lay_over(z: Tensor, labels: Tensor, named: Tensor) -> Tensor:
     freed = (z * named).sum(0)  # where a named object was predicted and is not
     z = torch.cat([z[:1] + freed, z[1:]]) * ~named
     return z * (1 - labels.sum(0)) + labels
+
+
+def hindsight(f: Tensor, z: Tensor, first: tuple[Tensor, Tensor], new: Tensor, s: Propagation) -> Tensor:
+    """The labels z (L x h x w) of a frame (features f) that was labelled before the objects `new` (L bool) were known.
+
+    They may be visible in it, as background. So its background becomes theirs as far as Algorithm 1 copies their labels
+    from the first frame that names them: its (features, labels).
+    """
+    seen = propagate_labels(f, first[0][None], first[1][None], s)
+    share = z[:1] * seen * new[:, None, None] / seen.sum(0).clamp_min(1e-12)
+    return torch.cat([z[:1] - share.sum(0), z[1:] + share[1:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -813,6 +829,40 @@ for _bit in range(8):
         PALETTE[:, _channel] |= (((np.arange(256) >> (3 * _bit + _channel)) & 1) << (7 - _bit)).astype(np.uint8)
 
 
+def say(text: str) -> None:
+    """What a person should know, on stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """An OSError inside, such as of permissions, becomes a UserError about its file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions") from error
+
+
+def listed(folder: Path) -> list[Path]:
+    """What a folder holds, but for hidden files: macOS keeps ._00000.jpg beside 00000.jpg."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+@reading()
+def files_of(source: str) -> list[Path]:
+    """The files of a video: the film or picture itself, what its folder holds, or what the glob finds."""
+    path = Path(source)
+    if path.is_dir():
+        return listed(path)
+    if path.is_file():
+        return [path]
+    if glob.has_magic(source) and not path.exists():
+        folder = glob.escape(str(path.parent)) if path.parent.is_dir() else path.parent  # brackets in its name
+        return [Path(found) for found in glob.glob(str(Path(folder) / path.name))]
+    what = "is no regular file" if path.exists() else "no such video on disk"
+    raise UserError(f"{source}: {what}; give a film, a folder or a glob of pictures")
+
+
 class Video:
     """Frames of a film, of a folder or glob of pictures, or of a TIFF of several, by index and in either direction.
 
@@ -823,22 +873,15 @@ class Video:
     whole video. Raises UserError where there is nothing to read or the frame size changes.
     """
 
+    live = False  # a camera is
+
     def __init__(self, source: str | Path):
-        self.source, self.fps, self.broken, self.names, self.times = str(source), 25.0, None, [], []
-        self.aspect, self.range, self.pages = Fraction(1), None, 1
-        path, self.pictures = Path(source), []
-        found = [path]
-        if path.is_dir():
-            found = list(path.glob("[!.]*"))  # macOS keeps ._00000.jpg
-        elif glob.has_magic(self.source) and not path.exists():
-            folder = glob.escape(str(path.parent)) if path.parent.is_dir() else path.parent  # brackets in its name
-            found = [Path(p) for p in glob.glob(str(Path(folder) / path.name))]
-        elif not path.is_file():
-            what = "is no regular file" if path.exists() else "no such video on disk"
-            raise UserError(f"{source}: {what}; give a film, a folder or a glob of pictures")
+        self.source, self.fps, self.aspect, self.broken, self.range = str(source), 25.0, Fraction(1), None, None
+        self.names, self.times, self.pages, path = [], [], 1, Path(source)
+        found = files_of(self.source)
         self.pictures = [p for p in found if p.suffix.lower() in PICTURES]
         if self.pictures == [path]:
-            self.pages = max(cv2.imcount(str(path)), 1)
+            self.pages = max(cv2.imcount(self.source), 1)
         if self.pages > 1:
             if path.suffix.lower() not in (".tif", ".tiff"):
                 raise UserError(f"{source}: holds {self.pages} pictures in one; save each as a file of its own")
@@ -847,15 +890,14 @@ class Video:
             self.pictures.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)])
             self.names = [p.stem for p in self.pictures]
             if len(set(self.names)) < len(self.names):
-                raise UserError(f"{source}: two pictures share a name before the dot; masks could not be told apart")
-        elif path.is_file():
+                raise UserError(f"{source}: two pictures share a name before the dot, as their masks would; rename one")
+        elif found == [path]:
             self._index(path)
+        if not self.names:
+            other = sorted(p.name for p in found if p.suffix)
+            why = f", but {other[0]}; if that is a film, name it" if other else "; give a film or a folder of pictures"
+            raise UserError(f"{source}: holds no pictures{why}")
         self.times = self.times or [i / self.fps for i in range(len(self))]
-        if not len(self):
-            other = sorted(p.name for p in found if p.is_file())
-            if other:
-                raise UserError(f"{source}: holds no pictures, but {other[0]}; if that is a film, name it")
-            raise UserError(f"{source}: holds no pictures; give a film, or a folder of {', '.join(PICTURES[:3])}, ...")
         first = next(self._read([0]))[1]
         self.size = first.shape[:2]
         if self.aspect != 1 and first.shape[1] != self._width:  # on its side
@@ -870,11 +912,8 @@ class Video:
         ends = [np.percentile(frame[np.isfinite(frame)], (0.1, 99.9)) for frame in frames if np.isfinite(frame).any()]
         low, high = np.array(ends or [(0, 1)]).T
         low, high = float(low.min()), float(high.max())  # a few dead or hot pixels do not count
-        print(
-            f"note: {self.source}: is {dtype}; {low:g} to {high:g}, the range of {len(some)} of its frames, becomes 0 "
-            "to 255 in all of them",
-            file=sys.stderr,
-        )
+        what = f"has {dtype} frames; {low:g} to {high:g}, the range of {len(some)}, becomes 0 to 255 in all of them"
+        say(f"{self.source}: {what}")
         self.range = low, high
 
     def __len__(self) -> int:
@@ -922,14 +961,18 @@ class Video:
         several."""
         usual = None
         for index in indices if self.pictures else ():
-            path = self.pictures[index]
-            header = picture_header(path)
-            usual = usual or header
-            if header and header[1] > 1:
-                raise UserError(f"{path}: holds {header[1]} pictures, where one frame is wanted; save each as a file")
-            if not header or header != usual:
+            size, count = picture_header(self.pictures[index])
+            usual = usual or size
+            if count > 1:
+                what = f"holds {count} pictures, where one frame is wanted; save each as a file"
+                raise UserError(f"{self.pictures[index]}: {what}")
+            if not size or size != usual:
                 for _ in self.frames([index]):
                     pass
+
+    def recorded(self) -> "Video":
+        """The video itself; a camera has one only after the run."""
+        return self
 
     def frames(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """(index, frame) for each of `indices`, which must all rise or all fall."""
@@ -941,7 +984,7 @@ class Video:
                 )
             if (frame.dtype == np.uint8) != (self.range is None):
                 raise UserError(
-                    f"{self.source}: frame {self.names[index]} is {frame.dtype}, the first is not; use one depth"
+                    f"{self.source}: frame {self.names[index]} is {frame.dtype}, the first is not; save all alike"
                 )
             if self.range:
                 low, high = self.range
@@ -954,7 +997,9 @@ class Video:
         if self.pictures:
             for index in indices:
                 path = self.pictures[index]
-                if path.exists() and not path.is_file():  # a pipe would never end
+                with reading():
+                    irregular = path.exists() and not path.is_file()
+                if irregular:  # a pipe would never end
                     raise UserError(f"{path}: is no regular file, so it cannot be read as a picture; remove it")
                 yield index, read_picture(path, reduce=False)
         elif self.pages > 1:
@@ -1012,28 +1057,23 @@ class Video:
             raise UserError(f"{self.source}: no frame can be decoded; is it whole? Try to play it")
 
 
-def display_matrix(picture: av.VideoFrame) -> tuple[int, int, int, int]:
-    """(a, b, c, d): a pixel at x, y is shown in the direction a x + c y, b x + d y."""
-    matrix = picture.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return 1, 0, 0, 1
-    numbers = np.frombuffer(matrix, np.int32)
-    return tuple(int(number) for number in numbers[[0, 1, 3, 4]])
-
-
 def upright(frame: np.ndarray, picture: av.VideoFrame) -> np.ndarray:
     """The frame turned by quarters and mirrored as its film says, and as players show it."""
-    a, b, c, d = display_matrix(picture)
+    matrix = picture.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return frame
+    # A pixel at x, y is shown in the direction a x + c y, b x + d y.
+    a, b, c, d = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist()
     if abs(b) > abs(a):  # on its side
         frame, a, d = frame.swapaxes(0, 1), c, b
     return np.ascontiguousarray(frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def picture_header(path: Path) -> tuple[tuple[int, int], int] | None:
-    """Width and height as stored, and how many pictures the file holds, without decoding; None where that is not to be
-    had."""
+def picture_header(path: Path) -> tuple[tuple[int, int] | None, int]:
+    """Width and height as stored, and how many pictures the file holds, without decoding; None and 1 where that is not
+    to be had."""
     try:
-        if path.is_file():
+        if path.is_file():  # a pipe would never end
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of large ones
                 picture = Image.open(path)
@@ -1042,7 +1082,7 @@ def picture_header(path: Path) -> tuple[tuple[int, int], int] | None:
                 return picture.size, getattr(picture, "n_frames", 1) if several else 1
     except Exception:  # Pillow raises what it likes
         pass
-    return None
+    return None, 1
 
 
 def ahead(items: Iterable, depth: int = 4) -> Iterator:
@@ -1145,28 +1185,16 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     return mask.ids, mask.palette
 
 
-def load_mask(path: Path, known: dict[int, int]) -> Mask:
+def load_mask(path: Path, known: dict[int, int], size: tuple[int, int] | None = None) -> Mask:
     """Read a mask in whichever way it is painted.
 
     An indexed PNG gives its ids; a grey picture its values; black and white is one object, id 1; in a colour
     picture black (or what is more than half transparent) is background and each other colour an object: the id of that
     colour in PASCAL VOC's palette if all have one, else 1, 2, ... by how much they cover. 255 beside other ids is void,
     background. known: the ids of colours, and of values above 255, in masks read before; filled up, so that they stay
-    the same.
+    the same. size: H, W of the frames, to which a mask of the same shape is brought.
     """
-    try:
-        if not path.is_file():  # a pipe would never end
-            raise UserError(f"{path}: no such mask; give the picture of a frame's objects")
-        with Image.open(path) as picture:
-            if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
-                raise UserError(f"{path}: holds {picture.n_frames} pictures, a mask is one; save the one that is meant")
-            picture.load()
-            lossy = picture.format in ("JPEG", "MPO")
-            ImageOps.exif_transpose(picture, in_place=True)  # as frames are
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read as a picture; give a PNG mask") from error
+    picture, lossy = open_mask(path, size)
     palette, indexed, coloured = PALETTE.copy(), picture.mode == "P", False
     if indexed:
         own = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
@@ -1189,27 +1217,54 @@ def load_mask(path: Path, known: dict[int, int]) -> Mask:
     numbers, counts = numbers[numbers != 0], counts[numbers != 0]
     if not indexed:
         refuse_smooth(path, ids, numbers, counts, coloured, lossy)
-    kind, new = "ids", numbers
-    if len(numbers) == 0:
-        kind = "empty"
-    elif coloured or numbers[-1] > 255:
-        new = number_values(path, numbers, counts, coloured, known)
-        values = np.array(list(known))
+    kind, new = "ids" if len(numbers) else "empty", numbers
+    if coloured or numbers.max(initial=0) > 255:
+        kind, new = "values above 255", number_values(path, numbers, counts, coloured, known)
         if coloured:
+            values = np.array(list(known))
             palette[list(known.values())] = np.stack([values >> 16, values >> 8 & 255, values & 255], 1)
-        kind = "values above 255"
-        if coloured:
             kind = "VOC colours" if (palette[new] == PALETTE[new]).all() else "colours"
-    elif len(numbers) == 1 and numbers[0] in (1, 255):
-        kind = "black and white" if numbers[0] == 255 else "ids"
-        new = [1]
-        palette[1] = palette[numbers[0] if indexed else 1]
-    else:
+    elif numbers.tolist() == [255]:
+        kind, new = "black and white", [1]
+        palette[1] = palette[255 if indexed else 1]
+    elif 255 in numbers:
         new = np.where(numbers == 255, 0, numbers)
-        if numbers[-1] == 255 and not indexed:
-            print(f"note: {path}: 255 beside other values is void, so background; is it an object?", file=sys.stderr)
+        if not indexed:
+            say(f"{path}: 255 beside other values is void (background); an object wants another value")
     ids = np.asarray([0, *new], np.uint8)[np.searchsorted(np.array([0, *numbers]), ids)]
+    if size and ids.shape != size:
+        (h, w), (H, W) = ids.shape, size
+        if abs(w / h * H / W - 1) > 0.02:
+            raise misfit(path, ids.shape, size)
+        say(f"{path} is {w}x{h}, the frames are {W}x{H}: resized, nearest neighbour")
+        ids = cv2.resize(ids, (W, H), interpolation=cv2.INTER_NEAREST_EXACT)
     return Mask(ids, palette, kind)
+
+
+def open_mask(path: Path, size: tuple[int, int] | None) -> tuple[Image.Image, bool]:
+    """The picture, and whether its format is a lossy one."""
+    stored, count = picture_header(path)
+    if count > 1:
+        raise UserError(f"{path}: holds {count} pictures, a mask is one; save the one that is meant")
+    if size and stored and max(stored) > 8 * max(size):  # it would fill the memory before it is refused
+        raise misfit(path, stored[::-1], size)
+    try:
+        if not path.is_file():  # a pipe would never end
+            raise UserError(f"{path}: no such mask; give the picture of a frame's objects")
+        with Image.open(path) as picture:
+            picture.load()
+            lossy = picture.format in ("JPEG", "MPO")
+            ImageOps.exif_transpose(picture, in_place=True)  # as frames are
+            return picture, lossy
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as a picture; give a PNG mask") from error
+
+
+def misfit(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> UserError:
+    (h, w), (H, W) = shape, size
+    return UserError(f"{path}: is {w}x{h}, the frames are {W}x{H}; draw it on a frame of this video")
 
 
 def refuse_smooth(path: Path, ids: np.ndarray, numbers: np.ndarray, counts: np.ndarray, coloured: bool, lossy: bool):
@@ -1228,7 +1283,7 @@ def refuse_smooth(path: Path, ids: np.ndarray, numbers: np.ndarray, counts: np.n
     if smooth or doubtful or (lossy and len(numbers) > 1):
         raise UserError(
             f"{path}: has {len(numbers)} colours beside black, as smoothed edges have (anti-aliased or JPEG); "
-            "save it as PNG without smoothing, one flat colour an object"
+            "save it as PNG without smoothing, each object in one flat colour"
         )
 
 
@@ -1240,7 +1295,7 @@ def number_values(path: Path, numbers: np.ndarray, counts: np.ndarray, coloured:
     if None in own or set(own) & set(known.values()):
         own = sorted(set(range(1, 256)) - set(known.values()))[: len(unknown)]
     if len(own) < len(unknown):
-        raise UserError(f"{path}: brings the objects of all masks to more than 255; give fewer")
+        raise UserError(f"{path}: with it, the masks have more than 255 objects; give fewer")
     known.update(zip(unknown, own, strict=True))
     return [known[n] for n in numbers]
 
@@ -1252,12 +1307,14 @@ def number_values(path: Path, numbers: np.ndarray, counts: np.ndarray, coloured:
 class Camera:
     """A camera as a video: each frame is kept in `folder`, and its time, so that the film can be made afterwards."""
 
+    live, names, pictures = True, (), ()  # neither is known before
+
     def __init__(self, number: int, folder: Path):
-        self.source, self.broken, self.folder, self.times = f"camera {number}", None, folder, {}
+        self.source, self.folder, self.times = f"camera {number}", folder, {}
         self.capture = cv2.VideoCapture(number)
         ok, self.first = self.capture.read()
         if not ok:
-            raise UserError(f"--video {number}: no camera of this number gives pictures; try another, or a file")
+            raise UserError(f"--video {number}: no camera of this number gives pictures; try another number, or a file")
         self.size = self.first.shape[:2]
 
     def frames(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -1270,40 +1327,58 @@ class Camera:
             cv2.imwrite(str(self.folder / f"{index:05d}.jpg"), frame, [cv2.IMWRITE_JPEG_QUALITY, 95])
             yield index, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
+    def check(self, indices: Sequence[int]) -> None:
+        """There is nothing to look at beforehand."""
 
-def choose_frames(args: Args, length: int) -> list[int]:
+    def recorded(self) -> Video:
+        """What was kept."""
+        video = Video(self.folder)
+        video.times = self.times
+        return video
+
+
+def need_window() -> None:
+    """Refuse where no window can be opened; tried in a process of its own, since a missing display aborts."""
+    probe = "import cv2; cv2.namedWindow('softcopy'); cv2.waitKey(1)"
+    if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
+        raise UserError("--show: no window can be opened here; run it on a desktop, or leave --show out")
+
+
+def open_video(args: Args) -> tuple[Video | Camera, range, Path]:
+    """The video, the frames of it to use in the order in which they are run, and the folder for the results."""
+    if not args.video:
+        raise UserError("--video: missing; give a film, a folder of pictures or the number of a camera (see --help)")
+    if args.show:
+        need_window()
+    path = Path(os.path.realpath(args.video))
+    if not args.video.isdigit() or path.exists():
+        video = Video(args.video)
+        name = path.stem if path.is_file() else path.name if path.is_dir() else path.parent.name  # of a glob
+        return video, choose_frames(args, len(video)), args.out or Path("results") / name
+    if args.start or args.every != 1 or args.reverse or any(args.mask_frame):
+        raise UserError("--start, --every, --reverse, --mask-frame: a camera runs from its first frame on; omit them")
+    if args.end is not None and args.end < 2:
+        raise UserError(f"--end {args.end}: give 2 or more, or stop the camera with q")
+    out = args.out or Path("results") / f"camera{args.video}"
+    return Camera(int(args.video), out / "frames"), range(args.end or 10**9), out
+
+
+def choose_frames(args: Args, length: int) -> range:
     """Indices of the frames to use, in the order in which they are run."""
     if args.every < 1:
         raise UserError(f"--every {args.every}: give 1 or more")
-    chosen = list(range(length))[args.start : args.end : args.every] if args.start >= 0 else []
-    if not chosen:
+    chosen = range(length)[args.start : args.end : args.every]
+    if not chosen or args.start < 0:
         span = f"--start {args.start}" + (f" --end {args.end}" if args.end is not None else "")
         raise UserError(f"{span}: no frame is left of the {length} in {args.video}")
     return chosen[::-1] if args.reverse else chosen
 
 
-def read_frame(video, index: int) -> np.ndarray:
+def read_frame(video: Video | Camera, index: int) -> np.ndarray:
     """The frame that is annotated. UserError where the film does not give it."""
     for _, frame in video.frames([index]):
         return frame
     raise UserError(f"--mask-frame {index}: cannot be decoded from {video.source}; annotate another frame")
-
-
-def fit_mask(path: Path, size: tuple[int, int], known: dict[int, int]) -> Mask:
-    """Read a mask and bring it to the frame's size where the aspect is the same. known: as load_mask."""
-    H, W = size
-    header = picture_header(path)
-    if header and max(header[0]) > 8 * max(size):  # it would fill the memory before it is refused
-        w, h = header[0]
-        raise UserError(f"{path}: is {w}x{h}, the frames are {W}x{H}; draw it on a frame of this video")
-    mask = load_mask(path, known)
-    h, w = mask.ids.shape
-    if (h, w) != (H, W):
-        if abs(w / h * H / W - 1) > 0.02:
-            raise UserError(f"{path}: is {w}x{h}, the frames are {W}x{H}; draw it on a frame of this video")
-        print(f"note: {path} is {w}x{h}, the frames are {W}x{H}: resized, nearest neighbour", file=sys.stderr)
-        mask.ids = cv2.resize(mask.ids, (W, H), interpolation=cv2.INTER_NEAREST_EXACT)
-    return mask
 
 
 def read_points(path: Path, size: tuple[int, int]) -> dict[int | None, dict[str, tuple[float, float]]]:
@@ -1331,9 +1406,9 @@ def read_points(path: Path, size: tuple[int, int]) -> dict[int | None, dict[str,
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: is not a table id,x,y with a header line and numbers ({error})") from error
     if not points:
-        raise UserError(f"{path}: holds no points; one line a point")
+        raise UserError(f"{path}: holds no points; give one line for each")
     if len(points) < len(whole):
-        raise UserError(f"{path}: names an id twice" + " in a frame" * ("frame" in columns) + "; one line a point")
+        raise UserError(f"{path}: names an id twice" + " in a frame" * ("frame" in columns) + "; keep one line of it")
     frames: dict = {}
     for (index, name), (x, y) in points.items():
         if not (0 <= x < size[1] and 0 <= y < size[0]):
@@ -1346,18 +1421,44 @@ def read_points(path: Path, size: tuple[int, int]) -> dict[int | None, dict[str,
 class Annotations:
     """What is annotated, of all masks or tables together."""
 
+    size: tuple[int, int]  # H, W of the frames
     frames: dict[int, np.ndarray]  # frame -> mask H x W, or points J x 2, -1 where a table does not name one
     ids: list
     palette: np.ndarray = field(default_factory=PALETTE.copy)
     renamed: dict[str, int] = field(default_factory=dict)  # a mask's colour, or value above 255 -> its id
+    starts: list[int] = field(default_factory=list)  # the frames that stretches start from
 
-    def named(self, index: int) -> list[bool]:
-        """Which of the ids the annotation of a frame names."""
+    @property
+    def points(self) -> bool:
+        return any(known.dtype != np.uint8 for known in self.frames.values())
+
+    @property
+    def laid_over(self) -> list[int]:
+        """The frames in the middle of a stretch (--partial): what they name is laid over what is predicted."""
+        return [index for index in self.frames if index not in self.starts]
+
+    def named(self, index: int) -> np.ndarray:
+        """Which of the ids the annotation of a frame names, bool."""
         known = self.frames[index]
-        return np.isin(self.ids, known).tolist() if known.dtype == np.uint8 else (known[:, 0] >= 0).tolist()
+        return known[:, 0] >= 0 if self.points else np.isin(self.ids, known)
+
+    def new(self, order: range) -> dict[int, np.ndarray]:
+        """Annotated frame -> which of the ids it is the first to name; in the order of the run."""
+        before, new = np.zeros(len(self.ids), bool), {}
+        for index in sorted(self.frames, key=order.index):
+            new[index] = self.named(index) & ~before
+            before |= new[index]
+        return new
+
+    def labels(self, index: int, s: Propagation) -> Tensor:
+        """The soft labels of an annotated frame, L x h x w."""
+        known, grid = self.frames[index], s.grid(*self.size)
+        if self.points:
+            return labels_from_points(known, self.size, grid)
+        return labels_from_mask(torch.from_numpy(known), self.ids, grid, s.sampling)
 
 
-def annotate(args: Args, video, order: Sequence[int]) -> Annotations:
+def annotate(args: Args, video: Video | Camera, order: range) -> Annotations:
     """Read what is annotated."""
     if bool(args.mask) == bool(args.points):
         raise UserError(
@@ -1365,44 +1466,57 @@ def annotate(args: Args, video, order: Sequence[int]) -> Annotations:
             f"python examples/draw_mask.py {args.video} mask.png"
         )
     files = place_files(args, video, order)
-    return read_tables(args, video, files) if args.points else read_masks(args, video, files)
+    annotations = read_tables(args, video, files) if args.points else read_masks(video, files)
+    for index in annotations.frames:
+        if index not in order:
+            used = f"{min(order)} to {max(order)}" + (f", every {args.every}" if args.every > 1 else "")
+            raise UserError(f"annotated frame {index}: is not among the frames used ({used})")
+    starts = annotations.frames
+    annotations.starts = [min(starts, key=order.index)] if args.partial else list(starts)
+    return annotations
 
 
-def place_files(args: Args, video, order: Sequence[int]) -> list[tuple[Path, int]]:
+@reading()
+def place_files(args: Args, video: Video | Camera, order: range) -> list[tuple[Path, int]]:
     """(file, frame) for each mask or table: that of --mask-frame, the first one, or in a folder the frame of its
     name."""
-    given, frames = args.mask or args.points, args.mask_frame
-    names = getattr(video, "names", [])  # a camera has none
-    pictures = {os.path.realpath(path) for path in getattr(video, "pictures", ()) if args.mask}
+    given, frames, names = args.mask or args.points, args.mask_frame, video.names
+    pictures = {os.path.realpath(path) for path in video.pictures if args.mask}
     pictures |= {str(Path(path).parent) for path in pictures}
     for path in given:
         if os.path.realpath(split_id(path)[0]) in pictures:
-            raise UserError(f"{path}: lies among the frames of --video and would be one; move it elsewhere")
-    index = {name: i for i, name in enumerate(names)}
+            raise UserError(f"{path}: lies among the frames of --video and would be taken for one; move it elsewhere")
+    number = {name: i for i, name in enumerate(names)}
     if any(path.is_dir() for path in given):
         if len(given) > 1 or frames or args.points:
-            raise UserError(f"{given[0]}: a folder holds the masks of all frames, by their names; give it alone")
-        pictures = [p for p in sorted(given[0].glob("[!.]*")) if p.suffix.lower() in PICTURES]
-        index = {int(name): i for name, i in index.items() if name.isdecimal()} | index
-        places = [(p, index.get(p.stem, index.get(int(p.stem) if p.stem.isdecimal() else None))) for p in pictures]
-        used = set(order) if names else ()
-        files = [(path, place) for path, place in places if place in used]
-        if not files:
-            raise UserError(f"{given[0]}: no mask in it is named as a frame that is used; give it the frame's name")
-        if left := [path.name for path, place in places if place not in used]:
-            print(f"note: {given[0]}: {len(left)} of its masks are of no frame used: {brief(left)}", file=sys.stderr)
-        return files
+            raise UserError(f"{given[0]}: is a folder, whose masks belong to the frames of their names; give it alone")
+        return place_folder(given[0], number, order)
     if frames and len(frames) != len(given):
         raise UserError(f"--mask-frame: {len(frames)} frame(s) for {len(given)} mask(s) or table(s); give one for each")
     files = list(zip(given, frames or [order[0]] * len(given), strict=True))
     for path, frame in files:
-        if index.get(path.stem, frame) != frame and frame < len(names):
-            other = index[path.stem]
-            print(
-                f"note: {path}: is named as frame {other}, but laid on frame {frame} ({names[frame]}); --mask-frame "
-                f"{other} lays it there",
-                file=sys.stderr,
-            )
+        other = number.get(path.stem, frame)
+        if other != frame and frame < len(names):
+            what = f"is named as frame {other}, but laid on frame {frame} ({names[frame]})"
+            say(f"{path}: {what}; --mask-frame {other} lays it there")
+    return files
+
+
+def place_folder(folder: Path, number: dict[str, int], order: range) -> list[tuple[Path, int]]:
+    """As place_files, for a folder of masks; number: of each frame, by its name. 7.png is of frame 00007, too."""
+    number = {int(name): i for name, i in number.items() if name.isdecimal()} | number
+    files, left = [], []
+    for path in sorted(listed(folder)):
+        if path.suffix.lower() in PICTURES:
+            frame = number.get(path.stem, number.get(int(path.stem) if path.stem.isdecimal() else None))
+            if frame in order:
+                files.append((path, frame))
+            else:
+                left.append(path.name)
+    if not files:
+        raise UserError(f"{folder}: no mask in it has the name of a frame that is used; name it as its frame")
+    if left:
+        say(f"{folder}: {len(left)} of its masks are of no frame used: {brief(left)}")
     return files
 
 
@@ -1410,7 +1524,7 @@ def brief(words: Sequence, most: int = 8) -> str:
     return ", ".join([str(word) for word in words[:most]] + ["..."] * (len(words) > most))
 
 
-def read_tables(args: Args, video, files: list[tuple[Path, int]]) -> Annotations:
+def read_tables(args: Args, video: Video | Camera, files: list[tuple[Path, int]]) -> Annotations:
     """The key points. One that a table does not name is lost in its frame."""
     frames: dict[int, dict] = {}
     for path, place in files:
@@ -1423,21 +1537,21 @@ def read_tables(args: Args, video, files: list[tuple[Path, int]]) -> Annotations
             frames[index] = points
     ids = list(dict.fromkeys(name for points in frames.values() for name in points))
     places = {index: np.array([points.get(name, (-1, -1)) for name in ids]) for index, points in frames.items()}
-    return Annotations(places, ids)
+    return Annotations(video.size, places, ids)
 
 
-def read_masks(args: Args, video, files: list[tuple[Path, int]]) -> Annotations:
+def read_masks(video: Video | Camera, files: list[tuple[Path, int]]) -> Annotations:
     """The masks, several of one frame merged. An object has one id in all masks, and the last palette all their
     colours."""
     frames, known, kinds, palette, plain = {}, {}, {}, PALETTE.copy(), {}
     for path, index in files:
         path, number = split_id(path)
-        mask = fit_mask(path, video.size, known)
+        mask = load_mask(path, known, video.size)
         kinds.setdefault(mask.kind, path)
         merged = frames.setdefault(index, np.zeros_like(mask.ids))
         objects = [int(n) for n in np.unique(mask.ids) if n]
         if number and len(objects) > 1:
-            raise UserError(f"{path}={number}: holds {len(objects)} objects; an id can be given to a mask of one")
+            raise UserError(f"{path}={number}: holds {len(objects)} objects; =ID is for a mask of one object")
         if mask.kind == "black and white":
             number = number or next(n for n in range(1, 256) if not (merged == n).any())
             plain[path] = number
@@ -1446,36 +1560,34 @@ def read_masks(args: Args, video, files: list[tuple[Path, int]]) -> Annotations:
         if number and objects:
             mask.ids[mask.ids > 0] = number
             objects = [number]
-        twice = [n for n in objects if (merged == n).any()]
-        if twice:
-            raise UserError(
-                f"{path}: object {twice[0]} of frame {index} is in another mask too; --mask {path}=ID renames it"
-            )
+        if twice := [n for n in objects if (merged == n).any()]:
+            what = f"object {twice[0]} of frame {index} is in another mask too"
+            raise UserError(f"{path}: {what}; --mask {path}=ID renames it")
         if lost := int(((merged > 0) & (mask.ids > 0)).sum()):
-            print(f"note: {path}: covers {lost} pixels of the masks given before it for this frame", file=sys.stderr)
+            say(f"{path}: covers {lost} pixels of the masks given before it for this frame")
         np.copyto(merged, mask.ids, where=mask.ids > 0)
     kinds.pop("empty", None)
     if not kinds:
         raise UserError(f"{files[0][0]}: is empty, all of it is background; paint each object in a value of its own")
-    for numbered, alike in (("colours", {"colours", "VOC colours"}), ("values above 255", {"values above 255"})):
-        other = [path for kind, path in kinds.items() if kind not in alike]
+    renamed = {}
+    for numbered in ("colours", "values above 255"):
+        other = [path for kind, path in kinds.items() if not kind.endswith(numbered)]  # VOC colours are colours
         if numbered in kinds and other:
             raise UserError(
                 f"{kinds[numbered]}: has {numbered}, which get ids of their own, but {other[0]} has not; save both in "
                 "one way, so that an object has one id"
             )
+        if numbered in kinds:
+            renamed = {f"#{value:06x}" if numbered == "colours" else str(value): n for value, n in known.items()}
+            which = brief([f"{value} is {number}" for value, number in renamed.items()])
+            say(f"the masks' {numbered.split()[0]} get ids: {which}")
     if len(plain) > 1 or (plain and len(kinds) > 1):
         which = brief([f"{path} is object {number}" for path, number in plain.items()])
-        print(f"note: black and white masks: {which}; --mask FILE=ID gives another id", file=sys.stderr)
-    renamed = {f"#{value:06x}" if "colours" in kinds else str(value): n for value, n in known.items()}
-    renamed = renamed if "VOC colours" not in kinds or "colours" in kinds else {}
-    if renamed:
-        which = brief([f"{value} is {number}" for value, number in renamed.items()])
-        print(f"note: the masks' {'colours' if 'colours' in kinds else 'values'} get ids: {which}", file=sys.stderr)
+        say(f"black and white masks: {which}; --mask FILE=ID gives another id")
     ids = sorted({int(n) for mask in frames.values() for n in np.unique(mask)} - {0})
     if kinds.keys() == {"black and white"} and len(ids) == 1:
         palette[ids] = 255  # black and white gives black and white
-    return Annotations(frames, ids, palette, renamed)
+    return Annotations(video.size, frames, ids, palette, renamed)
 
 
 def split_id(path: Path) -> tuple[Path, int | None]:
@@ -1499,26 +1611,23 @@ def introduce(mask: np.ndarray, index: int, name: str, s: Propagation) -> None:
     more = f"--upsample {2 * s.upsample}" if whole else "a larger --size"
     for number, count in zip(ids, pixels, strict=True):
         if all((edge == number).any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])):
-            print(f"note: object {number} touches all four borders: is it the background, or all?", file=sys.stderr)
+            say(f"object {number} touches all four borders; is it the background?")
         elif count < cell:
-            print(f"note: object {number} is less than a cell of the grid; {more} keeps it", file=sys.stderr)
+            say(f"object {number} is less than a cell of the grid, so it may be lost; {more} keeps it")
 
 
-def introduce_all(annotations: Annotations, order: Sequence[int], video, args: Args) -> None:
+def introduce_all(annotations: Annotations, order: range, video: Video | Camera, args: Args) -> None:
     """Say what is annotated where, and what a later annotation leaves out."""
     before: list = []
     for index in sorted(annotations.frames, key=order.index):
         if not args.points:
-            name = video.pictures[index].name if getattr(video, "pictures", None) else ""
+            name = video.pictures[index].name if video.pictures else ""
             introduce(annotations.frames[index], index, name, args.propagation)
         names = [number for number, is_named in zip(annotations.ids, annotations.named(index), strict=True) if is_named]
         missing = [number for number in before if number not in names]
         if missing and not args.partial:
-            print(
-                f"note: the annotation of frame {index} leaves out {brief(missing)}, which is gone from there on; "
-                "--partial keeps what it does not name",
-                file=sys.stderr,
-            )
+            what = f"leaves out {brief(missing)}, which is gone from there on"
+            say(f"the annotation of frame {index} {what}; --partial keeps what it does not name")
         before += [number for number in names if number not in before]
 
 
@@ -1544,7 +1653,7 @@ def check_memory(s: Propagation, size: tuple[int, int], annotated: int, objects:
     """Refuse a grid that is too coarse, or more than this machine's memory holds."""
     (H, W), (h, w) = s.input_size(*size), s.grid(*size)
     if min(h, w) < 2:
-        raise UserError(f"--size {s.size}: is a grid of {h}x{w} cells, too coarse to follow anything; give more")
+        raise UserError(f"--size {s.size}: is a grid of {h}x{w} cells, too coarse to follow anything; enlarge it")
     frames = annotated + s.context + (s.memory == "spaced")
     need = h * w * frames * (256 + objects + 1) * 4 + H * W * 64 * 4  # the context, and the first stage of a ResNet
     try:
@@ -1592,22 +1701,56 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def digest(path: Path | None) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path and path.is_file() else None
+def load_tracker(args: Args, video: Video | Camera, annotations: Annotations):
+    """What labels the frames, an encoder or an engine. UserError where it cannot do what is asked for."""
+    s, count = args.propagation, len(annotations.frames)
+    if args.engine:
+        import export  # it imports this module
+
+        check_engine(args, export.engine_info(args.engine), annotations)
+        return export.load_engine(args.engine, args.device)
+    if annotations.points and s.localization == "track":
+        raise UserError("--localization track: follows masks, these are key points; take --localization none or fixed")
+    if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
+        raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
+    check_memory(s, video.size, count, len(annotations.ids))
+    check_topk(s, video.size, count)
+    encoder = common.load_encoder(args.model, args.weights, s, args.device, args.dtype)
+    if not video.live:  # the pool does the work; a camera cannot be read ahead, so all threads encode its frame
+        torch.set_num_threads(1)
+    return encoder
 
 
-def describe(video: Video) -> str:
-    """What tells a video from another one under its name. The first picture of a folder stands for all: a later one
-    that is broken may be replaced, and the run goes on."""
-    file = Path(video.pictures[0] if video.pictures else video.source).stat()
-    return f"{len(video)} frames, {file.st_size} bytes, changed {datetime.fromtimestamp(file.st_mtime)}"
+def describe_job(args: Args, video: Video | Camera, annotations: Annotations, tracker) -> dict:
+    """What a run's results depend on: a run with another one does not go on with them."""
 
+    def digest(path: Path | None) -> str | None:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path and path.is_file() else None
 
-def need_window() -> None:
-    """Refuse where no window can be opened; tried in a process of its own, since a missing display aborts."""
-    probe = "import cv2; cv2.namedWindow('softcopy'); cv2.waitKey(1)"
-    if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
-        raise UserError("--show: no window can be opened here; run it on a desktop, or leave it away")
+    content, weights = None, None
+    if not video.live:  # the first picture stands for all: a later one that is broken may be replaced
+        file = Path(video.pictures[0] if video.pictures else video.source).stat()
+        content = f"{len(video)} frames, {file.st_size} bytes, changed {datetime.fromtimestamp(file.st_mtime)}"
+    if not args.engine:
+        weights = args.weights or common.find_weights(args.model)
+    job = {
+        "video": video.source if video.live else os.path.realpath(args.video),
+        "content": content,
+        "frames": [args.start, args.every, *(["from", args.end] if args.reverse else [])],  # a later --end adds to it
+        "annotations": {str(k): hashlib.sha256(v.tobytes()).hexdigest()[:16] for k, v in annotations.frames.items()},
+        "ids": annotations.ids,
+        "model": args.model,
+        "weights": digest(weights),
+        "dtype": tracker.info["dtype"] if args.engine else args.dtype,
+        "settings": asdict(args.propagation),
+    }
+    if args.engine:
+        job["engine"] = digest(args.engine)
+    if annotations.renamed:
+        job["renamed"] = annotations.renamed
+    if args.partial and len(annotations.frames) > 1:
+        job["partial"] = True
+    return job
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1637,42 +1780,30 @@ class Stopwatch(Counter):
             yield item
 
 
-Answer = tuple[int, np.ndarray, np.ndarray, torch.Tensor | None]  # index, frame, mask or points, soft labels
+Answer = tuple[int, np.ndarray, np.ndarray, Tensor | None]  # index, frame, mask or points, soft labels
 
 
 class Results:
-    """What whole frames got, written by a thread: a mask or points, and the soft labels of the latest `keep` frames
-    and of those in `always` (in .state/), from which a stopped run goes on exactly as if it had not stopped.
+    """What whole frames got, written by a thread: a mask or points, and the soft labels of the latest frames and of
+    those that --partial lays over (in .state/), from which a stopped run goes on exactly as if it had not stopped."""
 
-    size: H, W of the frames; labels: whether the soft labels are written for the user too.
-    """
-
-    def __init__(
-        self,
-        out: Path,
-        names: list[str],
-        keep: int,
-        annotations: Annotations,
-        size: tuple[int, int],
-        points: bool,
-        labels: bool = False,
-        always: Iterable[int] = (),
-    ):
-        self.out, self.names, self.keep, self.size, self.points, self.labels = out, names, keep, size, points, labels
-        self.ids, self.palette = annotations.ids, annotations.palette
-        ids = self.ids
+    def __init__(self, args: Args, out: Path, video: Video | Camera, order: range, annotations: Annotations):
+        self.out, self.names, self.labels, self.annotations = out, video.names, args.save_labels, annotations
+        self.ids, self.palette, self.points = annotations.ids, annotations.palette, annotations.points
+        s = args.propagation
+        self.keep = 0 if video.live else len(order) if needs_history(s) else s.context  # states
         self.pool, self.pending, self.csv = ThreadPoolExecutor(1), deque(), out / "points.csv"
         states = sorted((out / ".state").glob("*.npy"), key=lambda path: path.stat().st_mtime_ns)
-        self.always = {self.state_path(index) for index in always}
+        self.always = {self.state_path(index) for index in annotations.laid_over}
         self.states = deque(path for path in states if path not in self.always)
         self.table: dict[int, np.ndarray] = {}  # frame -> J x 2 positions, -1 where lost
-        if points and self.csv.is_file():
+        if self.points and self.csv.is_file():
             lines = self.csv.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
             for index, name, x, y in csv.reader(line for line in lines if line[-1] == "\n"):  # the last may be torn
-                place = self.table.setdefault(int(index), np.full((len(ids), 2), np.nan))
-                place[ids.index(name)] = (x, y) if x else (-1, -1)
+                place = self.table.setdefault(int(index), np.full((len(self.ids), 2), np.nan))
+                place[self.ids.index(name)] = (x, y) if x else (-1, -1)
             self.table = {index: place for index, place in self.table.items() if not np.isnan(place).any()}
-        if points:
+        if self.points:
             self.write_points(self.table)
 
     def name(self, index: int) -> str:
@@ -1695,19 +1826,20 @@ class Results:
     def read(self, index: int) -> np.ndarray:
         return self.table[index] if self.points else read_ids(self.mask_path(index))
 
-    def add(self, index: int, answer: np.ndarray, labels: torch.Tensor | None, annotated: bool = False) -> None:
+    def add(self, index: int, answer: np.ndarray, labels: Tensor | None) -> None:
         """Write what a frame got: its mask (H x W) or points (J x 2), and its soft labels, unless an engine keeps
         them."""
         labels = None if labels is None else labels.float().cpu().numpy()
-        self.pending.append(self.pool.submit(self._write, index, answer, labels, annotated))
+        self.pending.append(self.pool.submit(self._write, index, answer, labels))
         while len(self.pending) > 4:
             self.pending.popleft().result()
 
-    def _write(self, index: int, answer: np.ndarray, labels: np.ndarray | None, annotated: bool) -> None:
+    def _write(self, index: int, answer: np.ndarray, labels: np.ndarray | None) -> None:
         if self.labels:
             with atomic(self.labels_path(index)) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, labels=labels.astype(np.float16), ids=np.array(self.ids), size=self.size)
-        if labels is not None and self.keep and not annotated:
+                about = {"ids": np.array(self.ids), "size": self.annotations.size}
+                np.savez_compressed(file, labels=labels.astype(np.float16), **about)
+        if labels is not None and self.keep and index not in self.annotations.starts:
             path = self.state_path(index)
             with atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, labels)
@@ -1743,7 +1875,7 @@ class Results:
             shutil.rmtree(self.out / ".state", ignore_errors=True)
 
 
-def segments(order: list[int], annotated: Iterable[int]) -> list[list[int]]:
+def segments(order: range, annotated: Iterable[int]) -> list[range]:
     """The stretches that are run one by one: backwards from the first annotated frame, then onwards from each one.
 
     A stretch starts afresh with its annotated frame, so that what went wrong before a correction ends there.
@@ -1753,106 +1885,94 @@ def segments(order: list[int], annotated: Iterable[int]) -> list[list[int]]:
     return ([order[places[0] :: -1]] if places[0] else []) + onwards
 
 
-def soft_labels(annotations: Annotations, index: int, size: tuple[int, int], s: Propagation) -> torch.Tensor:
-    """The labels of an annotated frame on the grid, L x h x w."""
-    known, grid = annotations.frames[index], s.grid(*size)
-    if known.dtype == np.uint8:
-        return labels_from_mask(torch.from_numpy(known), annotations.ids, grid, s.sampling)
-    return labels_from_points(known, size, grid)
-
-
-@dataclass
-class Given:
-    """A later annotation of which only some ids are known (--partial), in the middle of a stretch."""
-
-    labels: torch.Tensor  # L x h x w
-    named: torch.Tensor  # L bool
-    known: np.ndarray  # H x W, or J x 2
-
-
-def track(
-    s: Propagation, video, stretches: list, labels: dict, given: dict, annotations: Annotations, results, encoder, clock
-) -> Iterator[Answer]:
+def track(encoder, video: Video | Camera, order: range, results: Results, clock: Stopwatch) -> Iterator[Answer]:
     """Label every frame that has no result yet.
 
-    labels: annotated frame that a stretch starts from -> soft labels L x h x w. given: other annotated frame -> Given.
+    The frames that stretches start from are in the context of all stretches for good. An object that comes later than
+    such a frame is looked for in it.
     """
-    device = encoder.mean.device
-    shared = device.type == "cpu" and not isinstance(video, Camera)
+    s, device, annotations = encoder.settings, encoder.mean.device, results.annotations
+    ids, size = annotations.ids, annotations.size
+    labels = {index: annotations.labels(index, s).to(device) for index in annotations.frames}
+    new = {index: torch.tensor([False, *each], device=device) for index, each in annotations.new(order).items()}
+    given = {}  # frame that is laid over -> its labels, which of them it names, and which it is the first to name
+    for index in annotations.laid_over:
+        named = torch.tensor([False, *annotations.named(index)], device=device)
+        given[index] = labels[index], named, new[index]
 
-    def encode(frame: np.ndarray) -> torch.Tensor:
+    def encode(frame: np.ndarray) -> Tensor:
         return encoder(torch.from_numpy(frame).to(device)[None])[0]
 
-    def state(index: int) -> torch.Tensor:
+    def features(todo: Sequence[int], read: deque) -> Iterator[Tensor]:
+        """Those of each frame, which goes to `read`; ahead of time where the frames are there and a CPU encodes."""
+        frames = clock.each("read", ahead(video.frames(todo)))
+        shared = device.type == "cpu" and not video.live
+        for item, f in clock.each("extract", encode_ahead(lambda item: encode(item[1]), frames, shared)):
+            read.append(item)
+            yield f
+
+    def state(index: int) -> Tensor:
         return torch.from_numpy(np.load(results.state_path(index))).to(device)
 
+    def looked_back(before: tuple, index: int, f: Tensor, z: Tensor) -> tuple:
+        """An earlier frame's (features, labels, ...), with the objects that the frame `index` is the first to name."""
+        g, y, *mask = before
+        return (g, hindsight(g, y, (f, z), new[index], s), *mask) if new[index].any() else before
+
     annotated = {}
-    for part in stretches:
+    for part in segments(order, annotations.starts):
         rest = part[1:]
         done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
         if done == len(rest):
             continue
-        if not annotated:  # every annotated frame stays in the context of all stretches for good
-            for index, z in labels.items():
-                mask = [] if results.points else [label_numbers(annotations.frames[index], results.ids)]
-                annotated[index] = encode(read_frame(video, index)), z.to(device), *mask
+        for index in sorted(annotations.starts, key=order.index) if not annotated else ():
+            f, mask = encode(read_frame(video, index)), annotations.frames[index]
+            annotated = {other: looked_back(each, index, f, labels[index]) for other, each in annotated.items()}
+            annotated[index] = f, labels[index], *([] if results.points else [label_numbers(mask, ids)])
+        # To go on, the labels of the targets from `back` on are looked at again, and before it those laid over.
+        back = 0 if needs_history(s) else max(0, done - s.context)
+        early = [index for index in rest[:back] if index in given and s.keep_first]
+        if not all(results.state_path(index).is_file() for index in [*early, *rest[back:done]]):
+            back, early, done = 0, [], 0  # its soft labels are gone: run this stretch from its annotated frame
+        # Their features only of these: the latest, those laid over, and frame 5 (--memory spaced).
         latest = rest[max(0, done - s.context) : done]
-        back = rest[:done] if needs_history(s) else latest
-        place = {index: rest.index(index) for index in given if index in rest}
-        early = [index for index in sorted(place, key=place.get) if place[index] < done - len(back) and s.keep_first]
-        if not all(results.state_path(index).is_file() for index in [*early, *back]):
-            back, early, done = [], [], 0  # its soft labels are gone: run this stretch from its annotated frame
-        # Of all that came before, propagate_video looks again at the labels, but only at these frames' features.
-        again = [i for i in rest[:done] if i in early or (i in back and (i in latest or i in rest[4:5] or i in given))]
+        again = [index for index in rest[:done] if index in latest or index in given or index in rest[4:5]]
         known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
-        other = annotated[next(iter(labels))][0]
-        recent = [(known.get(index, other), state(index)) for index in back]
-        later = {  # by their numbers among recent and todo
-            place[index] - done + len(back) + 1: (each.labels.to(device), each.named.to(device))
-            for index, each in given.items()
-            if index in place and place[index] >= done - len(back)
-        }
-        current = deque()
-
-        def features(todo=rest[done:], current=current) -> Iterator[torch.Tensor]:
-            frames = clock.each("read", ahead(video.frames(todo)))
-            for item, f in clock.each("extract", encode_ahead(lambda item: encode(item[1]), frames, shared)):
-                current.append(item)
-                yield f
-
-        first = [annotated[part[0]], *(each for index, each in annotated.items() if index != part[0])]
-        first += [(known[index], state(index)) for index in early]
-        labelled = propagate_video(features(), first, s, recent, later)
-        shift = (
-            shift_of_points(annotations, [*annotated, part[0], *rest[:done]], video.size, s) if results.points else 0
-        )
+        others = [index for index in annotations.starts if index != part[0]]
+        first = [annotated[index] for index in (part[0], *others)]
+        for index in early:
+            f, z = known[index], state(index)
+            first = [*(looked_back(each, index, f, z) for each in first), (f, z)]
+        recent = [(known.get(index, first[0][0]), state(index)) for index in rest[back:done]]
+        targets, read = rest[back:], deque()
+        later = {targets.index(index) + 1: each for index, each in given.items() if index in targets}
+        labelled = propagate_video(features(rest[done:], read), first, s, recent, later)
+        shift = shift_of_points(annotations, [*annotations.starts, part[0], *rest[:done]], s) if results.points else 0
         for z in clock.each("propagate", labelled):
-            index, frame = current.popleft()
+            index, frame = read.popleft()
             with clock.time("up-sample"):
                 if results.points:
-                    shift = shift_of_points(annotations, [index], video.size, s, shift)
-                    answer = shifted(points_from_labels(z, video.size), shift, video.size)
+                    shift = shift_of_points(annotations, [index], s, shift)
+                    answer = shifted(points_from_labels(z, size), shift, size)
                 else:
-                    rest_of = z * ~given[index].named.to(device)[:, None, None] if index in given else z
-                    picture = torch.from_numpy(frame)
-                    mask = mask_from_labels(rest_of, results.ids, video.size, s.minmax, picture, s.refine)
-                    answer = mask.cpu().numpy()
+                    unnamed = z * ~given[index][1][:, None, None] if index in given else z
+                    answer = mask_from_labels(unnamed, ids, size, s.minmax, torch.from_numpy(frame), s.refine)
+                    answer = answer.cpu().numpy()
                 if index in given:  # at full size, what is given is exactly as given
-                    own = given[index].known
+                    own = annotations.frames[index]
                     answer = np.where(own >= 0 if results.points else own > 0, own, answer)
             yield index, frame, answer, z
 
 
 def shift_of_points(
-    annotations: Annotations, frames: list[int], size: tuple[int, int], s: Propagation, before: np.ndarray | None = None
-) -> np.ndarray:
+    annotations: Annotations, frames: Sequence[int], s: Propagation, shift: np.ndarray | float = 0.0
+) -> np.ndarray | float:
     """Where each point lies from what its labels on the grid give back (J x 2, pixels): by the last of `frames` that
-    names it, else as `before`. So a point keeps its place within its cell."""
-    shift = np.zeros((len(annotations.ids), 2)) if before is None else before
+    names it, else `shift` as it was. So a point keeps its place within its cell."""
     for index in frames:
         if index in annotations.frames:
             known = annotations.frames[index]
-            coarse = points_from_labels(labels_from_points(known, size, s.grid(*size)), size)
+            coarse = points_from_labels(annotations.labels(index, s), annotations.size)
             shift = np.where(known >= 0, known - coarse, shift)
     return shift
 
@@ -1870,10 +1990,11 @@ def label_numbers(mask: np.ndarray, ids: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(number[mask])
 
 
-def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dict, ids: list) -> None:
+def check_engine(args: Args, info: dict, annotations: Annotations) -> None:
     """Refuse what --engine was not made for. info: what the file says of itself."""
     import export
 
+    size, count, objects = annotations.size, len(annotations.frames), len(annotations.ids)
     fixed = export.engine_settings(args.engine, info)
     flags = {"model": (args.model, info["model"])}
     if args.weights:
@@ -1884,51 +2005,66 @@ def check_engine(args: Args, info: dict, size: tuple[int, int], annotations: dic
     for flag, (value, own) in flags.items():
         if value != own:
             flag = flag.replace("_", "-")
-            raise UserError(f"--{flag} {value}: is fixed in {args.engine} ({own}); leave it away or export anew")
+            raise UserError(f"--{flag} {value}: is fixed in {args.engine} ({own}); leave it out or export anew")
     if args.points:
         raise UserError(f"--points: {args.engine} follows masks; give --mask, or run without --engine")
     if args.save_labels:
         raise UserError(f"--save-labels: {args.engine} gives masks alone; run without --engine")
-    if len(annotations) > 1:
-        raise UserError(f"--mask: {args.engine} starts from one annotated frame, not {len(annotations)}; give one")
+    if count > 1:
+        raise UserError(f"--mask: {args.engine} starts from one annotated frame, not {count}; give one")
     if size != (info["height"], info["width"]):
         raise UserError(
             f"{args.video}: is {size[1]}x{size[0]}, {args.engine} was made for {info['width']}x{info['height']}; "
             f"export with --height {size[0]} --width {size[1]}"
         )
-    if len(ids) > info["objects"]:
+    if objects > info["objects"]:
         raise UserError(
-            f"--mask: has {len(ids)} objects, {args.engine} follows {info['objects']}; export with --objects {len(ids)}"
+            f"--mask: has {objects} objects, {args.engine} follows {info['objects']}; export with --objects {objects}"
         )
 
 
-def track_engine(
-    video, stretches: list, annotations: dict[int, np.ndarray], results: Results, engine, clock
-) -> Iterator[Answer]:
-    """As track, by an exported graph. annotations: the annotated frame -> its mask H x W. A stopped run computes a
-    stretch again from its annotated frame, since the graph's memory is not on disk."""
-    ids = np.array([0, *results.ids], np.uint8)
-    number = np.zeros(256, np.uint8)  # the graph's ids are 1, 2, ...
-    number[ids] = np.arange(len(ids))
-    for part in stretches:
+def track_engine(engine, video: Video | Camera, order: range, results: Results, clock: Stopwatch) -> Iterator[Answer]:
+    """As track, by an exported graph. A stopped run computes a stretch again from its annotated frame, since the
+    graph's memory is not on disk."""
+    masks, ids = results.annotations.frames, np.array([0, *results.ids], np.uint8)
+    number = label_numbers(np.arange(256), results.ids).numpy().astype(np.uint8)  # the graph's ids are 1, 2, ...
+    for part in segments(order, masks):
         if all(map(results.has, part)):
             continue
         for index, frame in clock.each("read", ahead(video.frames(part))):
             with clock.time("extract and propagate"):
-                answer = ids[engine.step(frame, number[annotations[index]] if index in annotations else None)]
+                answer = ids[engine.step(frame, number[masks[index]] if index in masks else None)]
             if not results.has(index):
                 yield index, frame, answer, None
 
 
-def follow(answers: Iterator[Answer], results: Results, bar: tqdm, window: bool, clock: Stopwatch) -> None:
-    """Write answer after answer, and show it in the window; until the last, or q."""
-    with bar, contextlib.closing(answers):
-        for index, frame, answer, labels in answers:
-            bar.update(not results.has(index))
-            with clock.time("write"):
-                results.add(index, answer, labels)
-            if window and not show(draw(frame, answer, results)):
-                return
+def label_frames(args: Args, tracker, video: Video | Camera, order: range, results: Results, clock: Stopwatch) -> int:
+    """Label and write all frames that have no result yet, and show them in the window; until the last, or q. How many
+    it were."""
+    annotations, made = results.annotations, 0
+    for index in annotations.starts:
+        if not results.has(index):
+            results.add(index, annotations.frames[index], annotations.labels(index, args.propagation))
+    results.flush()
+    before = len(annotations.starts) if video.live else sum(map(results.has, order))
+    answers = (track_engine if args.engine else track)(tracker, video, order, results, clock)
+    bar = tqdm(total=None if video.live else len(order), initial=before, unit="frame", desc=video.source)
+    try:
+        with torch.inference_mode(), bar, contextlib.closing(answers):
+            for index, frame, answer, labels in answers:
+                new = not results.has(index)
+                bar.update(new)
+                made += new
+                with clock.time("write"):
+                    results.add(index, answer, labels)
+                if args.show and not show(draw(frame, answer, results)):
+                    break
+    except KeyboardInterrupt:
+        if not video.live:  # a camera is stopped this way
+            raise
+    finally:
+        results.flush()
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1953,7 +2089,7 @@ def draw(frame: np.ndarray, answer: np.ndarray, results: Results) -> np.ndarray:
     picture, radius = frame.copy(), max(3, min(frame.shape[:2]) // 90)
     for number, (x, y) in enumerate(answer, 1):
         if x >= 0:
-            centre, colour = (round(float(x)), round(float(y))), PALETTE[number % 255 + (number % 255 == 0)].tolist()
+            centre, colour = (round(float(x)), round(float(y))), PALETTE[1 + (number - 1) % 255].tolist()
             cv2.circle(picture, centre, radius + 1, (255, 255, 255), -1, cv2.LINE_AA)
             cv2.circle(picture, centre, radius, colour, -1, cv2.LINE_AA)
     return picture
@@ -2008,127 +2144,52 @@ def list_models() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def write_record(args: Args, out: Path, record: dict, tracker, made: int, seconds: float, clock: Stopwatch) -> None:
+    """Add to run.json how the frames were made, if any were."""
+    if made:
+        rates = {"whole run": seconds, **{stage: spent for stage, spent in clock.items() if spent > 0}}
+        versions = {"softcopy": __version__, "python": platform.python_version(), "torch": torch.__version__}
+        record = {
+            "job": record["job"],
+            "versions": versions | {"opencv": cv2.__version__, "av": av.__version__},
+            "frames": made,
+            "frames_per_second": {stage: round(made / spent, 2) for stage, spent in rates.items()},
+            "ran_on": tracker.provider if args.engine else str(tracker.mean.device),
+            "shown": record["shown"],
+        }
+    write_json(out / "run.json", record)
+
+
 def main(args: Args) -> None:
     if args.list_models:
         return list_models()
-    if not args.video:
-        raise UserError("--video: missing; give a film, a folder of pictures or the number of a camera (see --help)")
-    live = args.video.isdigit() and not Path(args.video).exists()
-    path = Path(os.path.realpath(args.video))
-    pattern = glob.has_magic(path.name) and not path.exists()
-    name = f"camera{args.video}" if live else path.parent.name if pattern else path.name if path.is_dir() else path.stem
-    out = args.out or Path("results") / name
-    if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
-        raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
-    if args.show:
-        need_window()
-
     # What is asked for, checked before any long work.
-    if live and (args.start or args.every != 1 or args.reverse or any(args.mask_frame)):
-        raise UserError("--start, --every, --reverse, --mask-frame: a camera runs from its first frame on; leave them")
-    if live and args.end is not None and args.end < 2:
-        raise UserError(f"--end {args.end}: give 2 or more, or stop the camera with q")
-    video = Camera(int(args.video), out / "frames") if live else Video(args.video)
-    order = range(args.end or 10**9) if live else choose_frames(args, len(video))
+    video, order, out = open_video(args)
     annotations = annotate(args, video, order)
-    ids = annotations.ids
-    for index in annotations.frames:
-        if index not in order:
-            used = f"{min(order)} to {max(order)}" + (f", every {args.every}" if args.every > 1 else "")
-            raise UserError(f"--mask-frame {index}: is not among the frames used ({used})")
-    if args.points and args.propagation.localization == "track":
-        raise UserError("--localization track: follows masks, these are key points; take --localization none or fixed")
-    engine = None
-    if args.engine:
-        import export  # it imports this module
-
-        check_engine(args, export.engine_info(args.engine), video.size, annotations.frames, ids)
-        engine = export.load_engine(args.engine, args.device)
-    else:
-        check_memory(args.propagation, video.size, len(annotations.frames), len(ids))
-        check_topk(args.propagation, video.size, len(annotations.frames))
-        encoder = common.load_encoder(args.model, args.weights, args.propagation, args.device, args.dtype)
-        if not live:  # the pool does the work; a camera cannot be read ahead, so all threads encode its frame
-            torch.set_num_threads(1)
-    if not live:
-        video.check(order)
-    weights = None if engine else args.weights or common.find_weights(args.model)
-    job = {
-        "video": video.source if live else str(path),
-        "content": None if live else describe(video),
-        "frames": [args.start, args.every, *(["from", args.end] if args.reverse else [])],  # a later --end adds to it
-        "annotations": {str(k): hashlib.sha256(v.tobytes()).hexdigest()[:16] for k, v in annotations.frames.items()},
-        "ids": ids,
-        "model": engine.info["model"] if engine else args.model,
-        "weights": digest(weights),
-        "dtype": engine.info["dtype"] if engine else args.dtype,
-        "settings": asdict(args.propagation),
-    }
-    if engine:
-        job["engine"] = digest(args.engine)
-    if annotations.renamed:
-        job["renamed"] = annotations.renamed
-    if args.partial and len(annotations.frames) > 1:
-        job["partial"] = True
-    record = open_job(out, job, args.overwrite, live)
+    tracker = load_tracker(args, video, annotations)
+    video.check(order)
+    with writing(out):
+        record = open_job(out, describe_job(args, video, annotations, tracker), args.overwrite, video.live)
     introduce_all(annotations, order, video, args)
 
-    starts = list(annotations.frames)
-    if args.partial:  # only the first one starts a stretch
-        starts = [min(starts, key=order.index)]
-    keep = 0 if live else len(order) if needs_history(args.propagation) else args.propagation.context
-    labels = {index: soft_labels(annotations, index, video.size, args.propagation) for index in annotations.frames}
-    given = {
-        index: Given(labels.pop(index), torch.tensor([False, *annotations.named(index)]), known)
-        for index, known in annotations.frames.items()
-        if index not in starts
-    }
-    names = [] if live else video.names
-    results = Results(out, names, keep, annotations, video.size, bool(args.points), args.save_labels, given)
-    clock, start = Stopwatch(), time.perf_counter()
-    for index in starts:
-        if not results.has(index):
-            results.add(index, annotations.frames[index], labels[index], annotated=True)
-    results.flush()
-    before = len(starts) if live else sum(map(results.has, order))
-    stretches = segments(order, starts)
-    bar = tqdm(total=None if live else len(order), initial=before, unit="frame", desc=video.source)
-    try:
-        with torch.inference_mode():
-            if engine:
-                answers = track_engine(video, stretches, annotations.frames, results, engine, clock)
-            else:
-                s = args.propagation
-                answers = track(s, video, stretches, labels, given, annotations, results, encoder, clock)
-            follow(answers, results, bar, args.show, clock)
-    except KeyboardInterrupt:
-        if not live:  # a camera is stopped this way
-            raise
-    finally:
-        results.flush()
-    if live:
-        times, video = video.times, Video(out / "frames")
-        order, video.times = range(len(video)), times
+    # The run.
+    results, clock, start = Results(args, out, video, order, annotations), Stopwatch(), time.perf_counter()
+    made = label_frames(args, tracker, video, order, results, clock)
+    seconds = time.perf_counter() - start
+    video = video.recorded()
     if video.broken:
-        print(f"note: {video.broken}", file=sys.stderr)
-    done = [index for index in order if results.has(index)]
-    to_come = order if live or args.reverse else choose_frames(replace(args, end=None), len(video))
-    results.finish(args.reverse, whole=live or all(map(results.has, to_come)))
-    made, seconds = len(done) - before, time.perf_counter() - start
+        say(video.broken)
+    done = [index for index in order[: len(video)] if results.has(index)]
+    to_come = order if args.reverse else choose_frames(replace(args, end=None), len(video))
+    results.finish(args.reverse, whole=all(map(results.has, to_come)))
+
+    # What people look at, and the record.
     pictures, shown = ["overlay.mp4"] * args.film + ["contact_sheet.jpg"], [len(done), done[0], done[-1]]
-    stale = made or record.get("shown") != shown or not all((out / name).is_file() for name in pictures)
-    if stale:
+    if made or record.get("shown") != shown or not all((out / name).is_file() for name in pictures):
         with clock.time("film"):
             make_pictures(out, video, done, results, args.film)
-    rates = {stage: round(made / spent, 2) for stage, spent in clock.items() if spent > 0}
-    versions = {"softcopy": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"opencv": cv2.__version__, "av": av.__version__}
-    if made:
-        rates = {"whole run": round(made / seconds, 2), **rates}
-        record = {"job": job, "versions": versions, "frames": made, "frames_per_second": rates}
-        record["ran_on"] = engine.provider if engine else str(encoder.mean.device)
-    if stale:
-        write_json(out / "run.json", record | {"shown": shown})  # in the pictures: how many frames, the first, the last
+        record["shown"] = shown  # in the pictures: how many frames, the first, the last
+        write_record(args, out, record, tracker, made, seconds, clock)
     what = f"{len(done)} frames of points.csv" if results.points else f"{len(done)} masks"
     speed = f"{made / seconds:.2f} frames/s" if made else "all was there"
     print(f"{out}: {', '.join([what, *pictures])}; {speed}")

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -210,14 +211,15 @@ def test_stopped_and_started_again_it_ends_the_same(done, small_clip, tmp_path, 
 
 
 def interrupt_at(monkeypatch, number: int) -> list:
-    """Ctrl-C in the place of the number-th call of propagate_labels; the calls so far."""
+    """Ctrl-C in the place of the number-th call of propagate_labels for a target; the calls so far."""
     real, calls = propagate.propagate_labels, []
 
-    def stopped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == number:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
+    def stopped(*args):
+        if len(args) > 4:  # hindsight, which looks at earlier frames again, gives no ages
+            calls.append(1)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+        return real(*args)
 
     monkeypatch.setattr(propagate, "propagate_labels", stopped)
     return calls
@@ -1176,6 +1178,42 @@ def frames_of(clip: Path, folder: Path, count: int = 12, change=lambda frame: fr
     return folder
 
 
+@pytest.mark.parametrize("visible", [True, False])
+@pytest.mark.parametrize("flags", [(), ("--partial",)])
+def test_an_object_before_its_first_mask_is_no_background(small_clip, tmp_path, cli, monkeypatch, flags, visible):
+    """Object 1 is named in frame 5 only. Where it is visible before, the background of that frame must not win; where
+    it is not, nothing may be made up."""
+    truth = masks_in_folder(small_clip / "truth")
+    (tmp_path / "frames").mkdir()
+    ground = [frame for frame, _ in clip.render(frames=12, height=96, width=160, objects=0, seed=1)]
+    for index, frame in Video(small_clip / "clip.mp4").frames(range(12)):
+        if index < 5 and not visible:
+            gone = cv2.dilate((truth[f"{index:05d}.png"] == 1).astype(np.uint8), np.ones((5, 5))) > 0
+            frame[gone] = ground[index][gone]
+        Image.fromarray(frame).save(tmp_path / f"frames/{index:05d}.png")
+    write_mask(tmp_path / "first.png", truth["00000.png"] * (truth["00000.png"] > 1))
+    job = ["--device", "cpu", "--video", tmp_path / "frames", *flags]  # features that tell the object from the ground
+    for mask, index in ((tmp_path / "first.png", 0), (small_clip / "truth/00005.png", 5)):
+        job += ["--mask", mask, "--mask-frame", index]
+    assert cli(propagate, *job, "--context", 8, "--out", tmp_path / "o")[0] == 0
+    masks = masks_in(tmp_path / "o")
+    assert (masks["00000.png"] == read_ids(tmp_path / "first.png")).all()
+    scores = [jaccard(masks[name] == 1, truth[name] == 1) for name in sorted(truth)]
+    assert np.mean(scores[6:]) > 0.6, scores
+    if visible and not flags:
+        assert np.mean(scores[1:5]) > 0.3
+    else:
+        before = [(masks[f"{i:05d}.png"] == 1).sum() for i in range(5)]
+        assert max(before) < 100, before  # of about 800 pixels
+    # With --context 1, frame 5 is no longer among the latest where the second run goes on.
+    job += ["--context", 1]
+    assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0
+    interrupt_at(monkeypatch, 10)
+    assert cli(propagate, *job, "--out", tmp_path / "stopped")[0] == 130
+    assert cli(propagate, *job, "--out", tmp_path / "stopped")[0] == 0
+    assert same(tmp_path / "stopped", tmp_path / "whole")
+
+
 class TestPartial:
     """--partial: an id that a later annotation does not name keeps its prediction."""
 
@@ -1519,6 +1557,74 @@ def test_what_never_ends_or_takes_too_much(small_clip, tmp_path, cli):
     shutil.copy(small_clip / "clip.mp4", tmp_path / "films/a.mp4")
     for video in (tmp_path / "films", tmp_path / "films/*.mp4"):
         assert "holds no pictures, but a.mp4" in refused(cli, *RANDOM, "--video", video, *out, *f0)
+
+
+def test_no_picture_in_a_folder_hangs_or_breaks_the_run(small_clip, tmp_path, cli):
+    """A pipe, a broken link and a folder named as pictures: one line before any work."""
+    frames = frames_of(small_clip / "clip.mp4", tmp_path / "frames", 4)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    shutil.copy(small_clip / "f0.png", masks / "00000.png")
+    job = [*RANDOM, "--out", tmp_path / "o", "--mask", masks, "--video"]
+    for name, is_mask in (("00000.png", False), ("00002.png", False), ("00002.png", True)):
+        path = (masks if is_mask else frames) / name
+        before = path.read_bytes() if path.exists() else None
+        for make, word in (
+            (os.mkfifo, "is no regular file"),
+            (Path.mkdir, "is no regular file"),
+            (lambda path: path.symlink_to("gone.png"), "No such file"),
+        ):
+            path.unlink(missing_ok=True)
+            make(path)
+            word = "no such mask" if is_mask else word
+            for video in (frames, frames / "*.png"):
+                said = refused(cli, *job, video)
+                assert f"{path}: " in said and word in said
+            if path.is_dir():
+                path.rmdir()
+        path.unlink(missing_ok=True)
+        if before:
+            path.write_bytes(before)
+    assert not (tmp_path / "o").exists()
+    assert cli(propagate, *job, frames)[0] == 0
+
+
+def test_what_one_may_not_read(small_clip, cli):
+    """A picture, a folder, and what lies in it, of the video and of the masks; and a folder for the results."""
+    with tempfile.TemporaryDirectory() as root:  # pytest's own folders are for one user
+        root = Path(root)
+        root.chmod(0o755)
+        frames = frames_of(small_clip / "clip.mp4", root / "frames", 3)
+        (root / "masks").mkdir()
+        for path in (root / "f0.png", root / "masks/00000.png"):
+            shutil.copy(small_clip / "f0.png", path)
+        (root / "masks/p.csv").write_text("id,x,y\n1,5,5\n")
+
+        def say(locked: Path, *argv) -> str:
+            mode, user = locked.stat().st_mode, os.geteuid()
+            locked.chmod(0)
+            try:
+                if user == 0:  # who may read all
+                    os.seteuid(65534)
+                    if not os.access(propagate.__file__, os.R_OK, effective_ids=True):
+                        pytest.skip("the code lies where root alone may read")
+                return refused(cli, *RANDOM, *argv)
+            finally:
+                os.seteuid(user)
+                locked.chmod(mode)
+
+        f0, out = ("--mask", root / "f0.png"), ("--out", root / "o")
+        for locked in (frames / "00000.png", frames / "00002.png"):
+            said = say(locked, *f0, *out, "--video", frames)
+            assert f"{locked}: cannot be read as a picture (Permission denied)" in said
+        for video in (frames, frames / "00001.png", frames / "*.png"):
+            assert "cannot be read (Permission denied)" in say(frames, *f0, *out, "--video", video)
+        for flag, name in (("--mask", ""), ("--mask", "00000.png"), ("--points", "p.csv")):
+            said = say(root / "masks", *out, "--video", frames, flag, root / "masks" / name)
+            assert "masks" in said and "cannot be read (Permission denied)" in said
+        (root / "o").mkdir()
+        said = say(root / "o", *f0, "--video", frames, "--out", root / "o/deeper")
+        assert "o/deeper: cannot be written (Permission denied)" in said
 
 
 def test_a_film_of_a_frame_in_hours(small_clip, tmp_path, cli):

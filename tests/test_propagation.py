@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import common
 import propagate
 from common import Propagation, find_system, load_encoder
-from propagate import labels_from_mask, mask_from_labels, propagate_labels, propagate_video
+from propagate import hindsight, labels_from_mask, mask_from_labels, propagate_labels, propagate_video
 
 
 def algorithm_1(g, features, labels, s, annotated=1):
@@ -192,6 +192,19 @@ def test_annotations_that_name_some_objects(factors):
     got = list(propagate_video(iter(frames[1:]), [(frames[0], first)], s, given=given))
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, expected, strict=True))
     assert (got[2][2:] == square[2:]).all() and (got[2][:2, 1:3, 2:5] == 0).all()
+
+
+def test_hindsight_finds_a_late_object_in_the_background_alone():
+    """The same frame twice, once before object 2 was known: it gets what was background, and nothing of object 1."""
+    torch.manual_seed(0)
+    f, s = F.normalize(torch.randn(6, 5, 7), dim=0), Propagation(topk=1)
+    before, after = torch.zeros(2, 3, 5, 7)
+    before[1, 1:3, :3], after[2, 2:4, 1:6] = 1, 1
+    before[0], after[0] = 1 - before.sum(0), 1 - after.sum(0)
+    z = hindsight(f, before, (f, after), torch.tensor([False, False, True]), s)
+    assert torch.equal(z[1], before[1]) and torch.equal(z[2], after[2] * before[0])
+    assert torch.equal(z.sum(0), torch.ones(5, 7))
+    assert torch.equal(hindsight(f, before, (f, after), torch.tensor([False] * 3), s), before)
 
 
 def test_targets_are_pulled_one_at_a_time():
