@@ -70,6 +70,7 @@ from propagate import (
     PALETTE,
     Video,
     ahead,
+    check_dtype,
     encode_ahead,
     label_numbers,
     labels_from_mask,
@@ -771,6 +772,8 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
         rows = [make_row(args, root, out, settings) for settings in sweep_settings(args, args.propagation)]
         rows = rows if args.sweep else [paper_best(args, row) for row in rows]
     used = [row.settings for row in rows if row.settings]
+    if used:
+        check_dtype(args.dtype, args.device)
     if args.dataset == "jhmdb" and any(s.localization == "track" for s in used):
         raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
     if args.dataset == "jhmdb" and any(s.refine for s in used):

@@ -1701,6 +1701,21 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def check_dtype(dtype: str, device: str) -> None:
+    """Refuse float16 on a CPU, and say where bfloat16 is slow."""
+    cpu = common.pick_device(device).type == "cpu"
+    if cpu and dtype == "float16":
+        raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
+    if cpu and dtype == "bfloat16" and not has_bfloat16():
+        say("--dtype bfloat16: this CPU converts each number, many times slower than float32")
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; True where torch cannot tell."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return known.get("architecture") != "x86_64" or known["avx512_bf16"] or known["amx_bf16"]
+
+
 def load_tracker(args: Args, video: Video | Camera, annotations: Annotations):
     """What labels the frames, an encoder or an engine. UserError where it cannot do what is asked for."""
     s, count = args.propagation, len(annotations.frames)
@@ -1711,8 +1726,7 @@ def load_tracker(args: Args, video: Video | Camera, annotations: Annotations):
         return export.load_engine(args.engine, args.device)
     if annotations.points and s.localization == "track":
         raise UserError("--localization track: follows masks, these are key points; take --localization none or fixed")
-    if args.dtype == "float16" and common.pick_device(args.device).type == "cpu":
-        raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
+    check_dtype(args.dtype, args.device)
     check_memory(s, video.size, count, len(annotations.ids))
     check_topk(s, video.size, count)
     encoder = common.load_encoder(args.model, args.weights, s, args.device, args.dtype)

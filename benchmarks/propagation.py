@@ -116,12 +116,6 @@ def stages(step) -> str:
     return ", ".join([*(f"{name} {spent[name]:.2f}" for name in names[1:]), f"rest {rest:.2f}"])
 
 
-def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; others convert, several times slower than float32."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-
-
 def run_film(film: Path, mask: Path, *flags: str) -> tuple[float, float]:
     """propagate.py on a film: (wall seconds, peak MiB of the process)."""
     # A small process in between: Linux counts the memory of the one that starts another as the other's own.
@@ -187,7 +181,7 @@ def main() -> None:
         f"{limit:.3f} s; the step takes {ours / limit:.1f} times that",
     )
     row("what one worker spends a step on, CPU seconds", stages(lambda: propagate_labels(*at480, s)))
-    if has_bfloat16():
+    if propagate.has_bfloat16():
         target, features, labels = at480
         half = target.bfloat16(), features.bfloat16(), labels
         short = seconds(lambda: propagate_labels(*half, s), 5)

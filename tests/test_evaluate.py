@@ -610,6 +610,7 @@ def pipe(path: Path) -> None:
         (("--sweep", "context=-1"), "--context -1: give 0 or more"),
         (("--device", "tpu"), "tpu"),
         (("--dtype", "int8"), "--dtype"),
+        (("--dtype", "float16"), "--dtype float16: needs a GPU"),
     ],
 )
 def test_bad_flags_and_paths_are_one_line_before_any_work(cli, tmp_path, monkeypatch, argv, says):

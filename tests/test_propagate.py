@@ -544,6 +544,14 @@ def test_every_factor_runs_and_tracks(small_clip, tmp_path, cli, flags):
     assert overlap > (0.1 if "--no-l2" in flags else 0.5)  # random features need their lengths taken out
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_that_will_be_slow_is_said(small_clip, tmp_path, cli, monkeypatch, native):
+    monkeypatch.setattr(propagate, "has_bfloat16", lambda: native)
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--end", 2, "--mask", small_clip / "f0.png"]
+    code, _, err = cli(propagate, *argv, "--out", tmp_path / "o", "--dtype", "bfloat16")
+    assert code == 0 and ("many times slower than float32" in err) == (not native)
+
+
 def remux(film: Path, container: Path, earlier: int = 0, without: int = 0) -> None:
     """The same coded frames in another container; `earlier` of them before time 0, where an edit list cuts them off;
     `without` the first ones, as a recording that begins anywhere."""
