@@ -40,9 +40,11 @@ def run(main, parse) -> None:
     try:
         main(parse())
     except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("interrupted: what is written is whole; the same command goes on", file=sys.stderr) or 130)
+        print("interrupted: what is written is whole; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 def rank_world() -> tuple[int, int]:
@@ -56,7 +58,7 @@ def rank_world() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Propagation:
-    """Every factor that the paper studies (sections 2 and 4).
+    """The factors that the paper studies (sections 2 and 4), and refine.
 
     The defaults are those of --model's authors. For still-image features they are the paper's best (section 4.3,
     "Strong image baselines"); what the paper leaves open was chosen on DAVIS train sequences (benchmarks/tuning.md).
@@ -124,17 +126,17 @@ class Propagation:
                 raise UserError(f"--{flag} {value}: {what}")
         if self.context < 1 and not self.keep_first:
             raise UserError("--context 0 --no-keep-first: leaves nothing to copy from; give --context 1 or more")
-        if self.localization in ("window", "predicted") and self.norm == "frame":
+        if self.localization in ("window", "predicted") and self.softmax_over == "frame":
             raise UserError(f"--localization {self.localization}: sees windows alone; take --softmax region or topk")
-        if self.localization == "track" and (self.aggregation, self.norm) != ("per-frame", "frame"):
+        if self.localization == "track" and (self.aggregation, self.softmax_over) != ("per-frame", "frame"):
             raise UserError("--localization track: needs --aggregation per-frame and --softmax auto (section 4.3)")
 
     @property
-    def norm(self) -> str:
-        """What the softmax is over: topk, region or frame."""
-        if self.softmax == "auto" and self.localization in ("window", "predicted"):
-            return "region"
-        return {"overall": "topk", "per-frame": "frame"}[self.aggregation] if self.softmax == "auto" else self.softmax
+    def softmax_over(self) -> str:
+        """topk, region or frame."""
+        algorithm1 = "topk" if self.aggregation == "overall" else "frame"
+        auto = "region" if self.localization in ("window", "predicted") else algorithm1
+        return auto if self.softmax == "auto" else self.softmax
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the network's input for a frame of height x width pixels."""
@@ -176,10 +178,10 @@ class System:
     licence: str = "none stated"
     keys: tuple[tuple[str, str], ...] = ()  # (regex, replacement), in turn: names in the released file -> torchvision's
     mark: str = ""  # regex that tells its file by its lines: "entry" of the container, "name shape" of tensors
-    load: Callable | None = None  # (name, file or None, settings) -> Encoder, where torchvision's does not do
+    load: Callable | None = None  # (name, file or None, settings) -> Encoder, else systems/torchvision.py's
     # A way to localise of its own: propagate_labels by itself, and what it keeps of a frame beside features and labels
-    localize: Callable[..., Tensor] | None = None
-    note: Callable | None = None
+    localize: Callable[..., Tensor] | None = None  # (target, features, labels, s, annotated, ages, notes, share) -> z
+    note: Callable | None = None  # (labels, s, note of the frame before, mask) -> note
 
 
 SYSTEMS = Path(__file__).parent / "systems"
@@ -201,14 +203,14 @@ def find_system(name: str) -> System:
     raise UserError(f"unknown model {name!r}: {near}{known}")
 
 
-def files() -> list:
+def system_files() -> list:
     """The files of systems/, as modules."""
     return [importlib.import_module(f"systems.{path.stem}") for path in sorted(SYSTEMS.glob("[a-z]*.py"))]
 
 
 def systems() -> dict[str, System]:
     """All rows with a name of their own."""
-    return {name: row for module in files() for name, row in module.SYSTEMS.items()}
+    return {name: row for module in system_files() for name, row in module.SYSTEMS.items()}
 
 
 def preset(name: str, dataset: str = "davis") -> Propagation:
@@ -256,15 +258,11 @@ class Encoder(nn.Module):
             x = F.interpolate(x, size=size, mode="bilinear", antialias=reduced)
         x = (self.colours(x) if self.colours else x).to(self.mean.dtype)
         x = self.net((x - self.mean) / self.std if self.normalise else x)
-        return F.normalize(x.float(), dim=1).to(x.dtype) if self.settings.l2 else x  # half knows no 1e-12: 0 / 0
+        return F.normalize(x.float(), dim=1).to(x.dtype) if self.settings.l2 else x  # 1e-12 is 0 in half
 
 
 def load_encoder(
-    name: str,
-    weights: str | Path | None = None,
-    settings: Propagation | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
+    name: str, weights: str | Path | None = None, settings: Propagation | None = None, device="auto", dtype="float32"
 ) -> Encoder:
     """The extractor of a system (find_system), in eval mode, BatchNorm folded into the convolutions.
 
@@ -296,8 +294,9 @@ def pick_device(name: str) -> torch.device:
 def find_weights(name: str) -> Path | None:
     """The weights file of a model on disk: in weights/ or torch hub's cache, under its released name or NAME.pth."""
     system = find_system(name)
+    released = re.search(r"([\w.-]+\.(pth|tar))?\)?$", system.source)[1] or f"{name}.pth"
     for folder in (Path("weights"), Path(__file__).parent / "weights", Path(torch.hub.get_dir()) / "checkpoints"):
-        for file in (system.file or Path(system.source).name, f"{name}.pth", f"{name}.pth.tar"):
+        for file in (system.file or released, f"{name}.pth", f"{name}.pth.tar"):
             if (folder / file).is_file():
                 return folder / file
     return None

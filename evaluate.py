@@ -69,7 +69,6 @@ from common import (
 from propagate import (
     PALETTE,
     Video,
-    ahead,
     check_dtype,
     encode_ahead,
     label_numbers,
@@ -80,6 +79,7 @@ from propagate import (
     parse_with_model,
     points_from_labels,
     propagate_video,
+    read_ahead,
     read_ids,
     usable_cpus,
     write_mask,
@@ -917,7 +917,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
             counts = f"holds {len(names)} frames, yet {seq.truth[names[0]]} has the joints of {len(joints)}"
             raise UserError(f"{seq.frames}: {counts}; download the clip again")
 
-    frames, shown = ahead(frame for _, frame in video.frames([at[name] for name in names])), deque()
+    frames, shown = read_ahead(frame for _, frame in video.frames([at[name] for name in names])), deque()
 
     def encode(frame: np.ndarray) -> torch.Tensor:
         return encoder(torch.from_numpy(frame)[None].to(device))[0]

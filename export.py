@@ -106,17 +106,17 @@ class Step(nn.Module):
         self.encoder, self.settings, self.size, self.objects = encoder, s, size, objects
         self.slots, self.grid = 1 + s.context, s.grid(*size)
         self.overall = s.aggregation == "overall"
-        self.norm = s.norm
+        self.softmax_over = s.softmax_over
         fixed = s.localization == "fixed"
         exempt = 1 if s.exempt_first and fixed else 0
         self.parts = [(a, b, local) for a, b, local in ((0, exempt, False), (exempt, self.slots, fixed)) if a < b]
 
         (h, w), (ty, tx) = self.grid, tile
-        whole = self.norm == "frame" or not all(local for *_, local in self.parts)
+        whole = self.softmax_over == "frame" or not all(local for *_, local in self.parts)
         while whole and h * w * self.slots * ty * tx > 2**26:  # as in propagate_labels: at most 256 MiB a tile
             ty, tx = math.ceil(ty / 2), math.ceil(tx / 2)
         everywhere, patterns = torch.arange(h * w, dtype=torch.int32), {}
-        self.everywhere = everywhere if len(self.parts) == 1 and (self.norm == "frame" or not fixed) else None
+        self.everywhere = everywhere if len(self.parts) == 1 and (self.softmax_over == "frame" or not fixed) else None
         self.tiles = []  # rows of tiles: (place in the grid, for each part its cells and which of them are outside)
         for y0, y1 in common.cuts(h, ty):
             self.tiles.append([])
@@ -126,7 +126,7 @@ class Step(nn.Module):
                     cells, outside = everywhere, None
                     if local:
                         searched = compute_masks(s, Box(0, h, 0, w), Box(y0, y1, x0, x1), "cpu").flatten(0, 1)
-                        if self.norm != "frame":
+                        if self.softmax_over != "frame":
                             cells, searched = everywhere[searched.any(1)], searched[searched.any(1)]
                         outside = ~searched.T.contiguous()  # Q cells
                         key = outside.shape, outside.numpy().tobytes()  # tiles inside the grid share one pattern
@@ -202,7 +202,7 @@ class Step(nn.Module):
         for (a, b, _), (cells, outside), entry, A in zip(self.parts, windows, entries, products, strict=True):
             A = A.unflatten(1, entry.shape)  # Q cells n
             k, inside = min(s.topk, len(cells)), A
-            if outside is not None and not (self.overall and self.norm == "topk"):
+            if outside is not None and not (self.overall and self.softmax_over == "topk"):
                 inside = A.masked_fill(outside[:, :, None], -math.inf)
             if self.overall:  # the k best entries lie in the k best cells by their best frame
                 peak = A.max(2).values  # amax would go through float32 in a half-precision graph
@@ -218,8 +218,8 @@ class Step(nn.Module):
                 axes = 1
             temperature = s.temperature * shrink
             best, total = best.float() / temperature, None
-            if self.norm != "topk":
-                over = (inside if self.norm == "region" else A).float() / temperature
+            if self.softmax_over != "topk":
+                over = (inside if self.softmax_over == "region" else A).float() / temperature
                 total = (over + unfilled[a:b] if self.overall else over).logsumexp(axes)[..., None]
             found.append((best, entry, total))
         best, entry, total = zip(*found, strict=True)
@@ -228,7 +228,7 @@ class Step(nn.Module):
             if len(found) > 1:  # the k best of the parts' k best
                 best, place = best.topk(min(s.topk, best.shape[1]))
                 entry = entry.gather(1, place)
-            if self.norm == "topk":
+            if self.softmax_over == "topk":
                 weight = best.softmax(1)
             else:
                 weight = (best - torch.cat(total, 1).logsumexp(1, keepdim=True)).exp()

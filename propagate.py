@@ -172,7 +172,7 @@ def propagate_labels(
         ages = list(range(n, 0, -1)) if ages is None else ages
         return own.localize(target, features, labels, s, annotated, ages, notes, share)
     query = target.permute(1, 2, 0)  # h w C
-    if s.norm != "topk":
+    if s.softmax_over != "topk":
         query = query / s.temperature
     keys = features.permute(2, 3, 0, 1)  # h w n C: the n frames of a cell side by side
     values = labels.permute(2, 3, 0, 1).reshape(h * w * n, -1).float()  # an entry is (cell, frame), cell-major
@@ -213,21 +213,21 @@ def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation,
     found = []
     for first, f, fixed in parts:
         window = search_window(s, tile, (h, w)) if fixed else Box(0, h, 0, w)
-        seen = Box(0, h, 0, w) if s.norm == "frame" else window
-        A, peak = compute_affinity(f, g, s, tile, seen, fixed and s.norm != "frame")  # rows columns m q
+        seen = Box(0, h, 0, w) if s.softmax_over == "frame" else window
+        A, peak = compute_affinity(f, g, s, tile, seen, fixed and s.softmax_over != "frame")  # rows columns m q
         inside = (
             slice(window.top - seen.top, window.bottom - seen.top),
             slice(window.left - seen.left, window.right - seen.left),
         )
         near, peak = A[inside], peak[inside]
         M = compute_masks(s, window, tile, A.device) if fixed else None
-        if fixed and s.norm == "region":
+        if fixed and s.softmax_over == "region":
             near.masked_fill_(~M[:, :, None], -math.inf)
-        values_kept, cell, frame = topk(near.flatten(0, 1), peak.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
+        best, cell, frame = topk(near.flatten(0, 1), peak.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
         width = window.right - window.left
         cell = (window.top + cell // width) * w + window.left + cell % width
-        total = None if s.norm == "topk" else logsumexp_(A.flatten(0, 1))  # m q
-        found.append((values_kept, cell * n + first + frame, total))
+        total = None if s.softmax_over == "topk" else logsumexp_(A.flatten(0, 1))  # m q
+        found.append((best, cell * n + first + frame, total))
     if s.aggregation == "overall":
         return soft_copy(*merge(found, s), values, s).unflatten(0, tile.shape)
     return (sum(soft_copy(*each, values, s) for each in found) / n).unflatten(0, tile.shape)  # line 36
@@ -237,16 +237,16 @@ def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box,
     """Eq. 1, A = f^T g, of the context cells of `seen` (f: h x w x m x C) and the cells of a tile (g: q x C).
 
     -> A, rows x columns x m x q, and for `overall` the largest of each cell's m, rows x columns x q, taken while a row
-    of A is still in the cache. fixed: pairs of rows further apart than the fixed region reaches are left out, and what
-    stands in their place is of no meaning.
+    of A is still in the cache. Both lie in the thread's scratch memory, which its next call overwrites. fixed: pairs of
+    rows further apart than the fixed region reaches are left out, and what stands in their place is of no meaning.
     """
     m, q = f.shape[2], len(g)
     rows, columns = seen.shape
     if not f.is_cpu:
         A = torch.bmm(f[seen.top : seen.bottom, seen.left : seen.right].flatten(1, 2), g.T.expand(rows, -1, -1))
-        A = (A if s.norm == "topk" else A.float()).view(rows, columns, m, q)
+        A = (A if s.softmax_over == "topk" else A.float()).view(rows, columns, m, q)
         return A, A.amax(2)
-    dtype = g.dtype if s.norm == "topk" else torch.float32
+    dtype = g.dtype if s.softmax_over == "topk" else torch.float32
     A, peak = scratch(rows * columns * (m + 1) * q, dtype).split(rows * columns * m * q)
     A, peak = A.view(rows, columns, m, q), peak.view(rows, columns, q)
     reach, width = reach_of(s) if fixed else f.shape[0], tile.right - tile.left
@@ -260,7 +260,8 @@ def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box,
 
 
 def compute_masks(s: Propagation, window: Box, tile: Box, device) -> Tensor:
-    """The mask M of the fixed region: whether a context cell of `window` is searched for a target cell of `tile`.
+    """The mask M of the fixed region: whether a context cell of `window` is searched for a target cell of `tile`. The
+    affinities that it leaves out become -inf, so that their weight is 0.
 
     -> rows x columns x q, bool. It is the same for all labels and context frames.
     """
@@ -325,16 +326,16 @@ def tiles(parts: list[Part], s: Propagation, grid: tuple[int, int]) -> list[Box]
     cpu = parts[0].keys.is_cpu
     most = 2**23 if cpu else 2**26
     ty, tx = (30, 8) if cpu else (24, 32)  # tall: most rows of a window then meet only target rows that they may
-    while ty * tx > 1 and affinities(parts, s, grid, ty, tx) > most:
+    while ty * tx > 1 and count_affinities(parts, s, grid, ty, tx) > most:
         ty, tx = (ty // 2, tx) if ty > tx else (ty, tx // 2)
     return [Box(*rows, *columns) for rows in cuts(h, ty) for columns in cuts(w, tx)]
 
 
-def affinities(parts: list[Part], s: Propagation, grid: tuple[int, int], ty: int, tx: int) -> int:
+def count_affinities(parts: list[Part], s: Propagation, grid: tuple[int, int], ty: int, tx: int) -> int:
     """The most affinities that a tile of ty x tx needs at a time."""
     most = 0
     for part in parts:
-        reach = reach_of(s) if part.fixed and s.norm != "frame" else max(grid)
+        reach = reach_of(s) if part.fixed and s.softmax_over != "frame" else max(grid)
         rows, columns = min(ty + 2 * reach, grid[0]), min(tx + 2 * reach, grid[1])
         most = max(most, rows * columns * part.keys.shape[2] * ty * tx)
     return most
@@ -512,7 +513,7 @@ def hindsight(f: Tensor, z: Tensor, first: tuple[Tensor, Tensor], new: Tensor, s
 
 def usable_cpus() -> int:
     """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes on this
-    machine; at most OMP_NUM_THREADS."""
+    machine; at most OMP_NUM_THREADS, but for torchrun's processes."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     group = Path("/sys/fs/cgroup")
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
@@ -1085,7 +1086,7 @@ def picture_header(path: Path) -> tuple[tuple[int, int] | None, int]:
     return None, 1
 
 
-def ahead(items: Iterable, depth: int = 4) -> Iterator:
+def read_ahead(items: Iterable, depth: int = 4) -> Iterator:
     """The same items, made by a thread that runs ahead by up to `depth`."""
     items, done, thread = iter(items), object(), ThreadPoolExecutor(1)
     try:
@@ -1899,11 +1900,14 @@ def segments(order: range, annotated: Iterable[int]) -> list[range]:
     return ([order[places[0] :: -1]] if places[0] else []) + onwards
 
 
-def track(encoder, video: Video | Camera, order: range, results: Results, clock: Stopwatch) -> Iterator[Answer]:
+def label_video(encoder, video: Video | Camera, order: range, results: Results, clock: Stopwatch) -> Iterator[Answer]:
     """Label every frame that has no result yet.
 
     The frames that stretches start from are in the context of all stretches for good. An object that comes later than
     such a frame is looked for in it.
+
+    Who does what, on a CPU: a thread decodes a few frames ahead (read_ahead), the pool encodes them (encode_ahead) and
+    labels tiles of the target (propagate_labels), this thread enlarges the labels, and a thread of `results` writes.
     """
     s, device, annotations = encoder.settings, encoder.mean.device, results.annotations
     ids, size = annotations.ids, annotations.size
@@ -1919,7 +1923,7 @@ def track(encoder, video: Video | Camera, order: range, results: Results, clock:
 
     def features(todo: Sequence[int], read: deque) -> Iterator[Tensor]:
         """Those of each frame, which goes to `read`; ahead of time where the frames are there and a CPU encodes."""
-        frames = clock.each("read", ahead(video.frames(todo)))
+        frames = clock.each("read", read_ahead(video.frames(todo)))
         shared = device.type == "cpu" and not video.live
         for item, f in clock.each("extract", encode_ahead(lambda item: encode(item[1]), frames, shared)):
             read.append(item)
@@ -2038,14 +2042,14 @@ def check_engine(args: Args, info: dict, annotations: Annotations) -> None:
 
 
 def track_engine(engine, video: Video | Camera, order: range, results: Results, clock: Stopwatch) -> Iterator[Answer]:
-    """As track, by an exported graph. A stopped run computes a stretch again from its annotated frame, since the
+    """As label_video, by an exported graph. A stopped run computes a stretch again from its annotated frame, since the
     graph's memory is not on disk."""
     masks, ids = results.annotations.frames, np.array([0, *results.ids], np.uint8)
     number = label_numbers(np.arange(256), results.ids).numpy().astype(np.uint8)  # the graph's ids are 1, 2, ...
     for part in segments(order, masks):
         if all(map(results.has, part)):
             continue
-        for index, frame in clock.each("read", ahead(video.frames(part))):
+        for index, frame in clock.each("read", read_ahead(video.frames(part))):
             with clock.time("extract and propagate"):
                 answer = ids[engine.step(frame, number[masks[index]] if index in masks else None)]
             if not results.has(index):
@@ -2061,7 +2065,7 @@ def label_frames(args: Args, tracker, video: Video | Camera, order: range, resul
             results.add(index, annotations.frames[index], annotations.labels(index, args.propagation))
     results.flush()
     before = len(annotations.starts) if video.live else sum(map(results.has, order))
-    answers = (track_engine if args.engine else track)(tracker, video, order, results, clock)
+    answers = (track_engine if args.engine else label_video)(tracker, video, order, results, clock)
     bar = tqdm(total=None if video.live else len(order), initial=before, unit="frame", desc=video.source)
     try:
         with torch.inference_mode(), bar, contextlib.closing(answers):
@@ -2126,7 +2130,7 @@ def make_pictures(out: Path, video: Video, order: list[int], results: Results, f
         (out / "overlay.mp4").unlink(missing_ok=True)
         writer, order = contextlib.nullcontext(lambda *_: None), [index for index in order if index in chosen]
     with writer as append:
-        for index, frame in tqdm(ahead(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
+        for index, frame in tqdm(read_ahead(video.frames(order)), total=len(order), unit="frame", desc="overlay.mp4"):
             picture = draw(frame, results.read(index), results)
             append(picture, abs(video.times[index] - video.times[order[0]]))
             if index in chosen:

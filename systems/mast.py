@@ -109,7 +109,7 @@ def weigh(A: Tensor, s: Propagation) -> Tensor:
         A = A.flatten(2)
     if s.topk < A.shape[-1]:
         best, entry = A.topk(s.topk, dim=-1, sorted=False)
-        total = (A if s.norm == "region" else best).logsumexp(-1, keepdim=True)
+        total = (A if s.softmax_over == "region" else best).logsumexp(-1, keepdim=True)
         A = torch.zeros_like(A).scatter_(-1, entry, (best - total).exp())
     else:
         A = A.softmax(-1)

@@ -21,12 +21,12 @@ from common import (
     UserError,
     atomic,
     build_net,
-    files,
     find_system,
     find_weights,
     fit,
     read_weights,
     recognise,
+    system_files,
 )
 
 SYSTEMS = {}
@@ -199,7 +199,7 @@ def load(name: str, weights: Path | None, settings: Propagation) -> Encoder:
         net = build_net(system, settings)
     encoder = Encoder(net.to_empty(device="cpu"), settings, system)
     if why := fit(encoder.net, state):
-        hint = "".join(module.hint(state) for module in files() if hasattr(module, "hint"))
+        hint = "".join(module.hint(state) for module in system_files() if hasattr(module, "hint"))
         if guess and guess != name:
             hint = f"; it looks like {guess} ({find_system(guess).arch}): say --model {guess}"
         elif not hint and settings.layer in ("res4", "last") and "such as layer4." in why:

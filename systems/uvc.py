@@ -5,11 +5,12 @@ Code: github.com/Liusifei/UVC, MIT. File: weights/checkpoint_latest.pth.tar ther
 train_uvc_plus.py trains it.
 Names in it: gray_encoder. before torchvision's. The rgb_encoder and the decoder of its training are not used.
 Network: a ResNet-18 up to layer4 (res4 here), layer3 and layer4 at stride 1. Features are not normalised.
-Input: grey. OpenCV's 8-bit L of the resized frame, over 256, in three channels, less ImageNet's mean (`Lightness`).
-Settings: test_with_track.py on DAVIS; each object is followed by a box (`track`). On VIP those of test_mask_vip.py, on
-JHMDB those of the branch jhmdb, both without boxes.
+Input: grey. OpenCV's 8-bit L of the resized frame, over 256, in three channels, then ImageNet's mean and deviation.
+Settings: test_with_track.py on DAVIS; each object is followed by a box (`propagate_boxes`). On VIP those of
+test_mask_vip.py, on JHMDB those of the branch jhmdb, both without boxes.
 
-Their script runs as of commit c448a26 only: later versions of its helpers do not fit it. That is what `track` follows.
+Their script runs as of commit c448a26 only: later versions of its helpers do not fit it. `propagate_boxes` follows that
+one.
 On purpose not as theirs: they take the arg-max at the network's input size, and bring it to full size by nearest
 neighbour; here labels go bilinearly to full size first, so that borders are finer. A first box of fewer than k cells,
 and an object that is not in the first frame, stop their program and not this one. Before that last step, and with the
@@ -53,7 +54,7 @@ class Lightness(nn.Module):
 # track: a box for each object limits where its label comes from and goes to
 
 
-def track(
+def propagate_boxes(
     target: Tensor,
     features: Tensor,
     labels: Tensor,
@@ -129,8 +130,8 @@ def track(
 def label_boxes(
     labels: Tensor, s: Propagation, before: np.ndarray | None = None, mask: Tensor | None = None
 ) -> np.ndarray:
-    """The box of each label of a frame (labels L x h x w) for `track`, L x (left, right, top, bottom) in cells: of an
-    annotated frame, or after a frame whose boxes are `before`. nan: there is none, now or before.
+    """The box of each label of a frame (labels L x h x w), L x (left, right, top, bottom) in cells: of an annotated
+    frame, or after a frame whose boxes are `before`. nan: there is none, now or before.
 
     mask: the number of each pixel's label, H x W, of an annotated frame: the box is then that of the mask at the
     network's input size, as released; without it, of the labels enlarged to that size.
@@ -219,7 +220,7 @@ SYSTEMS = {
         mark=r"^(module\.)?gray_encoder\.conv1\.weight",
         source="https://github.com/Liusifei/UVC (weights/checkpoint_latest.pth.tar)",
         licence="MIT",
-        localize=track,
+        localize=propagate_boxes,
         note=label_boxes,
     ),
 }

@@ -84,7 +84,7 @@ def windows(g, Fs, Y, s, ages):
         for entries in groups:
             a = torch.tensor([a for a, _ in entries], dtype=torch.float64)
             kept = a.topk(min(s.topk, len(a))).indices
-            total = (a if s.norm == "region" else a[kept]).logsumexp(0)
+            total = (a if s.softmax_over == "region" else a[kept]).logsumexp(0)
             for i in kept:
                 z[:, y, x] += (a[i] - total).exp().float() * entries[i][1] / len(groups)
     return z
