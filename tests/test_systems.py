@@ -692,6 +692,28 @@ def test_resnets_are_torchvisions(arch):
     assert find_system(f"torchvision:{arch}").source == torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("crw", "pretrained.pth"),
+        ("uvc", "checkpoint_latest.pth.tar"),
+        ("timecycle", "checkpoint_14.pth.tar"),
+        ("imagenet", "resnet18-f37072fd.pth"),
+        ("deepcluster", "deepcluster.pth"),  # released as checkpoint.pth.tar, which says nothing
+        ("mast", "mast.pth"),
+        ("corrflow", "corrflow.pth.tar"),
+        ("uvc+", "uvc+.pth"),
+    ],
+)
+def test_weights_are_found_under_their_released_name_or_the_models(name, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    assert find_weights(name) is None
+    Path("weights").mkdir()
+    (Path("weights") / file).touch()
+    assert find_weights(name) == Path("weights") / file
+
+
 def test_a_resnet_is_built_without_torchvision(tmp_path):
     """Its import takes two seconds and 180 MiB."""
     path = save(tmp_path / "w.pth", R18(stages=3))
