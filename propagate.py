@@ -1844,12 +1844,12 @@ class Results:
     def add(self, index: int, answer: np.ndarray, labels: Tensor | None) -> None:
         """Write what a frame got: its mask (H x W) or points (J x 2), and its soft labels, unless an engine keeps
         them."""
-        labels = None if labels is None else labels.float().cpu().numpy()
         self.pending.append(self.pool.submit(self._write, index, answer, labels))
         while len(self.pending) > 4:
             self.pending.popleft().result()
 
-    def _write(self, index: int, answer: np.ndarray, labels: np.ndarray | None) -> None:
+    def _write(self, index: int, answer: np.ndarray, labels: Tensor | None) -> None:
+        labels = None if labels is None else labels.float().cpu().numpy()
         if self.labels:
             with atomic(self.labels_path(index)) as temporary, temporary.open("wb") as file:
                 about = {"ids": np.array(self.ids), "size": self.annotations.size}

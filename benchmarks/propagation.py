@@ -35,14 +35,15 @@ from propagate import film_writer, mask_from_labels, propagate_labels, usable_cp
 def dense_step(target, features, labels, s, chunk=512):
     """The public practice: every target cell against every context cell, `chunk` target cells at a time."""
     n, _, h, w = features.shape
-    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    rows, columns = (torch.arange(side, device=target.device) for side in (h, w))
+    y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
     keys, values = features.transpose(0, 1).flatten(1), labels.transpose(0, 1).flatten(1)  # C nhw, L nhw
     z = []
     for start in range(0, h * w, chunk):
         here = slice(start, start + chunk)
         far = (y[:, None] - y[here]) ** 2 + (x[:, None] - x[here]) ** 2 >= s.radius**2
         A = keys.T @ target.flatten(1)[:, here]  # nhw q
-        A.add_(far.to(A.device).float().mul_(-1e10).repeat(n, 1)).div_(s.temperature)
+        A.add_(far.float().mul_(-1e10).repeat(n, 1)).div_(s.temperature)
         best, index = A.topk(s.topk, dim=0)
         z.append((values[:, index] * best.softmax(0)).sum(1))
     return torch.cat(z, 1).view(-1, h, w)
