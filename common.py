@@ -147,6 +147,7 @@ class Propagation:
         elif size != "full":
             sides = [side * min(int(size), short) / short for side in sides]
         if step:
+            sides = [int(side) for side in sides]
             sides = [side if side == min(sides) else max(side // int(step), 1) * int(step) for side in sides]
         return round(sides[0]) * self.upsample, round(sides[1]) * self.upsample
 

@@ -419,8 +419,7 @@ def propagate_video(
             for slot in number if new.any() else ():
                 before = keys[:, :, slot].permute(2, 0, 1), values[:, :, slot].permute(2, 0, 1)
                 values[:, :, slot] = hindsight(*before, (f, z), new, s).permute(1, 2, 0)
-        if s.carry == "hard":
-            z = F.one_hot(z.argmax(0), L).permute(2, 0, 1).float()
+        z = carried(z, s)
         latest = ring + (t - 1) % s.context if s.context else None
         if t in kept:
             remember(kept.index(t), t, f, z, about)
@@ -494,6 +493,11 @@ def lay_over(z: Tensor, labels: Tensor, named: Tensor) -> Tensor:
     freed = (z * named).sum(0)  # where a named object was predicted and is not
     z = torch.cat([z[:1] + freed, z[1:]]) * ~named
     return z * (1 - labels.sum(0)) + labels
+
+
+def carried(z: Tensor, s: Propagation) -> Tensor:
+    """Predicted labels (L x h x w) as they enter the context."""
+    return F.one_hot(z.argmax(0), len(z)).permute(2, 0, 1).float() if s.carry == "hard" else z
 
 
 def hindsight(f: Tensor, z: Tensor, first: tuple[Tensor, Tensor], new: Tensor, s: Propagation) -> Tensor:
@@ -841,7 +845,8 @@ def reading() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions") from error
+        remedy = "see to its permissions" if isinstance(error, PermissionError) else "give another"
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); {remedy}") from error
 
 
 def listed(folder: Path) -> list[Path]:
@@ -1674,7 +1679,7 @@ def open_job(out: Path, job: dict, overwrite: bool, live: bool) -> dict:
     try:
         record = json.loads((out / "run.json").read_text())
         before = record["job"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         before = None
     for name in ("masks", "points.csv", "labels", *["frames"] * live) if before is None else ():
         if (out / name).exists():  # drawn by hand, maybe: never deleted
@@ -1704,17 +1709,17 @@ def write_json(path: Path, content: dict) -> None:
 
 def check_dtype(dtype: str, device: str) -> None:
     """Refuse float16 on a CPU, and say where bfloat16 is slow."""
-    cpu = common.pick_device(device).type == "cpu"
+    cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())  # no GPU is touched before a fork
     if cpu and dtype == "float16":
         raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
-    if cpu and dtype == "bfloat16" and not has_bfloat16():
+    if cpu and dtype == "bfloat16" and not has_bfloat16() and not common.rank_world()[0]:
         say("--dtype bfloat16: this CPU converts each number, many times slower than float32")
 
 
 def has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself; True where torch cannot tell."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
-    return known.get("architecture") != "x86_64" or known["avx512_bf16"] or known["amx_bf16"]
+    return known.get("architecture") != "x86_64" or any(known.get(kind) for kind in ("avx512_bf16", "amx_bf16"))
 
 
 def load_tracker(args: Args, video: Video | Camera, annotations: Annotations):
@@ -1765,6 +1770,8 @@ def describe_job(args: Args, video: Video | Camera, annotations: Annotations, tr
         job["renamed"] = annotations.renamed
     if args.partial and len(annotations.frames) > 1:
         job["partial"] = True
+    if not all(all(annotations.named(index)) for index in annotations.frames):
+        job["late objects"] = "looked for in the frames before"  # earlier versions did not
     return job
 
 
@@ -1960,7 +1967,7 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
         first = [annotated[index] for index in (part[0], *others)]
         for index in early:
             f, z = known[index], state(index)
-            first = [*(looked_back(each, index, f, z) for each in first), (f, z)]
+            first = [*(looked_back(each, index, f, z) for each in first), (f, carried(z, s))]
         recent = [(known.get(index, first[0][0]), state(index)) for index in rest[back:done]]
         targets, read = rest[back:], deque()
         later = {targets.index(index) + 1: each for index, each in given.items() if index in targets}
@@ -2218,7 +2225,7 @@ def parse_with_model(args_type, argv: Sequence[str] | None = None, **changes):
     --weights is recognised as, with `changes`; with --engine model and settings are those that it was exported with."""
     default, peek = args_type(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--model", "--weights", "--dataset", "--engine"):
-        peek.add_argument(flag, type=None if flag in ("--model", "--dataset") else Path)
+        peek.add_argument(flag, nargs="?", type=str if flag in ("--model", "--dataset") else Path)
     given = peek.parse_known_args(argv)[0]
     if given.engine:
         import export

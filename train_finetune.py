@@ -232,7 +232,11 @@ def leads_back(folder: Path) -> bool:
 
 def visible(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
     """The folders below one, in order, with the names of their files; links are followed, what is hidden left out."""
-    for place, folders, files in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); see to its permissions") from error
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and not leads_back(Path(place, name)))
         yield place, sorted(name for name in files if name[0] != ".")
 
@@ -590,9 +594,10 @@ def resumes(args: Training) -> bool:
 
 def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str | int]]) -> dict:
     """OUT/last.pth of train(). UserError if it was trained with other flags or another number of samples."""
-    path, older = args.out / "last.pth", {"processes": rank_world()[1]}  # which do not say it
+    path, older = args.out / "last.pth", {"processes": rank_world()[1], "samples": {}}  # which do not say it
     try:
         state = older | torch.load(path, map_location="cpu", weights_only=True)
+        state = {key: state[key] for key in ("step", "config", "method", "optimizer", "scaler", *older)}
         state["parts"] = state["processes"] * int(state["config"]["accumulate"])
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
@@ -604,7 +609,7 @@ def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str | int
         if now != old and flag not in free and not (flag in MOVED and Path(now).name == Path(old).name):
             raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, not {now}; {remedy}")
     for name, (samples, _) in streams.items():
-        if (old := state["samples"].get(name)) != len(samples):
+        if (old := state["samples"].get(name, len(samples))) != len(samples):
             raise UserError(f"{path}: was trained with {old} samples ({name}), not {len(samples)}; {remedy}")
     return state
 

@@ -83,12 +83,11 @@ class Block(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.downsample(x) if self.downsample else x
-        x = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         if hasattr(self, "conv3"):
-            x = self.bn3(self.conv3(self.relu(x)))
-        x += shortcut
-        return self.relu(x)
+            y = self.bn3(self.conv3(self.relu(y)))
+        y += self.downsample(x) if self.downsample else x
+        return self.relu(y)
 
 
 def resnet(arch: str) -> nn.Sequential:

@@ -606,7 +606,7 @@ def pipe(path: Path) -> None:
         (("--all-frames",), "--all-frames: is for --dataset folder alone"),
         (("--sweep", "topk="), "--sweep topk=: give factor=value,value,..."),
         (("--sweep", "topk=1e9999"), "'1e9999' is no whole number"),
-        (("--sweep", "temperature=nan"), "--temperature nan: give a number above 0"),
+        (("--sweep", "temperature=nan"), "--temperature nan: give 1e-09 or more"),
         (("--sweep", "context=-1"), "--context -1: give 0 or more"),
         (("--device", "tpu"), "tpu"),
         (("--dtype", "int8"), "--dtype"),

@@ -786,7 +786,7 @@ def test_real_video(precision, shared, imagenet, tmp_path, cli):
         (["--upsample", 10**6], "--upsample 1000000: is too large"),
         (["--upsample", 64], "--size 480 --upsample 64: makes an input of 30720x54656; give at most 8192 pixels"),
         (["--topk", 0], "--topk 0: give 1 or more"),
-        (["--temperature", "nan"], "--temperature nan: give a number above 0"),
+        (["--temperature", "nan"], "--temperature nan: give 1e-09 or more"),
         (["--stride", 3], "--layer res3 --stride 3: not to be had of resnet18"),
         (["--layer", "conv13"], "--layer conv13 --stride 8: not to be had of resnet18"),
         (["--weights", "none.pth"], "none.pth: no such weights file"),
