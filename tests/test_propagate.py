@@ -1264,7 +1264,9 @@ class TestPartial:
             assert (read_ids(tmp_path / "first" / name) == read_ids(tmp_path / "o" / name)).all()
 
     @pytest.mark.parametrize("stop", [3, 6, 10])
-    @pytest.mark.parametrize("flags", [(), ("--reverse",), ("--memory", "spaced"), ("--context", "1")])
+    @pytest.mark.parametrize(
+        "flags", [(), ("--reverse",), ("--memory", "spaced"), ("--context", "1"), ("--carry", "hard", "--context", "2")]
+    )
     def test_stopped_and_started_again(self, tmp_path, cli, monkeypatch, job, stop, flags):
         job = [*job, "--partial", *flags]
         assert cli(propagate, *job, "--out", tmp_path / "whole")[0] == 0

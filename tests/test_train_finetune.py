@@ -3,12 +3,14 @@
 import copy
 import csv
 import dataclasses
+import itertools
 import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -544,6 +546,24 @@ def test_links_that_lead_back_are_walked_once(tmp_path):
     assert sorted(path for path, _ in learned) == sorted(
         f"{folder}/{i:03}.jpg" for folder in ("a", "a/over", "b", "b/back") for i in range(3)
     )
+
+
+@pytest.mark.parametrize("locked", ["train/b", "val/b", "val"])
+def test_a_folder_that_cannot_be_listed_is_refused(locked):
+    """Else its pictures would be missing without a word."""
+    with tempfile.TemporaryDirectory() as root:  # pytest's own folders are for one user
+        root, user = Path(root), os.geteuid()
+        for part, name in itertools.product(("train", "val"), "abc"):
+            write_pictures(root / part / name, 2)
+        root.chmod(0o755)
+        (root / locked).chmod(0)
+        try:
+            os.seteuid(65534 if user == 0 else user)  # root may list all
+            with pytest.raises(common.UserError, match=f"{root / locked}: cannot be listed .Permission denied"):
+                found(root, "imagenet")
+        finally:
+            os.seteuid(user)
+            (root / locked).chmod(0o755)
 
 
 def test_pictures_beside_the_class_folders_are_told(data, tmp_path, cli):
