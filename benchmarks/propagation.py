@@ -181,7 +181,7 @@ def main() -> None:
         "the disk's products alone, at the rate of this machine's matrix product",
         f"{limit:.3f} s; the step takes {ours / limit:.1f} times that",
     )
-    row("what one worker spends a step on, CPU seconds", stages(lambda: propagate_labels(*at480, s)))
+    row("CPU seconds of a step, all workers together", stages(lambda: propagate_labels(*at480, s)))
     if propagate.has_bfloat16():
         target, features, labels = at480
         half = target.bfloat16(), features.bfloat16(), labels
