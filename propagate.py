@@ -711,17 +711,15 @@ def full_size(labels: Tensor, size: tuple[int, int], minmax: bool, chunk: int) -
 
 
 def winner_in_turns(maps: Iterable[Tensor]) -> Tensor:
-    """The arg-max (H x W) over maps (K x H x W) that come in turns; of equals the first.
-
-    By comparing map after map: torch's arg-max over the first dimension takes several times as long.
-    """
+    """The arg-max (H x W) over maps (K x H x W) that come in turns; of equals the first."""
     best = winner = None
-    for number, each in enumerate(itertools.chain.from_iterable(maps)):
-        if best is None:
-            best, winner = each, torch.zeros_like(each, dtype=torch.int32)  # TensorRT adds no integers of 64 bits
-        else:
-            winner = torch.where(each > best, number, winner)
-            best = torch.maximum(each, best)
+    start = 0
+    for full in maps:
+        value, index = full.max(0)  # argmax(0) takes ten times as long
+        index = index.int() + start  # TensorRT adds no integers of 64 bits
+        winner = index if best is None else torch.where(value > best, index, winner)
+        best = value if best is None else torch.maximum(value, best)
+        start += len(full)
     return winner.long()
 
 

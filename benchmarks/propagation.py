@@ -190,9 +190,11 @@ def main() -> None:
     row("extractor (ResNet-18 up to layer3, stride 8)", f"{extract:.3f} s")
     soft = F.interpolate(torch.rand(1, 1, 4, 7), size=(60, 107), mode="bicubic")[0].clamp(0, 1)
     soft, sharp = torch.cat([1 - soft, soft]), frame[0]
+    torch.set_num_threads(1)  # as in a run
     plain, refined = (
         seconds(lambda c=c: mask_from_labels(soft, [1], (480, 854), False, sharp, c), 9) for c in (0, 0.5)
     )
+    torch.set_num_threads(usable_cpus())
     row(
         "a mask of one object at full size, one thread",
         f"{1000 * plain:.0f} ms, with --refine 0.5 {1000 * refined:.0f} ms",
