@@ -148,6 +148,7 @@ PAPER = {
     ("moco", True): (40, 0.003, (20,)),
 }
 
+MOCO_FLAGS = ("moco_v2", "queue", "dim", "temperature", "key_momentum", "bn_groups")
 
 ABOVE_0 = math.ulp(0)  # the least number that is more
 
@@ -164,6 +165,14 @@ def check_numbers(args: Training, limits: dict[str, tuple[float, float]]) -> Non
             else:  # nan is no more than anything
                 how = "must be above 0" if least == ABOVE_0 else f"give {least} or more"
             raise UserError(f"--{flag.replace('_', '-')} {value}: {how}")
+
+
+def refuse_unused(args: Training, names: Sequence[str], why: str) -> None:
+    """UserError for a flag of these that was given, though the run would not read it."""
+    for name in names:
+        if (value := getattr(args, name)) != getattr(type(args), name):
+            given = "" if value is True else f" {value}"
+            raise UserError(f"--{name.replace('_', '-')}{given}: {why}; leave it out")
 
 
 def say(line: str) -> None:
@@ -191,16 +200,18 @@ def settle(args: Args) -> Args:
     limits |= {"min_area": (ABOVE_0, 1), "decay_epochs": (1, math.inf), "bn_groups": (1, math.inf)}
     limits |= dict.fromkeys(("momentum", "weight_decay", "holdout", "key_momentum"), (0, 1))
     check_numbers(args, limits)
+    if moco:
+        refuse_unused(args, ["holdout"], "moco measures no accuracy")
+    else:
+        refuse_unused(args, MOCO_FLAGS, f"is for --objective moco, not {args.objective}")
+    if (args.schedule or chosen["schedule"]) == "cosine":
+        refuse_unused(args, ["decay_epochs"], "the cosine schedule has no such steps")
     args = replace(args, **{name: value for name, value in chosen.items() if getattr(args, name) is None})
     if args.data is None:
         raise UserError("--data: missing; give the folder of pictures to learn from")
     if moco and args.queue * args.dim > 2**31:
         raise UserError(f"--queue {args.queue} --dim {args.dim}: these keys take more than 8 GiB; give fewer")
     batch = f"--batch-size {args.batch_size}"
-    if args.moco_v2 and not moco:
-        raise UserError(f"--moco-v2: is for --objective moco, not {args.objective}; leave it out")
-    if moco and args.holdout != Args.holdout:
-        raise UserError(f"--holdout {args.holdout}: moco measures no accuracy; leave it out")
     if moco and args.queue % args.batch_size:
         right = max(args.queue // args.batch_size, 1) * args.batch_size
         raise UserError(f"--queue {args.queue}: must be a multiple of {batch}; give {right}")

@@ -35,7 +35,7 @@ import common
 import train_finetune
 from common import PICTURES, UserError, rank_world
 from propagate import Video
-from train_finetune import check_numbers, pictures_in, read_picture, read_start, resumes, say, visible
+from train_finetune import check_numbers, pictures_in, read_picture, read_start, refuse_unused, resumes, say, visible
 
 
 @dataclass
@@ -108,6 +108,7 @@ class Args(train_finetune.Training):
 FILMS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".ts")
 # image objective: lambda, pictures in a batch (section 5)
 IMAGE_LOSS = {"none": (0.0, 0), "rotation": (0.3, 64), "moco": (0.1, 32), "imagenet": (0.05, 256)}
+IMAGE_FLAGS = ("image_data", "image_weight", "image_batch_size", "image_size", "image_grey")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,14 +273,14 @@ def lab_crop(frame: np.ndarray, short_side: int, side: int) -> Tensor:
 def find_images(args: Args, videos: Sequence[Path]) -> Images | None:
     """The data of the image objective."""
     objective, moco = args.image_objective, args.image_objective == "moco"
+    if objective == "none":
+        return None
     change = train_finetune.random_view(args.image_size, 0.2 if moco else 0.08, 1 if moco else 0)
     change = functools.partial(augment, change=change, grey=args.image_grey, views=2 if moco else 1)
     if args.image_data == "frames":
         if objective == "imagenet":
             raise UserError("--image-objective imagenet: needs --image-data ROOT, a folder with a folder a class")
-        return None if objective == "none" else Images([*videos] * args.pairs_per_video, change)
-    if objective == "none":
-        raise UserError(f"--image-data {args.image_data}: --image-objective none has no use for it; say which")
+        return Images([*videos] * args.pairs_per_video, change)
     root = Path(args.image_data)
     root = root / "train" if (root / "train").is_dir() else root
     found = pictures_in(root)
@@ -689,9 +690,12 @@ def check(args: Args) -> Args:
     check_numbers(args, limits)
     if (args.crop // 8) ** 2 * (args.full // 8) ** 2 > 2**31:
         raise UserError(f"--crop {args.crop} --full {args.full}: affinities of a pair take over 8 GiB; give less")
-    for flag in ("image_weight", "image_grey"):
-        if args.image_objective == "none" and getattr(args, flag):
-            raise UserError(f"--{flag.replace('_', '-')}: --image-objective none has no use for it; say which")
+    if args.image_objective == "none":
+        refuse_unused(args, IMAGE_FLAGS, "is for an --image-objective, and none was given")
+    if args.image_objective != "moco":
+        refuse_unused(args, ["queue"], f"is for --image-objective moco, not {args.image_objective}")
+    if args.autoencoder:
+        refuse_unused(args, ["autoencoder_steps"], "the auto-encoder is given, not trained")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: give 0 to --epochs {args.epochs}")
     if args.amp == "bfloat16":

@@ -44,7 +44,8 @@ def write_pictures(folder: Path, count: int) -> None:
 def trained(objective: str, folder: Path, batch: int) -> tuple[float, float]:
     """Pictures/s of a run after its first three steps, and the share of its time that it waited for data."""
     flags = ["--objective", objective, "--data", folder / "pictures", "--finetune", folder / "start.pth", "--no-resume"]
-    flags += ["--batch-size", batch, "--queue", 64 * batch, "--bn-groups", 2, "--max-steps", STEPS, "--device", "cpu"]
+    flags += ["--batch-size", batch, "--max-steps", STEPS, "--device", "cpu"]
+    flags += ["--queue", 64 * batch, "--bn-groups", 2] if objective == "moco" else []
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         tf.main(common.parse(tf.Args, [str(flag) for flag in [*flags, "--out", folder / "out"]]))
     with (folder / "out" / "log.csv").open(newline="") as file:

@@ -29,7 +29,12 @@ from common import UserError
 from train_finetune import Args, Classification, MoCo, Net, Rotation, settle
 
 ROOT = Path(train_finetune.__file__).parent
-TINY = ("--crop", "32", "--batch-size", "4", "--workers", "0", "--queue", "8", "--bn-groups", "2", "--device", "cpu")
+TINY = ("--crop", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu")
+TINY_MOCO = (*TINY, "--queue", "8", "--bn-groups", "2")
+
+
+def tiny(objective: str) -> tuple[str, ...]:
+    return TINY_MOCO if objective == "moco" else TINY
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,7 +208,7 @@ EARLY = ("conv1", "bn1", "layer1", "layer2")
 def test_fine_tuning_leaves_the_frozen_part_alone_to_the_bit(objective, data, start, tmp_path, cli):
     """Weights and statistics, also after a measurement of accuracy; all later parameters and statistics move."""
     flags = ("--objective", objective, "--data", data, "--finetune", start, "--epochs", "2", "--lr", "0.1")
-    code, _, said = cli(train_finetune, *flags, *TINY, "--out", tmp_path)
+    code, _, said = cli(train_finetune, *flags, *tiny(objective), "--out", tmp_path)
     assert code == 0, said
     before, whole = torch.load(start, weights_only=True)["state_dict"], state_of(tmp_path / "last.pth")
     for prefix in ("encoder_q.", "encoder_k.") if objective == "moco" else ("net.",):
@@ -358,7 +363,7 @@ def command(*flags) -> list[str]:
 @pytest.mark.parametrize("objective", ["rotation", "moco"])
 def test_two_processes_train_as_one_with_the_whole_batch(objective, data, tmp_path, cli):
     """rotation: BatchNorm sees half a batch in both; moco: shuffling over processes is what groups are in one."""
-    flags = ("--objective", objective, "--data", data, "--epochs", "2", *TINY)
+    flags = ("--objective", objective, "--data", data, "--epochs", "2", *tiny(objective))
     flags += ("--batch-size", "8", "--crop", "96")  # BatchNorm over few cells enlarges rounding
     parts = ("--accumulate", "2") if objective == "rotation" else ()
     assert cli(train_finetune, *flags, *parts, "--out", tmp_path / "one")[0] == 0
@@ -395,7 +400,7 @@ def assert_score_is_of_the_saved_weights(data: Path, out: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path, cli):
-    flags = ("--objective", "moco", "--data", data, "--epochs", "2", *TINY)
+    flags = ("--objective", "moco", "--data", data, "--epochs", "2", *TINY_MOCO)
     run = subprocess.Popen(command(*flags, "--out", tmp_path / "cut"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (tmp_path / "cut" / "log.csv").exists() and run.poll() is None and time.time() < deadline:
@@ -721,7 +726,7 @@ def test_the_real_imagenet_file(imagenet, capsys):
 )
 def test_propagate_takes_the_weights(flags, name, data, start, small_clip, tmp_path, cli):
     flags += (start,) if "--finetune" in flags else ()
-    code, _, said = cli(train_finetune, *flags, "--data", data, *TINY, "--max-steps", "1", "--out", tmp_path)
+    code, _, said = cli(train_finetune, *flags, "--data", data, *tiny(name), "--max-steps", "1", "--out", tmp_path)
     assert code == 0, said
     path = tmp_path / "weights.pth"
     state, rest = common.read_weights(path)
@@ -837,9 +842,25 @@ def test_every_number_is_checked(data, tmp_path, cli):
     for name, values in BAD_NUMBERS.items():
         flag = f"--{name.replace('_', '-')}"
         for value in values:
-            flags = ("--data", data, "--objective", "moco", *TINY, "--out", tmp_path / "out", flag, value)
+            flags = ("--data", data, "--objective", "moco", *TINY_MOCO, "--out", tmp_path / "out", flag, value)
             assert flag in one_line(cli, train_finetune, *flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("objective", ["imagenet", "rotation"])
+def test_flags_of_moco_are_refused_elsewhere(objective, data, tmp_path, cli):
+    flags = ("--objective", objective, "--data", data, *TINY, "--out", tmp_path / "out")
+    given = ("--queue 8", "--dim 16", "--temperature 0.2", "--key-momentum 0.9", "--bn-groups 2", "--moco-v2")
+    for flag in given:
+        why = f"{flag}: is for --objective moco, not {objective}; leave it out"
+        assert why in one_line(cli, train_finetune, *flags, *flag.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cosine", [("--schedule", "cosine"), ("--objective", "moco", "--moco-v2")])
+def test_epochs_of_decay_are_refused_with_a_cosine(cosine, data, tmp_path, cli):
+    flags = ("--data", data, *cosine, "--decay-epochs", "3", "--out", tmp_path / "out")
+    assert "--decay-epochs (3,): the cosine schedule has no such steps" in one_line(cli, train_finetune, *flags)
 
 
 def test_every_path_is_checked(data, tmp_path, cli):

@@ -27,7 +27,8 @@ import train_uvc_plus as uvc
 
 ROOT = Path(uvc.__file__).parent
 SMALL = ["--crop", 64, "--full", 128, "--out-layer", "layer3", "--batch-size", 2, "--workers", 0, "--device", "cpu"]
-SMALL += ["--epochs", 2, "--warmup-epochs", 1, "--image-size", 64, "--image-batch-size", 2, "--look-every", 2]
+SMALL += ["--epochs", 2, "--warmup-epochs", 1, "--look-every", 2]
+IMAGES = ["--image-size", 64, "--image-batch-size", 2]  # for an image objective
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +65,7 @@ def coders(tmp_path_factory) -> Path:
 def trained(videos, coders, tmp_path_factory) -> Path:
     """One run of both phases with the rotation loss: two steps each."""
     out = tmp_path_factory.mktemp("trained")
-    flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "rotation", "--out", out]
+    flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "rotation", *IMAGES, "--out", out]
     uvc.main(common.parse(uvc.Args, [str(flag) for flag in (*SMALL, *flags)]))
     return out
 
@@ -633,7 +634,8 @@ def test_it_starts_from_files_of_all_trainings(prefix, tmp_path):
 
 def test_resumed_is_the_same(trained, videos, coders, tmp_path, cli):
     """Stopped after one step, and after the warm-up, and gone on with: the weights of the run that was not."""
-    flags = [*SMALL, "--data", videos, "--autoencoder", coders, "--image-objective", "rotation", "--out", tmp_path]
+    flags = [*SMALL, "--data", videos, "--autoencoder", coders, "--image-objective", "rotation", *IMAGES]
+    flags += ["--out", tmp_path]
     for steps in (1, 2, 3, 0):
         code, _, err = cli(uvc, *flags, "--max-steps", steps)
         assert code == 0, err
@@ -681,7 +683,7 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(videos, coders, tmp_path, cli
 def test_two_processes_are_one_with_two_parts(videos, tmp_path, cli):
     """Through the auto-encoder's stage and both phases: a batch shared out to processes, or cut into parts, has the
     same gradients (their running mean in Adam; weights would show only their signs)."""
-    flags = ["--data", videos, "--image-objective", "rotation", "--autoencoder-steps", 1, "--lr", 1e-9]
+    flags = ["--data", videos, "--image-objective", "rotation", *IMAGES, "--autoencoder-steps", 1, "--lr", 1e-9]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = script(*flags, "--out", tmp_path / "two", launcher=launcher)
     _, err = process.communicate(timeout=120)
@@ -699,6 +701,8 @@ def test_two_processes_are_one_with_two_parts(videos, tmp_path, cli):
 @pytest.mark.parametrize("objective", ["moco", "imagenet", "none"])
 def test_other_objectives_train(videos, coders, tmp_path, cli, objective):
     flags = ["--data", videos, "--autoencoder", coders, "--image-objective", objective, "--out", tmp_path / "out"]
+    if objective != "none":
+        flags += IMAGES
     if objective == "moco":
         flags += ["--queue", 64, "--image-grey", "--image-batch-size", 4]
     if objective == "imagenet":
@@ -717,7 +721,7 @@ def test_other_objectives_train(videos, coders, tmp_path, cli, objective):
 def test_workers_that_are_no_forks(videos, tmp_path):
     """As on macOS, and as on Linux from Python 3.14 on: workers get all that they need by pickle."""
     flags = ["--data", videos, "--autoencoder-steps", 1, "--image-objective", "moco", "--out", tmp_path]
-    flags += ["--queue", 4, "--workers", 2, "--max-steps", 1]
+    flags += [*IMAGES, "--queue", 4, "--workers", 2, "--max-steps", 1]
     code = "import multiprocessing as m, sys; m.set_start_method('forkserver'); m.set_forkserver_preload(['common'])\n"
     code += "import common, train_uvc_plus as uvc; uvc.main(common.parse(uvc.Args, sys.argv[1:]))"
     command = [sys.executable, "-c", code, *(str(flag) for flag in (*SMALL, *flags))]
@@ -733,7 +737,8 @@ def test_videos_and_pictures_share_the_workers(videos, coders, tmp_path, cli, mo
         return real(*samples, **flags)
 
     monkeypatch.setattr(train_finetune, "DataLoader", loader)
-    flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "rotation", "--out", tmp_path]
+    flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "rotation", *IMAGES]
+    flags += ["--out", tmp_path]
     code, _, err = cli(uvc, *SMALL, *flags, "--max-steps", 1, "--workers", 4)
     assert code == 0, err
     assert counts == [2, 2]
@@ -846,7 +851,7 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
         (["--data", "{videos}", "--image-size", "8"], "--image-size 8: give 64 or more"),
         (["--data", "{videos}", "--save-minutes", "nan"], "--save-minutes nan: give 0 or more"),
         (["--data", "{videos}", "--image-objective", "imagenet"], "needs --image-data ROOT"),
-        (["--data", "{videos}", "--image-data", "x"], "--image-objective none has no use for it"),
+        (["--data", "{videos}", "--image-data", "x"], "--image-data x: is for an --image-objective"),
         (["--data", "{videos}", "--image-objective", "moco", "--image-data", "{empty}"], "holds no pictures"),
         (["--data", "{videos}", "--image-objective", "imagenet", "--image-data", "{videos}/a"], "has 0 folders"),
         (["--data", "{videos}", "--image-objective", "moco", "--queue", "63"], "--queue 63: give a multiple"),
@@ -855,7 +860,12 @@ def test_unreadable_videos_are_named_kept_and_skipped(videos, coders, tmp_path, 
         (["--data", "{videos}", "--autoencoder", "{swapped}"], "is not the encoder of UVC's Lab auto-encoder"),
         (["--data", "{videos}", "--batch-size", "6"], "--batch-size 6: there are"),
         (["--data", "{videos}", "--accumulate", "3"], "is no multiple of 3"),
-        (["--data", "{videos}", "--image-weight", "0.5"], "--image-weight: --image-objective none"),
+        (["--data", "{videos}", "--image-weight", "0.5"], "--image-weight 0.5: is for an --image-objective"),
+        (["--data", "{videos}", "--image-grey"], "--image-grey: is for an --image-objective, and none was given"),
+        (["--data", "{videos}", "--image-size", "64"], "--image-size 64: is for an --image-objective"),
+        (["--data", "{videos}", "--image-batch-size", "4"], "--image-batch-size 4: is for an --image-objective"),
+        (["--data", "{videos}", "--queue", "64"], "--queue 64: is for --image-objective moco, not none"),
+        (["--data", "{videos}", "--autoencoder", "{coders}", "--autoencoder-steps", "3"], "is given, not trained"),
         (["--data", "{videos}", "--image-objective", "moco", "--queue", "0"], "--queue 0: give 1 or more"),
         (["--data", "{videos}", "--autoencoder", "{coders}", "--seed", "-1"], "--seed -1: give 0 or more"),
         (["--data", "{videos}", "--init", "none.pth"], "none.pth: no such weights file"),
@@ -916,7 +926,8 @@ def test_every_number_is_checked(videos, coders, tmp_path, cli):
     kinds = {field.name: str(field.type) for field in dataclasses.fields(uvc.Args)}
     numbers = {name for name, kind in kinds.items() if "int" in kind or ("float" in kind and "Literal" not in kind)}
     assert set(BAD_NUMBERS) == numbers
-    flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "moco", "--out", tmp_path / "out"]
+    flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "moco", *IMAGES]
+    flags += ["--out", tmp_path / "out"]
     for name, values in BAD_NUMBERS.items():
         flag = f"--{name.replace('_', '-')}"
         for value in values:
@@ -936,16 +947,8 @@ def test_every_path_is_checked(videos, coders, tmp_path, cli):
     wrong = dict.fromkeys(("data", "autoencoder", "init", "image-data", "validate"), kinds)
     for flag, names in (wrong | {"out": {"file", "fifo", "loop"}}).items():
         for kind in sorted(names):
-            flags = [
-                "--data",
-                videos,
-                "--autoencoder",
-                coders,
-                "--image-objective",
-                "rotation",
-                "--out",
-                tmp_path / "o",
-            ]
+            flags = ["--data", videos, "--autoencoder", coders, "--image-objective", "rotation", *IMAGES]
+            flags += ["--out", tmp_path / "o"]
             code, _, err = cli(uvc, *SMALL, *flags, f"--{flag}", tmp_path / kind)
             assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (flag, kind, err)
             assert str(tmp_path / kind) in err
@@ -960,7 +963,7 @@ def test_a_fifo_is_no_video(videos, coders, tmp_path, cli):
     os.mkfifo(tmp_path / "data" / "pipe.mp4")
     os.mkfifo(tmp_path / "pictures" / "pipe.jpg")
     flags = ["--data", tmp_path / "data", "--autoencoder", coders, "--out", tmp_path / "out", "--pairs-per-video", 2]
-    flags += ["--image-objective", "rotation", "--image-data", tmp_path / "pictures"]
+    flags += ["--image-objective", "rotation", *IMAGES, "--image-data", tmp_path / "pictures"]
     code, _, err = cli(uvc, *SMALL, *flags)
     assert code == 0, err
     assert "pipe.mp4: is no file" in err and "pipe.jpg: is no file" in err
