@@ -71,7 +71,9 @@ def trained(videos, coders, tmp_path_factory) -> Path:
 
 
 def args(**changes) -> uvc.Args:
-    small = {"data": (Path(),), "crop": 64, "full": 128, "out_layer": "layer3", "image_size": 64}
+    small = {"data": (Path(),), "crop": 64, "full": 128, "out_layer": "layer3"}
+    if "image_objective" in changes:
+        small["image_size"] = 64
     return uvc.check(uvc.Args(**(small | changes)))
 
 
@@ -335,7 +337,7 @@ def test_codes_of_a_box_are_those_of_the_whole_frame(legacy):
 
 @pytest.mark.parametrize("objective", ["rotation", "moco", "imagenet"])
 def test_gradients_reach_backbone_and_head_and_nothing_else(objective):
-    a = args(image_objective=objective, image_data="frames", image_batch_size=4, queue=64)
+    a = args(image_objective=objective, image_batch_size=4, **({"queue": 64} if objective == "moco" else {}))
     net = uvc.UVC(a, coded(), 0, classes=3)
     images = torch.randint(0, 255, (4, 2, 3, 64, 64) if objective == "moco" else (4, 3, 64, 64), dtype=torch.uint8)
     image = (images, torch.tensor([0, 1, 2, 0])) if objective == "imagenet" else images
