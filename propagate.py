@@ -1034,6 +1034,7 @@ class Video:
                     head = next(pictures, None)
                     if head and number and number.get(head.pts, last + 1) <= first:
                         break
+                turn = turning(head) if head else None  # no head, no pictures
                 pictures = itertools.chain([head] if head else [], pictures)
                 for count, picture in enumerate(pictures):
                     index = number.get(picture.pts) if number else count
@@ -1046,8 +1047,8 @@ class Video:
                     if index in left:
                         left.remove(index)
                         deep = max(part.bits for part in picture.format.components) > 14
-                        frame = picture.to_ndarray(format="rgb48le" if deep else "rgb24")
-                        yield index, upright(frame, picture)
+                        # By itself each frame would be converted by as many new threads as there are CPUs.
+                        yield index, turn(picture.to_ndarray(format="rgb48le" if deep else "rgb24", threads=1))
                         if not left:
                             return
         except av.error.FFmpegError as error:
@@ -1061,16 +1062,26 @@ class Video:
             raise UserError(f"{self.source}: no frame can be decoded; is it whole? Try to play it")
 
 
-def upright(frame: np.ndarray, picture: av.VideoFrame) -> np.ndarray:
-    """The frame turned by quarters and mirrored as its film says, and as players show it."""
+def turning(picture: av.VideoFrame) -> Callable[[np.ndarray], np.ndarray]:
+    """What turns frames by quarters and mirrors them as their film says, in its first picture, and as players do.
+
+    A picture that was asked for its side data stays in memory with its decoder's threads until Python looks for
+    cycles: only one is asked.
+    """
     matrix = picture.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return frame
+        return lambda frame: frame
     # A pixel at x, y is shown in the direction a x + c y, b x + d y.
     a, b, c, d = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist()
-    if abs(b) > abs(a):  # on its side
-        frame, a, d = frame.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    on_side = abs(b) > abs(a)
+    if on_side:
+        a, d = c, b
+
+    def turn(frame: np.ndarray) -> np.ndarray:
+        frame = frame.swapaxes(0, 1) if on_side else frame
+        return np.ascontiguousarray(frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+    return turn
 
 
 def picture_header(path: Path) -> tuple[tuple[int, int] | None, int]:

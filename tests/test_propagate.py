@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import gc
 import itertools
 import json
 import os
@@ -564,6 +565,24 @@ def remux(film: Path, container: Path, earlier: int = 0, without: int = 0) -> No
                 packet.pts -= earlier * packet.duration
                 packet.dts -= earlier * packet.duration
                 target.mux(packet)
+
+
+def test_a_long_film_keeps_neither_frames_nor_threads(tmp_path):
+    """Not even until Python looks for cycles, which is rare."""
+    with propagate.film_writer(tmp_path / "film.mp4", 25, (48, 64)) as append:
+        for i in range(60):
+            append(np.full((48, 64, 3), 4 * i, np.uint8))
+    kept, threads = [], []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in Video(tmp_path / "film.mp4").frames(range(60)):
+            kept.append(sum(type(thing) is av.VideoFrame for thing in gc.get_objects()))
+            threads.append(sum(1 for _ in Path("/proc/self/task").glob("*")))  # 0 where there is no /proc
+    finally:
+        gc.enable()
+    assert max(kept) <= 12, kept  # that the decoder has ready
+    assert max(threads) == threads[0], threads
 
 
 def test_portrait_film_with_rotation_in_its_metadata(small_clip, tmp_path, cli):
