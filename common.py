@@ -52,6 +52,18 @@ def rank_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    group = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
+        if all((group / file).is_file() for file in files):
+            quota, period = " ".join((group / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The factors; the systems, each a file of systems/
 
@@ -184,6 +196,11 @@ class System:
     localize: Callable[..., Tensor] | None = None  # (target, features, labels, s, annotated, ages, notes, share) -> z
     note: Callable | None = None  # (labels, s, note of the frame before, mask) -> note
 
+    @property
+    def released(self) -> str:
+        """The name of its released file on disk; "" where the source names none."""
+        return self.file or re.search(r"([\w.-]+\.(pth|tar))?\)?$", self.source)[1] or ""
+
 
 SYSTEMS = Path(__file__).parent / "systems"
 R18, R50 = r"layer1\.0\.conv1\.weight 64x64x3x3", r"layer1\.0\.conv1\.weight 64x64x1x1"  # which ResNet a file holds
@@ -294,10 +311,9 @@ def pick_device(name: str) -> torch.device:
 
 def find_weights(name: str) -> Path | None:
     """The weights file of a model on disk: in weights/ or torch hub's cache, under its released name or NAME.pth."""
-    system = find_system(name)
-    released = re.search(r"([\w.-]+\.(pth|tar))?\)?$", system.source)[1] or f"{name}.pth"
+    names = (find_system(name).released, f"{name}.pth", f"{name}.pth.tar")
     for folder in (Path("weights"), Path(__file__).parent / "weights", Path(torch.hub.get_dir()) / "checkpoints"):
-        for file in (system.file or released, f"{name}.pth", f"{name}.pth.tar"):
+        for file in names:
             if (folder / file).is_file():
                 return folder / file
     return None

@@ -78,10 +78,10 @@ from propagate import (
     overlay,
     parse_with_model,
     points_from_labels,
+    pool_workers,
     propagate_video,
     read_ahead,
     read_ids,
-    usable_cpus,
     write_mask,
 )
 
@@ -1490,7 +1490,7 @@ def worker_pool():
     torch.set_num_threads(1)
     cv2.setNumThreads(1)  # ends OpenCV's threads before the fork; a child cannot
     context = multiprocessing.get_context("fork")
-    return context.Pool(usable_cpus(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    return context.Pool(pool_workers(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def check_flags(args: Args) -> None:

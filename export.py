@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import common
 import propagate
 from common import Propagation, UserError, pick_device
-from propagate import Box, Video, compute_masks, usable_cpus
+from propagate import Box, Video, compute_masks, pool_workers
 
 
 @dataclass
@@ -554,7 +554,7 @@ class OnnxEngine:
         order = [each for each in order if each[0] in onnxruntime.get_available_providers()]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = usable_cpus()
+        options.intra_op_num_threads = pool_workers()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside other programs it would wait
         options.enable_mem_pattern = False  # a plan for all tiles at once costs 280 MiB at 480p and saves no time
         options.add_session_config_entry("session.x64quantprecision", "1")  # INT8 sums overflow on x86 without VNNI

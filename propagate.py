@@ -65,6 +65,7 @@ from common import (
     read_picture,
     stretch,
     systems,
+    usable_cpus,
     writing,
 )
 
@@ -515,20 +516,11 @@ def hindsight(f: Tensor, z: Tensor, first: tuple[Tensor, Tensor], new: Tensor, s
 # One pool of single-threaded tasks: nothing waits for a thread that another program keeps from running
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, its container's quota, its share among torchrun's processes on this
-    machine; at most OMP_NUM_THREADS, but for torchrun's processes."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    group = Path("/sys/fs/cgroup")
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
-        if all((group / file).is_file() for file in files):
-            quota, period = " ".join((group / file).read_text() for file in files).split()
-            if quota not in ("max", "-1"):
-                count = min(count, math.ceil(int(quota) / int(period)))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if processes > 1:  # torchrun sets OMP_NUM_THREADS=1 unasked
-        return max(1, count // processes)
-    most = os.environ.get("OMP_NUM_THREADS", "")
+def pool_workers() -> int:
+    """Threads of the pool: the CPUs that this process may use, at most OMP_NUM_THREADS."""
+    count, most = usable_cpus(), os.environ.get("OMP_NUM_THREADS", "")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:  # torchrun sets the other to 1 unasked
+        return count
     return min(count, int(most)) if most.isdecimal() and int(most) else count
 
 
@@ -596,7 +588,7 @@ def pool() -> Pool:
 
 @functools.cache
 def _pool(process: int) -> Pool:
-    return Pool(usable_cpus())
+    return Pool(pool_workers())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

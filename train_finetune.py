@@ -45,9 +45,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import common
-from common import PICTURES, UserError, atomic, pick_device, rank_world, read_weights
-
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may run on
+from common import PICTURES, UserError, atomic, pick_device, rank_world, read_weights, usable_cpus
 
 
 @dataclass
@@ -64,7 +62,7 @@ class Training:
     accumulate: int = 1
     """Parts that a batch is cut into, their gradients added up: for small memories. A run can go on with fewer
     processes and more parts each (not moco)."""
-    workers: int = max(1, min(8, CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    workers: int = min(8, usable_cpus())
     """Processes that read and augment the data, of one thread each, for each GPU."""
     amp: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of convolutions; float16 with loss scaling."""
@@ -594,6 +592,7 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
         torch.distributed.all_gather_object(everybody, found)
         if any(other != found for other in everybody):
             raise UserError(f"--out {args.out}: processes find other files there; give a folder that all nodes share")
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # PyTorch knows no container's quota
     torch.manual_seed(args.seed)
     return device
 

@@ -29,7 +29,7 @@ import clip  # noqa: E402
 import common  # noqa: E402
 import propagate  # noqa: E402
 from common import Propagation, load_encoder  # noqa: E402
-from propagate import film_writer, mask_from_labels, propagate_labels, usable_cpus, write_mask  # noqa: E402
+from propagate import film_writer, mask_from_labels, pool_workers, propagate_labels, write_mask  # noqa: E402
 
 
 def dense_step(target, features, labels, s, chunk=512):
@@ -88,7 +88,7 @@ def product_rate() -> float:
         onednn(a, b, None, "none", [], "")
         products.append(lambda: onednn(a, b, None, "none", [], ""))
     rate = 2 * 2000**3 / min(seconds(each) for each in products)
-    torch.set_num_threads(usable_cpus())
+    torch.set_num_threads(pool_workers())
     return rate
 
 
@@ -176,7 +176,7 @@ def main() -> None:
         "largest difference of the two",
         f"{difference[~swapped].max():.1e}; {swapped.sum()} of {swapped.numel()} cells keep another k-th neighbour",
     )
-    limit = disk_flops(s, 60, 107, 20, 256) / (usable_cpus() * product_rate())
+    limit = disk_flops(s, 60, 107, 20, 256) / (pool_workers() * product_rate())
     row(
         "the disk's products alone, at the rate of this machine's matrix product",
         f"{limit:.3f} s; the step takes {ours / limit:.1f} times that",
@@ -194,7 +194,7 @@ def main() -> None:
     plain, refined = (
         seconds(lambda c=c: mask_from_labels(soft, [1], (480, 854), False, sharp, c), 9) for c in (0, 0.5)
     )
-    torch.set_num_threads(usable_cpus())
+    torch.set_num_threads(pool_workers())
     row(
         "a mask of one object at full size, one thread",
         f"{1000 * plain:.0f} ms, with --refine 0.5 {1000 * refined:.0f} ms",
@@ -256,7 +256,7 @@ def main() -> None:
             row(f"the step on {name}, {dtype}", f"{1 / t:.0f} frames/s")
     kind = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
     kind = f"{kind}, {torch.backends.cpu.get_cpu_capability()}"
-    where = f"{kind}, {usable_cpus()} workers, torch {torch.__version__}"
+    where = f"{kind}, {pool_workers()} workers, torch {torch.__version__}"
     table = "\n".join(["| what | measured |", "|---|---|", *rows])
     (ROOT / "benchmarks" / "propagation.md").write_text(
         f"Measured by `python benchmarks/propagation.py` ({where}).\n\n{table}\n"

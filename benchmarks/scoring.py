@@ -95,7 +95,7 @@ for truth in sorted((args.data / "Annotations/480p").iterdir()):
     for frame in frames[1:-1] if (args.predictions / truth.name).is_dir() else ():
         jobs.append((frame, args.predictions / truth.name / frame.name, ids, None, objects, truth.name))
         MASKS.append((*map(evaluate.read_ids, jobs[-1][:2]), objects))
-cores, object_frames = evaluate.usable_cpus(), sum(job[4] for job in jobs)
+cores, object_frames = evaluate.pool_workers(), sum(job[4] for job in jobs)
 with evaluate.worker_pool() as pool:  # the masks are shared with the processes, not sent; OpenCV has one thread
     indices = range(len(jobs))
     timed = {

@@ -165,7 +165,7 @@ def build_vgg(system: System, s: Propagation) -> nn.Module | None:
 def fetch_weights(name: str) -> Path:
     """The released file of a system, fetched to torch hub's cache, with progress, and its hash checked."""
     system, hub = find_system(name), Path(torch.hub.get_dir()) / "checkpoints"
-    link, path = system.source, hub / (system.file or Path(system.source).name)
+    link, path = system.source, hub / system.released
     if not re.fullmatch(r"https://\S+\.(pth|tar)", link):
         how = f"get them ({link}) and give --weights FILE"
         raise UserError(f"weights of {name}: neither in weights/ nor in {hub}; {how}")

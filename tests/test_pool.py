@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import propagate
 from common import Propagation
 from propagate import Pool, propagate_labels
@@ -81,6 +82,7 @@ def test_coming_frames_are_encoded_in_order_and_a_bounded_number_ahead(monkeypat
 END = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[1])
+import common
 import propagate
 def work():
     for _ in range(2000):
@@ -112,7 +114,32 @@ def test_a_forked_process_has_a_pool_of_its_own():
 def test_the_environment_bounds_the_workers(monkeypatch, environment, most):
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert propagate.usable_cpus() <= len(os.sched_getaffinity(0))
+    assert propagate.pool_workers() <= len(os.sched_getaffinity(0))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert propagate.usable_cpus() == most
+    assert propagate.pool_workers() == most
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+    ],
+)
+def test_a_containers_quota_bounds_pool_and_loaders(files, most, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    real = common.Path
+    monkeypatch.setattr(common, "Path", lambda path: tmp_path if path == "/sys/fs/cgroup" else real(path))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert common.usable_cpus() == propagate.pool_workers() == most
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's processes share them
+    assert common.usable_cpus() == max(1, most // 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert propagate.pool_workers() == max(1, most // 2)
