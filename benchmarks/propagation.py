@@ -119,14 +119,19 @@ def stages(step) -> str:
 
 def run_film(film: Path, mask: Path, *flags: str) -> tuple[float, float]:
     """propagate.py on a film: (wall seconds, peak MiB of the process)."""
+    with tempfile.TemporaryDirectory() as out:
+        return run_python("propagate.py", "--model", "random", "--video", film, "--mask", mask, "--out", out, *flags)
+
+
+def run_python(*command) -> tuple[float, float]:
+    """Wall seconds and peak MiB of a process."""
     # A small process in between: Linux counts the memory of the one that starts another as the other's own.
     measure = "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdout=-3, stderr=-3); "
     measure += "_, status, usage = os.wait4(p.pid, 0); print(usage.ru_maxrss); sys.exit(status != 0)"
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "propagate.py", "--model", "random", "--video", film, "--mask", mask, "--out", out]
-        start = time.perf_counter()
-        peak = subprocess.check_output([sys.executable, "-c", measure, *map(str, command), *flags], cwd=ROOT)
-        return time.perf_counter() - start, int(peak) / 1024
+    start = time.perf_counter()
+    command = [sys.executable, *map(str, command)]
+    peak = subprocess.check_output([sys.executable, "-c", measure, *command], cwd=ROOT)
+    return time.perf_counter() - start, int(peak) / 1024
 
 
 @contextlib.contextmanager
@@ -225,7 +230,8 @@ def main() -> None:
         )
         against = f"{each:.3f} s = {each / (extract + ours):.2f} x (extractor + step)"
         row("whole run a frame (decode, extract, propagate, masks, film)", against)
-        row("peak memory of that run", f"{peak:.0f} MiB")
+        bare = run_python("-c", "import torch")[1]
+        row("peak memory of that run", f"{peak:.0f} MiB, of which `import torch` takes {bare:.0f}")
         with busy_loops(2):
             beside, _ = run_film(folder / "clip.mp4", folder / "f0.png")
         row("the whole run beside two busy loops", f"{beside:.1f} s, alone {whole:.1f} s: {beside / whole:.2f} times")
