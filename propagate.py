@@ -47,6 +47,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from av.sidedata.sidedata import SideDataContainer
 from isal import isal_zlib
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -1057,10 +1058,9 @@ class Video:
 def turning(picture: av.VideoFrame) -> Callable[[np.ndarray], np.ndarray]:
     """What turns frames by quarters and mirrors them as their film says, in its first picture, and as players do.
 
-    A picture that was asked for its side data stays in memory with its decoder's threads until Python looks for
-    cycles: only one is asked.
+    picture.side_data would be the same, but the two hold each other: the picture stays until Python looks for cycles.
     """
-    matrix = picture.side_data.get("DISPLAYMATRIX")
+    matrix = SideDataContainer(picture).get("DISPLAYMATRIX")
     if matrix is None:
         return lambda frame: frame
     # A pixel at x, y is shown in the direction a x + c y, b x + d y.

@@ -585,6 +585,19 @@ def test_a_long_film_keeps_neither_frames_nor_threads(tmp_path):
     assert max(threads) == threads[0], threads
 
 
+def test_reading_here_and_there_keeps_no_frame(tmp_path):
+    """As training does, from ever other films, and a run backwards."""
+    film = write_film(tmp_path / "film.mp4", "libx264", 60)
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(20):
+            list(Video(film).frames([i, 2 * i + 1]))
+        assert not [thing for thing in gc.get_objects() if type(thing) is av.VideoFrame]
+    finally:
+        gc.enable()
+
+
 def test_portrait_film_with_rotation_in_its_metadata(small_clip, tmp_path, cli):
     """A phone's film is stored on its side; frames, masks and overlay are upright."""
     upright = next(Video(small_clip / "clip.mp4").frames([0]))[1]
