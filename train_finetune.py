@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -638,6 +639,18 @@ def write_checkpoint(path: Path, content: dict) -> None:
         temporary.write_bytes(whole.getbuffer())
 
 
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """common.writing; where the run has a checkpoint, the line says that it goes on from it."""
+    try:
+        with common.writing(out):
+            yield
+    except UserError as error:
+        if isinstance(error.__cause__, OSError) and (out / "last.pth").is_file():
+            raise UserError(f"{error}; with space, the same command goes on from {out / 'last.pth'}") from error
+        raise
+
+
 def seed_of(*numbers: int) -> int:
     """One seed of several numbers, such as (run, stream, step, place)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -817,6 +830,12 @@ class Curve:
             csv.DictWriter(file, self.columns).writerow(row)
 
 
+def report_thread(what) -> None:
+    """threading.excepthook without TensorBoard's thread: what it cannot write is raised where it is written next."""
+    if not type(what.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(what)
+
+
 class Log:
     """What is written down of a run: log.csv, validation.csv and TensorBoard's events by rank 0, and a bar. The terms
     of a row are means over the steps since the row before, and over all processes."""
@@ -826,6 +845,7 @@ class Log:
         if not rank_world()[0]:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = report_thread
             self.board = SummaryWriter(out, purge_step=step)
         self.rows = Curve(out / "log.csv", step, self.board)
         self.scores = Curve(out / "validation.csv", step, self.board, "validation/")
@@ -935,8 +955,10 @@ def train(
     """
     rank, world = rank_world()
     device, last = next(method.parameters()).device, args.out / "last.pth"
-    with common.writing(args.out):
+    with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out) as file:  # found before any work
+            file.write(bytes(1024))
     streams = {name: (samples, getattr(args, flag)) for name, (samples, flag) in streams.items()}
     samples, size = next(iter(streams.values()))
     steps_per_epoch = len(samples) // size
@@ -944,9 +966,13 @@ def train(
     scaler, first = torch.amp.GradScaler(device.type, enabled=args.amp == "float16"), 0
     if resumes(args):
         state = read_checkpoint(args, streams)
-        method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        try:
+            method.load_state_dict(state["method"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # of torch: several kinds, such as where there are more classes now
+            why = str(error).splitlines()[-1].strip()
+            raise UserError(f"{last}: does not fit ({why}); another --out, or --no-resume to begin again") from error
         first = state["step"]
     parallel = method
     if world > 1:
@@ -985,7 +1011,7 @@ def train(
 
     method.train()
     try:
-        with common.writing(args.out), stop_signals() as signals:
+        with writing(args.out), stop_signals() as signals:
             if step:
                 judge()
             while step < total and not halt:

@@ -243,18 +243,42 @@ def test_bad_sizes_get_one_line(tmp_path):
         go(tmp_path)
 
 
+def test_a_checkpoint_of_another_network_gets_one_line(tmp_path):
+    """As where the same number of pictures lies in more classes."""
+    go(tmp_path, max_steps=2)
+    state = torch.load(tmp_path / "last.pth", weights_only=True)
+    state["method"]["fit.weight"] = torch.zeros(2, 3)
+    torch.save(state, tmp_path / "last.pth")
+    with pytest.raises(UserError, match=r"last\.pth: does not fit \(size mismatch for fit\.weight.*--no-resume"):
+        go(tmp_path)
+
+
+def on_a_full_disk(out: Path, free: int) -> str:
+    """What go() says where a file can have `free` bytes."""
+    code = """if True:
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+        sys.path.insert(0, sys.argv[1])
+        import test_training
+        test_training.common.run(test_training.go, lambda: test_training.Path(sys.argv[2]))"""
+    command = [sys.executable, "-c", code, ROOT / "tests", out, str(free)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return done.stderr
+
+
 def test_full_disk_keeps_what_is_there(tmp_path):
     go(tmp_path, max_steps=2)
     before = (tmp_path / "last.pth").read_bytes()
-    code = """if True:
-        import resource, sys
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
-        sys.path.insert(0, sys.argv[1])
-        import test_training
-        test_training.go(test_training.Path(sys.argv[2]))"""
-    done = subprocess.run([sys.executable, "-c", code, ROOT / "tests", tmp_path], capture_output=True, text=True)
-    assert "cannot be written" in done.stderr
+    said = on_a_full_disk(tmp_path, 1500)
+    assert "cannot be written" in said and f"the same command goes on from {tmp_path / 'last.pth'}" in said
     assert (tmp_path / "last.pth").read_bytes() == before
+
+
+def test_a_disk_that_is_full_from_the_start_gets_one_line(tmp_path):
+    """Before TensorBoard starts."""
+    said = on_a_full_disk(tmp_path / "o", 0)
+    assert len(said.splitlines()) == 1 and f"{tmp_path / 'o'}: cannot be written" in said
 
 
 if __name__ == "__main__":
