@@ -1203,6 +1203,27 @@ def test_a_run_writes_masks_scores_and_a_report(whole, data):
         assert word in report
 
 
+def test_many_sequences_take_no_longer_each(tmp_path, cli, monkeypatch):
+    """The bar's figure is not summed up anew for each, nor is each one drawn."""
+    summed, drawn, summarize = [], [], evaluate.summarize
+
+    def slow(dataset: str, results: dict) -> dict:
+        time.sleep(0.05)
+        summed.append(len(results))
+        return summarize(dataset, results)
+
+    monkeypatch.setattr(evaluate, "summarize", slow)
+    monkeypatch.setattr(evaluate, "draw_time", lambda results: drawn.extend(results) or "")
+    for i in range(70):
+        put(tmp_path / f"truth/{i:02}", [square((4, 4), size=(24, 24), side=10)] * 3)
+        put(tmp_path / f"mine/{i:02}", [square((4, 4), size=(24, 24), side=10 if i < 10 else 8)] * 3)
+    argv = ("--data", tmp_path / "truth", "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    assert cli(evaluate, "--dataset", "folder", *argv)[0] == 0
+    assert summed[0] == 1 and len(summed) < 35
+    assert drawn == [f"{i:02}" for i in range(10, 70)]
+    assert "the 60 worst of 70 sequences" in (tmp_path / "out/report.html").read_text()
+
+
 def test_a_killed_run_goes_on_after_the_last_whole_sequence(whole, data, tmp_path):
     argv = command("--data", data, *RANDOM, "--out", tmp_path)
     run = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
