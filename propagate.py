@@ -1475,6 +1475,8 @@ def annotate(args: Args, video: Video | Camera, order: range) -> Annotations:
     files = place_files(args, video, order)
     annotations = read_tables(args, video, files) if args.points else read_masks(video, files)
     for index in annotations.frames:
+        if video.live and index:
+            raise UserError(f"annotated frame {index}: a camera runs from its first frame on; annotate frame 0")
         if index not in order:
             used = f"{min(order)} to {max(order)}" + (f", every {args.every}" if args.every > 1 else "")
             raise UserError(f"annotated frame {index}: is not among the frames used ({used})")
@@ -1733,6 +1735,10 @@ def load_tracker(args: Args, video: Video | Camera, annotations: Annotations):
         return export.load_engine(args.engine, args.device)
     if annotations.points and s.localization == "track":
         raise UserError("--localization track: follows masks, these are key points; take --localization none or fixed")
+    own = replace(common.preset(args.model), refine=REFINE)
+    for factor in ("sampling", "minmax", "refine") if annotations.points else ():
+        if getattr(s, factor) != getattr(own, factor):
+            raise UserError(f"--{factor}: is about masks, these are key points; leave it out")
     check_dtype(args.dtype, args.device)
     check_memory(s, video.size, count, len(annotations.ids))
     check_topk(s, video.size, count)
@@ -1962,7 +1968,8 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
             back, early, done = 0, [], 0  # its soft labels are gone: run this stretch from its annotated frame
         # Their features only of these: the latest, those laid over, and frame 5 (--memory spaced).
         latest = rest[max(0, done - s.context) : done]
-        again = [index for index in rest[:done] if index in latest or index in given or index in rest[4:5]]
+        fifth = rest[4:5] if s.memory == "spaced" else ()
+        again = [index for index in rest[:done] if index in latest or index in given or index in fifth]
         known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
         others = [index for index in annotations.starts if index != part[0]]
         first = [annotated[index] for index in (part[0], *others)]

@@ -1030,6 +1030,25 @@ def test_q_stops_the_run_which_can_go_on(small_clip, tmp_path, cli, monkeypatch)
     assert not (tmp_path / "o" / ".state").exists()
 
 
+def test_flags_of_masks_are_refused_for_points(small_clip, tmp_path, cli):
+    (tmp_path / "p.csv").write_text("id,x,y\nnose,50,50\n")
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--points", tmp_path / "p.csv", "--out", tmp_path / "o"]
+    for flag in (("--refine", 0), ("--minmax",), ("--sampling", "nearest")):
+        assert f"{flag[0]}: is about masks" in refused(cli, *argv, *flag)
+
+
+def test_a_run_that_goes_on_reads_the_latest_frames_alone(small_clip, tmp_path, cli, monkeypatch):
+    """A long film is not decoded again from near its start."""
+    argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--context", 2, "--no-film"]
+    FakeWindow(monkeypatch, [*[-1] * 8, "q"])
+    assert cli(propagate, *argv, "--show", "--out", tmp_path / "o")[0] == 0
+    asked, decode = [], Video._decode
+    monkeypatch.setattr(Video, "_decode", lambda self, indices: asked.append(list(indices)) or decode(self, indices))
+    FakeWindow(monkeypatch, [])
+    assert cli(propagate, *argv, "--show", "--out", tmp_path / "o")[0] == 0
+    assert [8, 9] in asked and [10, 11] in asked
+
+
 @pytest.fixture
 def camera(small_clip, tmp_path, monkeypatch):
     """Camera 0 shows the frames of the small clip, a quarter of a second apart."""
@@ -1063,6 +1082,14 @@ def test_a_camera(small_clip, tmp_path, cli, monkeypatch, camera):
     for flag in (("--start", 2), ("--every", 3), ("--reverse",), ("--mask-frame", 4)):
         assert "a camera runs from its first frame on" in refused(cli, *camera, "--video", 0, *flag)
     assert "--end 0" in refused(cli, *camera, "--video", 0, "--end", 0)
+
+
+def test_a_table_for_a_later_frame_of_a_camera_is_refused(tmp_path, cli, camera):
+    """Its points would lie on the first frame that comes."""
+    (tmp_path / "p.csv").write_text("frame,id,x,y\n4,nose,50,50\n")
+    at = camera.index("--mask")
+    argv = [*camera[:at], "--points", tmp_path / "p.csv", *camera[at + 2 :], "--video", 0, "--end", 9]
+    assert "annotated frame 4: a camera runs from its first frame on" in refused(cli, *argv)
 
 
 def test_a_second_recording_replaces_the_first(tmp_path, cli, camera):
