@@ -16,7 +16,7 @@ demo: .venv/ready
 	@echo "Look at results/default/demo/overlay.mp4 and contact_sheet.jpg beside it; the scores are in results/default/report.html"
 
 test: .venv/tests
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 bench: .venv/ready
 	$(PY) benchmarks/propagation.py

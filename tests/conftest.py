@@ -1,18 +1,30 @@
 """What the tests share: a small generated clip, the command line, and where the real data is."""
 
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each, and for what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import clip  # noqa: E402
 import common  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """A shell starts what is in the background with SIGINT ignored, which goes on to all that is started there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
