@@ -337,7 +337,9 @@ def export(job: Job) -> None:
         runs["--tensorrt"] = ["--tensorrt"]
     else:
         job.write("| TensorRT | left out: the tensorrt package is not installed, or this is the CPU |")
-    size = ["--height", 48, "--width", 64, "--context", 3, "--refine", 0] if job.small else ["--height", 480, "--width", 854]
+    size = ["--height", 480, "--width", 854]
+    if job.small:
+        size = ["--height", 48, "--width", 64, "--context", 3, "--refine", 0]
     for what, flags in list(runs.items())[: 1 if job.small else None]:
         if not job.time_for(f"export.py, {what}", 10):
             return

@@ -10,7 +10,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each, and for what it starts
     os.environ["OMP_NUM_THREADS"] = "1"
-import torch  # noqa: E402
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

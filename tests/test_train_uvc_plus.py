@@ -724,7 +724,8 @@ def test_workers_that_are_no_forks(videos, tmp_path):
     """As on macOS, and as on Linux from Python 3.14 on: workers get all that they need by pickle."""
     flags = ["--data", videos, "--autoencoder-steps", 1, "--image-objective", "moco", "--out", tmp_path]
     flags += [*IMAGES, "--queue", 4, "--workers", 2, "--max-steps", 1]
-    code = "import multiprocessing as m, sys; m.set_start_method('forkserver'); m.set_forkserver_preload(['train_uvc_plus'])\n"
+    code = "import multiprocessing as m, sys\nm.set_start_method('forkserver')\n"
+    code += "m.set_forkserver_preload(['train_uvc_plus'])\n"
     code += "import common, train_uvc_plus as uvc; uvc.main(common.parse(uvc.Args, sys.argv[1:]))"
     command = [sys.executable, "-c", code, *(str(flag) for flag in (*SMALL, *flags))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
