@@ -1,9 +1,12 @@
 """What the tests share: a small generated clip, the command line, and where the real data is."""
 
+import copy
+import functools
+import importlib
+import inspect
 import os
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import clip  # noqa: E402
 import common  # noqa: E402
+
+inspect.findsource = functools.cache(inspect.findsource)  # tyro asks for it at each parsing of a command line: 0.1 s
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,12 +66,21 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@functools.cache
+def random_net(build, layer: str, stride: int):
+    return build(common.find_system("random"), common.Propagation(layer=layer, stride=stride))
+
+
 @pytest.fixture
-def cli(capsys):
-    """Run a script's command line in this process: cli(module, "--flag", value, ...) -> (exit code, stdout, stderr)."""
+def cli(capsys, monkeypatch):
+    """Run a script's command line in this process: cli(module, "--flag", value, ...) -> (exit code, stdout, stderr).
+    The weights of --model random, always the same, are drawn once."""
+    random = importlib.import_module("systems.random")
+    drawn = functools.partial(random_net, random.build_net)
+    monkeypatch.setattr(random, "build_net", lambda _, s: copy.deepcopy(drawn(s.layer, s.stride)))
 
     def call(script, *argv) -> tuple[int, str, str]:
-        code, parse = 0, getattr(script, "parse_args", partial(common.parse, script.Args))
+        code, parse = 0, getattr(script, "parse_args", functools.partial(common.parse, script.Args))
         try:
             common.run(script.main, lambda: parse([str(arg) for arg in argv]))
         except SystemExit as stop:

@@ -72,7 +72,7 @@ def test_a_mask_for_every_frame(done, small_clip):
 
 def test_without_a_model_the_projects_own_weights_follow_the_clip(tmp_path, cli):
     """weights/default.pth is small, and nothing is fetched."""
-    clip.write_clip(tmp_path, frames=16)
+    clip.write_clip(tmp_path, frames=16, height=240, width=426)
     argv = ["--video", tmp_path / "clip.mp4", "--mask", tmp_path / "f0.png", "--out", tmp_path / "out"]
     code, _, err = cli(propagate, *argv)
     assert code == 0, err
@@ -87,7 +87,7 @@ def test_the_projects_own_weights_are_better_than_none_on_a_real_film(shared, tm
     scores, truth = {}, shared / "data/DAVIS/Annotations/480p/drift-straight"
     for model in ("default", "random"):
         flags = ["--model", model, "--video", shared / "data/DAVIS/JPEGImages/480p/drift-straight", "--end", 25]
-        flags += ["--mask", truth / "00000.png", "--size", 240, "--out", tmp_path / model]
+        flags += ["--every", 3, "--mask", truth / "00000.png", "--size", 240, "--no-film", "--out", tmp_path / model]
         code, _, err = cli(propagate, *flags)
         assert code == 0, err
         last, true = read_ids(tmp_path / model / "masks/00024.png"), read_ids(truth / "00024.png")

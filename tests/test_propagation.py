@@ -108,10 +108,10 @@ def test_many_labels_and_two_annotated_frames():
 
 def test_large_window_is_cut_into_small_tiles():
     """A window of the whole frame over many frames: tiles shrink, results do not change."""
-    g, features, labels = random_context(60, 2, 90, 70, C=6)  # 378,000 entries: above 2**26 at 192 cells a tile
+    g, features, labels = random_context(600, 2, 25, 24, C=6)  # 360,000 entries: above 2**26 at 192 cells a tile
     s = Propagation(localization="none", topk=3, temperature=0.1)
     z = propagate_labels(g, features, labels, s)
-    for row, column in [(0, 0), (45, 30), (89, 69)]:
+    for row, column in [(0, 0), (12, 10), (24, 23)]:
         affinity = torch.einsum("nchw,c->nhw", features, g[:, row, column]).flatten() / s.temperature
         best, index = affinity.topk(3)
         expected = labels.permute(1, 0, 2, 3).flatten(1)[:, index] @ best.softmax(0)
