@@ -325,7 +325,7 @@ def read_list(path: Path, page: str) -> list[str]:
 
 def read_splits(folder: Path, args: Args, page: str) -> list[str]:
     """JHMDB's clips, class/clip, of the subset."""
-    ending, group, names = f"_test_split{args.split}.txt", {"train": "1", "val": "2"}.get(args.subset), []
+    ending, group, names = f"_test_split{args.split}.txt", {"train": "1", "val": "2"}[args.subset], []
     listings = listed(folder, f"*{ending}")
     if not listings:
         raise UserError(f"{folder}/<class>{ending}: not found; JHMDB is incomplete, {page}")
@@ -335,7 +335,7 @@ def read_splits(folder: Path, args: Args, page: str) -> list[str]:
             name = plain(f"{listing.name.removesuffix(ending)}/{clip}", where)
             if of not in (["0"], ["1"], ["2"]):
                 raise UserError(f"{where}: wants the name of a clip and 1 (train) or 2 (test); correct the list")
-            if group in (None, *of):
+            if of == [group]:
                 names.append(str(Path(name).with_suffix("")))
     return names
 
@@ -1512,6 +1512,8 @@ def check_flags(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')}: is for --dataset {dataset} alone; leave it out")
     if args.dataset == "folder" and args.subset != Args.subset:
         raise UserError(f"--subset {args.subset}: a folder has no subsets; name --sequences, or leave it out")
+    if args.dataset == "jhmdb" and args.subset == "test-dev":  # its annotations are all public
+        raise UserError("--subset test-dev: JHMDB has none; give val (its test clips) or train")
     if args.grid and not args.sweep:
         raise UserError("--grid: is about --sweep, which is not given")
     if not torch.cuda.is_available():

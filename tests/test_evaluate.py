@@ -590,6 +590,7 @@ def pipe(path: Path) -> None:
         (("--data", "loop"), "ImageSets/2017/val.txt: not found"),
         (("--dataset", "folder", "--data", "a-file"), "a-file: no such folder"),
         (("--dataset", "folder", "--data", "empty"), "list is empty"),
+        (("--dataset", "jhmdb", "--subset", "test-dev"), "JHMDB has none"),
         (("--dataset", "folder", "--subset", "train"), "--subset train: a folder has no subsets"),
         (("--out", "a-file"), "a-file: cannot be written (File exists)"),
         (("--out", "a-file/inside"), "a-file/inside: cannot be written (Not a directory)"),
