@@ -763,7 +763,7 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
                 what = "holds none of the sequences" if folder.is_dir() else "no such folder"
                 wants = next(folder.glob("predictions/*"), prediction(Path("<folder>"), sequences[0], "<frame>"))
                 raise UserError(f"{folder}: {what}; --predictions takes {wants}")
-        idle = [name for name in ("weights", "model", "dtype") if getattr(args, name) != getattr(Args, name)]
+        idle = [name for name in ("weights", "model", "dtype", "device") if getattr(args, name) != getattr(Args, name)]
         if idle := [*idle, *given]:
             flag = idle[0].replace("_", "-")
             raise UserError(f"--{flag}: has no say in --predictions, which are only scored; leave it out")
@@ -953,8 +953,9 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
 
     folders, tracks = [row.folder / ".partial" for row in rows], [[] for _ in rows]
     for folder in folders:
-        discard(folder, seq)
-        (folder / seq.name).mkdir(parents=True)
+        with writing(folder):
+            discard(folder, seq)
+            (folder / seq.name).mkdir(parents=True)
         for name in seq.names[: -len(names)]:  # before there is any object
             write_mask(folder / seq.name / f"{name}.png", np.zeros(size, np.uint8))
     streams = [
@@ -991,13 +992,14 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
         for job in pending:
             job.result()
     for row, folder, track in zip(rows, folders, tracks, strict=True):
-        if track:
-            savemat(folder / seq.name / "joint_positions.mat", {"pos_img": np.stack(track).transpose(2, 1, 0) + 1})
-        discard(row.folder, seq)  # an earlier one with frames missing
-        for place in ["Instance_ids"] * bool(parts) + [""]:  # the masks last: where they are, all is whole
-            target = row.folder / place / seq.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (folder / place / seq.name).rename(target)
+        with writing(row.folder):
+            if track:
+                savemat(folder / seq.name / "joint_positions.mat", {"pos_img": np.stack(track).transpose(2, 1, 0) + 1})
+            discard(row.folder, seq)  # an earlier one with frames missing
+            for place in ["Instance_ids"] * bool(parts) + [""]:  # the masks last: where they are, all is whole
+                target = row.folder / place / seq.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (folder / place / seq.name).rename(target)
 
 
 def write_parts(
@@ -1525,7 +1527,10 @@ def main(args: Args) -> None:
     own = asdict(preset(args.model, args.dataset))
     given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in typed}
     if args.paper:
-        args = replace(args, dataset={"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis"))
+        dataset = {"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis")
+        if args.dataset not in (Args.dataset, dataset):
+            raise UserError(f"--dataset {args.dataset}: --paper {args.paper} is about {dataset}; leave it out")
+        args = replace(args, dataset=dataset)
     check_flags(args)
     root, out = args.data or Path("data") / args.dataset, args.out or Path("results") / args.dataset
     sequences, absent = read_dataset(args, root)
@@ -1569,7 +1574,7 @@ def main(args: Args) -> None:
             write_report(args, out, rows, sequences, results, scores, failed)
             print(f"{out}/scores.json  {out}/scores.csv  {out}/report.html")
     for row, seq in itertools.product(can_run if rank == 0 and not args.predictions else (), sequences):
-        with contextlib.suppress(UserError):  # what a run that was killed has left
+        with contextlib.suppress(UserError, OSError):  # what a run that was killed has left
             (row.folder / ".partial" / seq.name).mkdir(parents=True, exist_ok=True)
             discard(row.folder / ".partial", seq)
     if world > 1:

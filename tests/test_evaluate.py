@@ -1,6 +1,7 @@
 """evaluate.py: scores with known answers, the three data sets' layouts, running, sweeps, tables, and bad input."""
 
 import csv
+import errno
 import json
 import math
 import multiprocessing
@@ -578,6 +579,27 @@ def test_nothing_is_deleted_that_no_run_made(cli, data, tmp_path):
     assert code == 0 and len(list(folder.iterdir())) == 6, err
 
 
+def test_a_disk_that_cannot_be_written_is_one_line(cli, data, tmp_path, monkeypatch):
+    """Also where a folder is made or moved, not only where a mask is written."""
+
+    def full(real, path, *rest, **how):
+        if "first" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, *rest, **how)
+
+    for name in ("rename", "mkdir"):
+        argv = ("--data", data, "--sequences", "first", *RANDOM, "--out", tmp_path / name)
+        (tmp_path / name).mkdir()
+        real = getattr(Path, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Path, name, lambda self, *a, real=real, **k: (full if "first" in str(self) else real)(self, *a, **k)
+            )
+            code, _, err = cli(evaluate, *argv)
+        assert code == 1 and "cannot be written (No space left on device)" in err and "Traceback" not in err, err
+        assert cli(evaluate, *argv)[0] == 0  # the same command goes on
+
+
 def pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -602,6 +624,7 @@ def pipe(path: Path) -> None:
         (("--predictions", "a-file"), "a-file: no such folder"),
         (("--subset", "test-dev", "--predictions", "mine"), "cannot be scored here, its annotations are not public"),
         (("--grid",), "--grid: is about --sweep"),
+        (("--paper", "table4", "--dataset", "vip"), "--dataset vip: --paper table4 is about davis; leave it out"),
         (("--split", "2"), "--split: is for --dataset jhmdb alone"),
         (("--split", "4"), "--split"),
         (("--all-frames",), "--all-frames: is for --dataset folder alone"),
@@ -673,7 +696,9 @@ def test_a_factor_that_is_swept_twice_has_all_its_values(cli, data, tmp_path):
     assert code == 0 and [row["settings"]["topk"] for row in read(tmp_path)["rows"]] == [1, 2], err
 
 
-@pytest.mark.parametrize("flag", [("--no-l2",), ("--topk", "3"), ("--model", "crw"), ("--dtype", "bfloat16")])
+@pytest.mark.parametrize(
+    "flag", [("--no-l2",), ("--topk", "3"), ("--model", "crw"), ("--dtype", "bfloat16"), ("--device", "cpu")]
+)
 def test_what_has_no_say_in_predictions_is_told(cli, tmp_path, flag):
     data = davis(tmp_path / "data", {"s": [square((5, 5))] * 3})
     code, _, err = cli(evaluate, "--data", data, "--predictions", data / "Annotations/480p", *flag)
