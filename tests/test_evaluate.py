@@ -1563,19 +1563,11 @@ def test_every_row_of_the_paper_says_its_settings(tmp_path, monkeypatch):
     assert temperatures["crw, overall"] == 1 / 20 and temperatures["crw, per-frame"] == 1 / 50
 
 
-def test_two_processes_give_the_scores_of_one(whole, data, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    argv = [*torchrun, *command("--data", data, *RANDOM, "--out", tmp_path)[1:]]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("J&F_M") == 1  # one table
-    ours, theirs = read(tmp_path), read(whole)
-    assert ours["per_object"] == theirs["per_object"] and ours["overall"] == theirs["overall"]
-
-
-def test_two_processes_share_the_cpus(data, tmp_path):
-    """Each has half of them for its pool and for scoring, and one thread a task, whichever library it calls."""
-    watch = tmp_path / "watch.py"
+@pytest.fixture(scope="module")
+def two_processes(data, tmp_path_factory) -> tuple[Path, str]:
+    """What torchrun of two processes writes, beside it a file of each with its threads and workers; what it prints."""
+    folder = tmp_path_factory.mktemp("two")
+    watch = folder / "watch.py"
     watch.write_text(
         "import cv2, evaluate, json, os, pathlib, propagate, torch\n"
         "score, predict, file = evaluate.score_masks, evaluate.propagate, f\"rank{os.environ['RANK']}.json\"\n"
@@ -1594,11 +1586,23 @@ def test_two_processes_share_the_cpus(data, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*torchrun, "watch.py", "--data", data, *RANDOM, "--out", "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_two_processes_give_the_scores_of_one(whole, two_processes):
+    folder, said = two_processes
+    assert said.count("J&F_M") == 1  # one table
+    ours, theirs = read(folder / "out"), read(whole)
+    assert ours["per_object"] == theirs["per_object"] and ours["overall"] == theirs["overall"]
+
+
+def test_two_processes_share_the_cpus(two_processes):
+    """Each has half of them for its pool and for scoring, and one thread a task, whichever library it calls."""
     share = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else 1
     for rank in range(2):
-        threads, workers = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        threads, workers = json.loads((two_processes[0] / f"rank{rank}.json").read_text())
         assert threads == [[1, 1]] * 10 and max(workers) <= share and workers[0] == workers[1]
 
 

@@ -753,7 +753,7 @@ def test_real_video(precision, shared, imagenet, tmp_path, cli):
     folder = shared / "data" / "DAVIS_train_256"
     frames = next(iter(folder.glob("JPEGImages/*/bear")))
     mask = next(iter(folder.glob("Annotations/*/bear"))) / "00000.png"
-    flags = ["--weights", imagenet, "--video", frames, "--mask", mask, "--size", 128, "--context", 4, "--frames", 8]
+    flags = ["--weights", imagenet, "--video", frames, "--mask", mask, "--size", 96, "--context", 4, "--frames", 8]
     code, text, err = cli(export, *flags, *precision, "--out", tmp_path / "tracker.onnx")
     assert code == 0 and "check: 7 frames" in text, err + text
     assert float(re.search(r"([\d.]+)% of the mask pixels agree", text)[1]) > (99 if precision else 99.9)

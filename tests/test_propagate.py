@@ -72,8 +72,8 @@ def test_a_mask_for_every_frame(done, small_clip):
 
 def test_without_a_model_the_projects_own_weights_follow_the_clip(tmp_path, cli):
     """weights/default.pth is small, and nothing is fetched."""
-    clip.write_clip(tmp_path, frames=16, height=240, width=426)
-    argv = ["--video", tmp_path / "clip.mp4", "--mask", tmp_path / "f0.png", "--out", tmp_path / "out"]
+    clip.write_clip(tmp_path, frames=16)
+    argv = ["--video", tmp_path / "clip.mp4", "--mask", tmp_path / "f0.png", "--out", tmp_path / "out", "--every", 3]
     code, _, err = cli(propagate, *argv)
     assert code == 0, err
     assert json.loads((tmp_path / "out/run.json").read_text())["job"]["model"] == "default"
