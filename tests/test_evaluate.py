@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -582,7 +583,7 @@ def test_nothing_is_deleted_that_no_run_made(cli, data, tmp_path):
 def test_a_disk_that_cannot_be_written_is_one_line(cli, data, tmp_path, monkeypatch):
     """Also where a folder is made or moved, not only where a mask is written."""
 
-    def full(real, path, *rest, **how):
+    def full(path, real, *rest, **how):
         if "first" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(path, *rest, **how)
@@ -590,11 +591,8 @@ def test_a_disk_that_cannot_be_written_is_one_line(cli, data, tmp_path, monkeypa
     for name in ("rename", "mkdir"):
         argv = ("--data", data, "--sequences", "first", *RANDOM, "--out", tmp_path / name)
         (tmp_path / name).mkdir()
-        real = getattr(Path, name)
         with monkeypatch.context() as patch:
-            patch.setattr(
-                Path, name, lambda self, *a, real=real, **k: (full if "first" in str(self) else real)(self, *a, **k)
-            )
+            patch.setattr(Path, name, partialmethod(full, getattr(Path, name)))
             code, _, err = cli(evaluate, *argv)
         assert code == 1 and "cannot be written (No space left on device)" in err and "Traceback" not in err, err
         assert cli(evaluate, *argv)[0] == 0  # the same command goes on
