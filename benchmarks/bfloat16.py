@@ -71,7 +71,8 @@ def main(args: Args) -> None:
             lines.append(f"| {model}, {name} | " + " | ".join(f"{value:.1f}" for value in row.values()) + " |")
     table = "\n".join(lines)
     print(table)
-    text = f"J&F by `python benchmarks/bfloat16.py` (torch {torch.__version__}).\n\n{table}\n"
+    command = "python benchmarks/bfloat16.py --data DAVIS" + " --imagenet WEIGHTS" * bool(args.imagenet)
+    text = f"J&F by `{command}` (torch {torch.__version__}).\n\n{table}\n"
     (Path(__file__).parent / "bfloat16.md").write_text(text)
 
 

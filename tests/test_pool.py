@@ -82,7 +82,6 @@ def test_coming_frames_are_encoded_in_order_and_a_bounded_number_ahead(monkeypat
 END = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[1])
-import common
 import propagate
 def work():
     for _ in range(2000):
