@@ -1027,7 +1027,6 @@ class Video:
                     head = next(pictures, None)
                     if head and number and number.get(head.pts, last + 1) <= first:
                         break
-                turn = turning(head) if head else None  # no head, no pictures
                 pictures = itertools.chain([head] if head else [], pictures)
                 for count, picture in enumerate(pictures):
                     index = number.get(picture.pts) if number else count
@@ -1041,7 +1040,8 @@ class Video:
                         left.remove(index)
                         deep = max(part.bits for part in picture.format.components) > 14
                         # By itself each frame would be converted by as many new threads as there are CPUs.
-                        yield index, turn(picture.to_ndarray(format="rgb48le" if deep else "rgb24", threads=1))
+                        frame = picture.to_ndarray(format="rgb48le" if deep else "rgb24", threads=1)
+                        yield index, upright(frame, picture)
                         if not left:
                             return
         except av.error.FFmpegError as error:
@@ -1055,25 +1055,17 @@ class Video:
             raise UserError(f"{self.source}: no frame can be decoded; is it whole? Try to play it")
 
 
-def turning(picture: av.VideoFrame) -> Callable[[np.ndarray], np.ndarray]:
-    """What turns frames by quarters and mirrors them as their film says, in its first picture, and as players do.
-
-    picture.side_data would be the same, but the two hold each other: the picture stays until Python looks for cycles.
-    """
+def upright(frame: np.ndarray, picture: av.VideoFrame) -> np.ndarray:
+    """The frame turned by quarters and mirrored as its film says, and as players show it."""
+    # picture.side_data is the same, but the two hold each other: the picture would stay until Python looks for cycles.
     matrix = SideDataContainer(picture).get("DISPLAYMATRIX")
     if matrix is None:
-        return lambda frame: frame
+        return frame
     # A pixel at x, y is shown in the direction a x + c y, b x + d y.
     a, b, c, d = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist()
-    on_side = abs(b) > abs(a)
-    if on_side:
-        a, d = c, b
-
-    def turn(frame: np.ndarray) -> np.ndarray:
-        frame = frame.swapaxes(0, 1) if on_side else frame
-        return np.ascontiguousarray(frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
-
-    return turn
+    if abs(b) > abs(a):  # on its side
+        frame, a, d = frame.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def picture_header(path: Path) -> tuple[tuple[int, int] | None, int]:

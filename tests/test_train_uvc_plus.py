@@ -571,8 +571,8 @@ def test_only_the_frames_needed_are_converted(videos, monkeypatch):
             return spied(self.film.decode) if name == "decode" else getattr(self.film, name)
 
     monkeypatch.setattr(propagate.av, "open", Film)
-    turning = propagate.turning
-    monkeypatch.setattr(propagate, "turning", lambda picture: turning(picture.frame))
+    upright = propagate.upright
+    monkeypatch.setattr(propagate, "upright", lambda frame, picture: upright(frame, picture.frame))
     frames = dict(film.frames([2, 6]))
     assert sorted(frames) == [2, 6]
     assert len(converted) == 2
