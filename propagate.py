@@ -210,29 +210,40 @@ def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation,
     query: h x w x C; values: the context labels, (h w n) x L.
     """
     h, w, _ = query.shape
-    n = len(values) // (h * w)
-    g = query[tile.top : tile.bottom, tile.left : tile.right].flatten(0, 1)  # q C
-    found = []
-    for first, f, fixed in parts:
-        window = search_window(s, tile, (h, w)) if fixed else Box(0, h, 0, w)
-        seen = Box(0, h, 0, w) if s.softmax_over == "frame" else window
-        A, peak = compute_affinity(f, g, s, tile, seen, fixed and s.softmax_over != "frame")  # rows columns m q
-        inside = (
-            slice(window.top - seen.top, window.bottom - seen.top),
-            slice(window.left - seen.left, window.right - seen.left),
-        )
-        near, peak = A[inside], peak[inside]
-        M = compute_masks(s, window, tile, A.device) if fixed else None
-        if fixed and s.softmax_over == "region":
-            near.masked_fill_(~M[:, :, None], -math.inf)
-        best, cell, frame = topk(near.flatten(0, 1), peak.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
-        width = window.right - window.left
-        cell = (window.top + cell // width) * w + window.left + cell % width
-        total = None if s.softmax_over == "topk" else logsumexp_(A.flatten(0, 1))  # m q
-        found.append((best, cell * n + first + frame, total))
+    n, found = len(values) // (h * w), []
+    for part in parts:
+        search = search_tile if part.keys.is_cpu or not only_near(part, s) else search_blocks
+        best, cell, frame, total = search(part, query, s, tile)
+        found.append((best, cell * n + part.first + frame, total))
     if s.aggregation == "overall":
         return soft_copy(*merge(found, s), values, s).unflatten(0, tile.shape)
     return (sum(soft_copy(*each, values, s) for each in found) / n).unflatten(0, tile.shape)  # line 36
+
+
+def search_tile(part: Part, query: Tensor, s: Propagation, tile: Box) -> tuple[Tensor, ...]:
+    """Lines 14 to 26 for the target cells of a tile and the context frames of `part`.
+
+    -> affinity, cell and frame (of the part) of the k kept, each k x q, or k x m x q per frame; and the log of what
+    their softmax is divided by, m x q (None: by their own sum).
+    """
+    _, f, fixed = part
+    h, w, _ = query.shape
+    g = query[tile.top : tile.bottom, tile.left : tile.right].flatten(0, 1)  # q C
+    window = search_window(s, tile, (h, w)) if fixed else Box(0, h, 0, w)
+    seen = Box(0, h, 0, w) if s.softmax_over == "frame" else window
+    A, peak = compute_affinity(f, g, s, tile, seen, only_near(part, s))  # rows columns m q
+    inside = (
+        slice(window.top - seen.top, window.bottom - seen.top),
+        slice(window.left - seen.left, window.right - seen.left),
+    )
+    near, peak = A[inside], peak[inside]
+    M = compute_masks(s, window, tile, A.device) if fixed else None
+    if fixed and s.softmax_over == "region":
+        near.masked_fill_(~M[:, :, None], -math.inf)
+    best, cell, frame = topk(near.flatten(0, 1), peak.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
+    width = window.right - window.left
+    cell = (window.top + cell // width) * w + window.left + cell % width
+    return best, cell, frame, None if s.softmax_over == "topk" else logsumexp_(A.flatten(0, 1))
 
 
 def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box, fixed: bool) -> tuple[Tensor, Tensor]:
@@ -245,7 +256,7 @@ def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box,
     m, q = f.shape[2], len(g)
     rows, columns = seen.shape
     if not f.is_cpu:
-        A = torch.bmm(f[seen.top : seen.bottom, seen.left : seen.right].flatten(1, 2), g.T.expand(rows, -1, -1))
+        A = f.flatten(0, 2) @ g.T
         A = (A if s.softmax_over == "topk" else A.float()).view(rows, columns, m, q)
         return A, A.amax(2)
     dtype = g.dtype if s.softmax_over == "topk" else torch.float32
@@ -280,22 +291,22 @@ def compute_masks(s: Propagation, window: Box, tile: Box, device) -> Tensor:
 
 def topk(A: Tensor, peak: Tensor, M: Tensor | None, s: Propagation) -> tuple[Tensor, Tensor, Tensor]:
     """Lines 23 to 26: the k largest masked affinities of each target cell. A: cells x m x q; peak, its largest over m,
-    and M: cells x q.
+    and M: cells x q. Or of several blocks, blocks x cells x m x q and so on.
 
     -> affinity, cell, frame of each: k x q over all m frames, or k x m x q per frame.
     """
-    cells, m = A.shape[:2]
+    cells, m = A.shape[-3:-1]
     if s.aggregation == "per-frame":
-        A = A if M is None else A.masked_fill(~M[:, None], -math.inf)
-        best, cell = A.topk(min(s.topk, cells), dim=0)
-        return best.float(), cell, torch.arange(m, device=A.device)[:, None]
+        A = A if M is None else A.masked_fill(~M.unsqueeze(-2), -math.inf)
+        best, cell = A.topk(min(s.topk, cells), dim=-3)
+        return best.float(), cell, torch.arange(m, device=A.device)[:, None].expand_as(cell)
     # M does not depend on the frame, so the k best lie in the k best cells by their best frame.
     if M is not None:
         peak.masked_fill_(~M, -math.inf)
-    peak, cell = peak.topk(min(s.topk, cells), dim=0)  # k q
-    A = A.gather(0, cell[:, None].expand(-1, m, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)  # k m q
-    best, entry = A.flatten(0, 1).topk(min(s.topk, len(cell) * m), dim=0)
-    return best.float(), cell.gather(0, entry // m), entry % m
+    peak, cell = peak.topk(min(s.topk, cells), dim=-2)  # k q
+    A = A.take_along_dim(cell.unsqueeze(-2), -3).masked_fill_((peak == -math.inf).unsqueeze(-2), -math.inf)  # k m q
+    best, entry = A.flatten(-3, -2).topk(min(s.topk, A.shape[-3] * m), dim=-2)
+    return best.float(), cell.gather(-2, entry // m), entry % m
 
 
 def soft_copy(best: Tensor, entry: Tensor, total: Tensor | None, values: Tensor, s: Propagation) -> Tensor:
@@ -322,12 +333,16 @@ def merge(found: list[tuple], s: Propagation) -> tuple[Tensor, Tensor, Tensor | 
 # How memory is walked
 
 
+BLOCK, COLUMNS = 8, 16  # of the grid: rows of a block and columns of a tile, on a GPU
+
+
 def tiles(parts: list[Part], s: Propagation, grid: tuple[int, int]) -> list[Box]:
     """The grid cut into tiles whose affinities fit 32 MiB (on a GPU, which likes few launches, 256 MiB)."""
     h, w = grid
     cpu = parts[0].keys.is_cpu
     most = 2**23 if cpu else 2**26
-    ty, tx = (30, 8) if cpu else (24, 32)  # tall: most rows of a window then meet only target rows that they may
+    # Tall: most rows of a window then meet only target rows that they may. A GPU's are cut into blocks of rows.
+    ty, tx = (30, 8) if cpu else (h, COLUMNS)
     while ty * tx > 1 and count_affinities(parts, s, grid, ty, tx) > most:
         ty, tx = (ty // 2, tx) if ty > tx else (ty, tx // 2)
     return [Box(*rows, *columns) for rows in cuts(h, ty) for columns in cuts(w, tx)]
@@ -337,10 +352,16 @@ def count_affinities(parts: list[Part], s: Propagation, grid: tuple[int, int], t
     """The most affinities that a tile of ty x tx needs at a time."""
     most = 0
     for part in parts:
-        reach = reach_of(s) if part.fixed and s.softmax_over != "frame" else max(grid)
-        rows, columns = min(ty + 2 * reach, grid[0]), min(tx + 2 * reach, grid[1])
+        reach = reach_of(s) if only_near(part, s) else max(grid)
+        high = ty if part.keys.is_cpu else BLOCK
+        rows, columns = min(high + 2 * reach, grid[0]), min(tx + 2 * reach, grid[1])
         most = max(most, rows * columns * part.keys.shape[2] * ty * tx)
     return most
+
+
+def only_near(part: Part, s: Propagation) -> bool:
+    """Whether what lies beyond the fixed regions need not be compared at all."""
+    return part.fixed and s.softmax_over != "frame"
 
 
 def reach_of(s: Propagation) -> int:
@@ -356,9 +377,9 @@ def search_window(s: Propagation, tile: Box, grid: tuple[int, int]) -> Box:
 
 
 def logsumexp_(A: Tensor) -> Tensor:
-    """A.logsumexp(0), in the memory of A."""
-    peak = A.amax(0)
-    return A.sub_(peak).exp_().sum(0).log_().add_(peak)
+    """A.logsumexp over the cells (A: ... x cells x m x q), in the memory of A."""
+    peak = A.amax(-3, keepdim=True)
+    return A.sub_(peak).exp_().sum(-3).log_().add_(peak.squeeze(-3))
 
 
 _scratch = threading.local()
@@ -371,6 +392,44 @@ def scratch(size: int, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):
             _scratch.memory = torch.empty(floats)
     return _scratch.memory[:floats].view(dtype)[:size]
+
+
+def search_blocks(part: Part, query: Tensor, s: Propagation, tile: Box) -> tuple[Tensor, ...]:
+    """What search_tile does, for the fixed region on a GPU, which likes few and large operators: BLOCK rows of the tile
+    times the context rows that their regions reach are one matrix product, and all of these are one operator."""
+    h, w, C = query.shape
+    M, place = block_regions(s, tile, (h, w), query.device)
+    count, reach, window = len(M), reach_of(s), search_window(s, tile, (h, w))
+    # Rows beyond the grid are there as zeros, and masked. The rows of the blocks overlap and are read in place.
+    above, below = -tile.top, tile.top + count * BLOCK - h
+    g = F.pad(query[:, tile.left : tile.right], (0, 0, 0, 0, above, below)).reshape(count, -1, C)  # blocks q C
+    f = F.pad(part.keys[:, window.left : window.right], (0, 0, 0, 0, 0, 0, reach + above, reach + below))
+    f = f.unfold(0, BLOCK + 2 * reach, BLOCK).permute(0, 4, 1, 2, 3)  # blocks rows columns m C
+    A = torch.bmm(g, f.flatten(1, 3).mT).unflatten(2, (-1, f.shape[3]))  # blocks q cells m
+    A = A if s.softmax_over == "topk" else A.float()
+    if s.softmax_over == "region":
+        A.masked_fill_(~M.mT[..., None], -math.inf)
+    peak, A = A.amax(-1).mT, A.permute(0, 2, 3, 1)
+    best, cell, frame = topk(A, peak, M, s)
+    cell = place.reshape(*place.shape, *[1] * (cell.dim() - 2)).take_along_dim(cell, 1)
+    total = None if s.softmax_over == "topk" else logsumexp_(A)
+
+    def of_tile(x: Tensor | None) -> Tensor | None:  # blocks ... q, the last with rows beyond the tile -> ... q
+        return None if x is None else x.movedim(0, -2).flatten(-2)[..., : math.prod(tile.shape)]
+
+    return tuple(map(of_tile, (best, cell, frame, total)))
+
+
+@functools.lru_cache(64)  # the same for each target: to launch what makes them takes longer than to use them
+def block_regions(s: Propagation, tile: Box, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The mask M of each block, blocks x cells x q, and which cell of the grid each cell is, blocks x cells. What lies
+    beyond the grid is never searched."""
+    (h, w), reach, window = grid, reach_of(s), search_window(s, tile, grid)
+    y = torch.arange(tile.top, tile.bottom, BLOCK)[:, None] + torch.arange(-reach, BLOCK + reach)  # blocks rows
+    across = Box(-reach, BLOCK + reach, window.left, window.right), Box(0, BLOCK, tile.left, tile.right)
+    M = compute_masks(s, *across, "cpu") & ((y >= 0) & (y < h))[:, :, None, None]
+    place = y.clamp(0, h - 1)[:, :, None] * w + torch.arange(window.left, window.right)
+    return M.flatten(1, 2).to(device), place.flatten(1).to(device)
 
 
 def needs_history(s: Propagation) -> bool:

@@ -15,6 +15,12 @@ from common import Propagation, find_system, load_encoder
 from propagate import hindsight, labels_from_mask, mask_from_labels, propagate_labels, propagate_video
 
 
+@pytest.fixture(autouse=True)
+def no_fake_tensors_are_kept():
+    yield
+    propagate.block_regions.cache_clear()
+
+
 def algorithm_1(g, features, labels, s, annotated=1):
     """The paper's Algorithm 1 line by line: g C h w, features n C h w, labels n L h w -> L h w."""
     n, _, h, w = features.shape
@@ -64,6 +70,45 @@ def test_equals_the_papers_pseudocode(aggregation, softmax, region):
         g, features, labels = random_context(n, L, h, w)
         expected = algorithm_1(g, features, labels, s)
         assert (propagate_labels(g, features, labels, s) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("aggregation", ["overall", "per-frame"])
+@pytest.mark.parametrize("softmax", ["topk", "region"])
+@pytest.mark.parametrize("region", ["circle", "square", "exempt"])
+@pytest.mark.parametrize("high", [3, 8, 30])
+def test_blocks_as_a_gpu_searches_them_equal_the_pseudocode(high, region, softmax, aggregation, monkeypatch):
+    """On the CPU: tiles of one block, of several, and with rows beyond them; regions beyond the grid on all sides."""
+    shape = "square" if region == "square" else "circle"
+    s = Propagation(aggregation=aggregation, softmax=softmax, shape=shape, temperature=0.1)
+    real, searched = propagate.search_tile, []
+
+    def search(part, query, s, tile):
+        if not propagate.only_near(part, s):  # the annotated frame
+            return real(part, query, s, tile)
+        searched.append(tile)
+        return propagate.search_blocks(part, query, s, tile)
+
+    monkeypatch.setattr(propagate, "search_tile", search)
+    boxes = [propagate.Box(*rows, *columns) for rows in common.cuts(21, high) for columns in common.cuts(19, 7)]
+    monkeypatch.setattr(propagate, "tiles", lambda *_: boxes)
+    for n, radius, k in itertools.product([1, 3], [1, 4, 12], [1, 10]):
+        s = replace(s, exempt_first=region == "exempt", radius=radius, topk=k)
+        g, features, labels = random_context(n, 3, 21, 19)
+        expected = algorithm_1(g, features, labels, s)
+        assert (propagate_labels(g, features, labels, s) - expected).abs().max() < 1e-5
+    assert set(searched) == set(boxes)
+
+
+@pytest.mark.parametrize(("grid", "most"), [((60, 107), 7), ((135, 240), 15), ((270, 480), 60)])
+def test_a_gpu_has_few_tiles_that_fit_its_memory(grid, most):
+    keys, s = torch.empty(*grid, 21, 256, device="meta"), Propagation()
+    parts = [propagate.Part(0, keys, True)]
+    tiles = propagate.tiles(parts, s, grid)
+    assert sum(math.prod(tile.shape) for tile in tiles) == math.prod(grid) and len(tiles) <= most
+    found = propagate.search_blocks(parts[0], keys[:, :, 0], s, tiles[0])
+    assert [x.shape for x in found[:3]] == [(s.topk, math.prod(tiles[0].shape))] * 3
+    M, _ = propagate.block_regions(s, tiles[0], grid, keys.device)
+    assert M.numel() * 21 <= 2**27  # affinities at a time
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
