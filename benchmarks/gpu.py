@@ -12,6 +12,7 @@ time: one that fails or hangs is cut off, said so in the table, and the next one
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 import os
 import platform
@@ -184,20 +185,73 @@ def speed(job: Job) -> None:
                 if dtype not in reach:
                     reach[dtype] = limits(job, getattr(torch, dtype))
                 step(job, size, n, dtype, *reach[dtype])
+    kernels(job, sizes[0])
+    blocks(job, sizes[0])
     whole(job, sizes)
+
+
+def step_data(job: Job, size: tuple[int, int], n: int, dtype: str) -> tuple[tuple, Propagation]:
+    """What propagate_labels takes for frames of a size."""
+    s = replace(Propagation(), size="full", context=n)
+    target, features, labels = context(*s.grid(*size), n, device=job.device)
+    kind = getattr(torch, dtype)
+    return (target.to(kind), features.to(kind), labels), s  # in the same layout
+
+
+@torch.inference_mode()
+def kernels(job: Job, size: tuple[int, int]) -> None:
+    """Where the time of a step goes: what to look at first."""
+    job.title("A step's costliest kernels, n = 20", "| precision | kernel | calls | of the kernels' time | ms |")
+    profiler, kind = torch.profiler, torch.autograd.DeviceType.CPU if job.small else torch.autograd.DeviceType.CUDA
+    activities = [profiler.ProfilerActivity.CPU] + [profiler.ProfilerActivity.CUDA] * (not job.small)
+    for dtype in job.precisions[: 1 if job.small else 2]:
+        if not job.time_for(dtype, 4):
+            return
+        data, s = step_data(job, size, 3 if job.small else 20, dtype)
+        propagate.propagate_labels(*data, s)
+        with profiler.profile(activities=activities) as profile:
+            propagate.propagate_labels(*data, s)
+            synchronise(job.device)
+        spent = [
+            (e.self_cpu_time_total if job.small else e.self_device_time_total, e.count, e.key)
+            for e in profile.key_averages()
+            if e.device_type == kind  # on a GPU the kernels, not the operators that launch them as well
+        ]
+        spent, total = sorted(spent, reverse=True), sum(each[0] for each in spent)
+        spent.insert(0, (total, sum(each[1] for each in spent), "all"))
+        for microseconds, calls, name in spent[: 4 if job.small else 9]:
+            share, name = microseconds / max(total, 1e-9), name.replace("|", "/")[:90]
+            job.write(f"| {dtype} | `{name}` | {calls} | {share:.0%} | {microseconds / 1000:.2f} |")
+
+
+@torch.inference_mode()
+def blocks(job: Job, size: tuple[int, int]) -> None:
+    """Steps/s for blocks of other sizes than propagate's BLOCK and COLUMNS."""
+    if job.small:  # a CPU has no blocks
+        return
+    job.title("The step by the size of its blocks, n = 20, frames/s", "| rows x columns | float32 | bfloat16 |")
+    given = propagate.BLOCK, propagate.COLUMNS
+    data = [step_data(job, size, 20, dtype) for dtype in ("float32", "bfloat16")]
+    for high, wide in [given, *itertools.product((4, 8, 16), (8, 16, 32))]:
+        if not job.time_for(f"{high}x{wide}", 3):
+            break
+        propagate.BLOCK, propagate.COLUMNS = high, wide
+        propagate.block_regions.cache_clear()
+        rates = [1 / seconds(lambda each=each: propagate.propagate_labels(*each[0], each[1]), job, 5) for each in data]
+        job.write(f"| {high}x{wide} | {rates[0]:.1f} | {rates[1]:.1f} |")
+    propagate.BLOCK, propagate.COLUMNS = given
+    propagate.block_regions.cache_clear()
 
 
 @torch.inference_mode()
 def step(job: Job, size: tuple[int, int], n: int, dtype: str, most_flops: float, most_bytes: float) -> None:
     """The row of one size, context and precision."""
-    s, kind = replace(Propagation(), size="full", context=n), getattr(torch, dtype)
+    data, s = step_data(job, size, n, dtype)
     encoder = common.load_encoder("random", None, s, job.device, dtype)
     frame = torch.randint(0, 255, (1, *size, 3), dtype=torch.uint8, device=job.device)
     extract = seconds(lambda: encoder(frame), job)
 
-    target, features, labels = context(*s.grid(*size), n, device=job.device)
-    data, peak = (target.to(kind), features.to(kind), labels), "-"  # in the same layout
-    del target, features
+    peak = "-"
     if not job.small:
         torch.cuda.reset_peak_memory_stats()
     ours = seconds(lambda: propagate.propagate_labels(*data, s), job)

@@ -174,7 +174,7 @@ def test_the_graph_runs_on_cuda(flags, tmp_path, cli):
 
 
 @pytest.mark.parametrize(
-    ("step", "rows"), [("masks", 4), ("speed", 3), ("training", 3), ("export", 2)], ids=lambda value: str(value)
+    ("step", "rows"), [("masks", 4), ("speed", 7), ("training", 3), ("export", 2)], ids=lambda value: str(value)
 )
 def test_a_step_of_the_benchmark_runs(step, rows, tmp_path, cli, monkeypatch):
     """Scripts run as processes in the step of speed alone; a start takes seconds."""
