@@ -98,7 +98,8 @@ def propagate_windows(
                 z += copy_near(weight[:, :, i], near_values[i, around], R)
         return z
 
-    bands = cuts(h, max(1, 2**21 // (w * n * S * S)))  # affinities of 8 MiB
+    most = 2**21 if target.is_cpu else 2**26  # affinities at a time; a GPU likes few and large operators
+    bands = cuts(h, max(1, most // (w * n * S * S)))
     return torch.cat(list(share(label_rows, bands))).permute(2, 0, 1)
 
 
@@ -119,9 +120,11 @@ def weigh(A: Tensor, s: Propagation) -> Tensor:
 def read_near(query: Tensor, keys: Tensor, R: int) -> Tensor:
     """Dot products of each query (rows x w x C) with the S x S cells, S = 2R + 1, about it in `keys`, which have R
     cells more on each side: rows x w x S x S."""
+    if not query.is_cpu:
+        return read_blocks(query, keys, R)
     rows, w, _ = query.shape
-    A = torch.empty(rows, w, 2 * R + 1, 2 * R + 1, device=query.device)
-    for (a, b), (c, d) in itertools.product(cuts(rows, 12), cuts(w, 12)):
+    A = torch.empty(rows, w, 2 * R + 1, 2 * R + 1)
+    for (a, b), (c, d) in itertools.product(cuts(rows, BLOCK), cuts(w, BLOCK)):
         around = keys[a : b + 2 * R, c : d + 2 * R].flatten(0, 1)
         A[a:b, c:d] = squares((query[a:b, c:d].flatten(0, 1) @ around.T).float(), b - a, d - c, R)
     return A
@@ -129,22 +132,56 @@ def read_near(query: Tensor, keys: Tensor, R: int) -> Tensor:
 
 def copy_near(weight: Tensor, values: Tensor, R: int) -> Tensor:
     """Sums of the values about each query by its weights (rows x w x S x S): rows x w x L."""
+    if not weight.is_cpu:
+        return copy_blocks(weight, values, R)
     rows, w = weight.shape[:2]
-    z = torch.empty(rows, w, values.shape[2], device=weight.device)
-    for (a, b), (c, d) in itertools.product(cuts(rows, 12), cuts(w, 12)):
+    z = torch.empty(rows, w, values.shape[2])
+    for (a, b), (c, d) in itertools.product(cuts(rows, BLOCK), cuts(w, BLOCK)):
         around = values[a : b + 2 * R, c : d + 2 * R].flatten(0, 1)
-        whole = torch.zeros((b - a) * (d - c), len(around), device=weight.device)
+        whole = torch.zeros((b - a) * (d - c), len(around))
         squares(whole, b - a, d - c, R).copy_(weight[a:b, c:d])
         z[a:b, c:d] = (whole @ around).view(b - a, d - c, -1)
     return z
 
 
+BLOCK = 12  # cells: what a block of 12 x 12 queries needs stays in a CPU's cache; a GPU takes all blocks at a time
+
+
+def read_blocks(query: Tensor, keys: Tensor, R: int) -> Tensor:
+    """What read_near does, all blocks in one product."""
+    A = (blocks(query, 0) @ blocks(keys, R).mT).float()  # down across q cells
+    return joined(squares(A, BLOCK, BLOCK, R), query)
+
+
+def copy_blocks(weight: Tensor, values: Tensor, R: int) -> Tensor:
+    """What copy_near does, all blocks in one product."""
+    own, around = blocks(weight.flatten(2), 0), blocks(values, R)  # down across q S^2, down across cells L
+    whole = torch.zeros(*own.shape[:3], around.shape[2], device=weight.device)
+    part = squares(whole, BLOCK, BLOCK, R)
+    part.copy_(own.view(part.shape))
+    return joined((whole @ around).unflatten(2, (BLOCK, BLOCK)), weight)
+
+
+def blocks(x: Tensor, R: int) -> Tensor:
+    """The cells of x (rows x columns x C) about each BLOCK x BLOCK queries: down x across x cells x C. x has R cells
+    more on each side than there are queries; it is filled up with zeros to whole blocks."""
+    rows, columns, side = x.shape[0] - 2 * R, x.shape[1] - 2 * R, BLOCK + 2 * R
+    x = F.pad(x, (0, 0, 0, -columns % BLOCK, 0, -rows % BLOCK))
+    return x.unfold(0, side, BLOCK).unfold(1, side, BLOCK).permute(0, 1, 3, 4, 2).flatten(2, 3)
+
+
+def joined(x: Tensor, like: Tensor) -> Tensor:
+    """Results of blocks of queries, down x across x BLOCK x BLOCK x ..., as rows x columns x ... of `like`."""
+    return x.transpose(1, 2).flatten(2, 3).flatten(0, 1)[: like.shape[0], : like.shape[1]]
+
+
 def squares(A: Tensor, rows: int, columns: int, R: int) -> Tensor:
     """Of the pairs of rows x columns queries and the (rows + 2R) x (columns + 2R) cells about them (A: queries x cells)
-    those within R of each other: a view, rows x columns x S x S. One query on, the square begins one cell on."""
-    width, cells = columns + 2 * R, A.shape[1]
-    S = 2 * R + 1
-    return A.as_strided((rows, columns, S, S), (columns * cells + width, cells + 1, width, 1))
+    those within R of each other: a view, rows x columns x S x S. One query on, the square begins one cell on. A may be
+    of several blocks (blocks ... x queries x cells), contiguous."""
+    width, cells, S = columns + 2 * R, A.shape[-1], 2 * R + 1
+    strides = (columns * cells + width, cells + 1, width, 1)
+    return A.as_strided((*A.shape[:-2], rows, columns, S, S), (*A.stride()[:-2], *strides))
 
 
 def expected(query: Tensor, keys: Tensor, R: int, age: int) -> Tensor:
@@ -183,7 +220,7 @@ def read_far(query: Tensor, keys: Tensor, places: tuple[Tensor, Tensor]) -> Tens
     rows, w, _ = query.shape
     S = math.isqrt(places[0].shape[2])
     A = torch.empty(rows * w, places[0].shape[2], device=query.device)
-    for a, b in cuts(rows * w, 256):
+    for a, b in cuts(rows * w, 256 if query.is_cpu else 4096):
         cell, part = (x[:, a:b] for x in places)
         first, end = (cell.min(), cell.max() + 1) if query.is_cpu else (0, None)  # not known on a GPU without waiting
         whole = (query.flatten(0, 1)[a:b] @ keys.flatten(0, 1)[first:end].T).float()

@@ -96,13 +96,16 @@ def propagate_boxes(
     def small(box: np.ndarray) -> bool:
         return not (box[1] - box[0] >= 3 and box[3] - box[2] >= 3)  # true for nan, there is no box
 
+    faint = (values.sum(2) < 3).tolist()  # read back once; a GPU is waited for each time
     lost = [
-        i >= annotated and any(values[i, l].sum() < 3 or small(boxes[i, l]) or small(goal[l]) for l in range(L))
-        for i in range(n)
+        i >= annotated and any(faint[i][l] or small(boxes[i, l]) or small(goal[l]) for l in range(L)) for i in range(n)
     ]
 
     def fill(cells: tuple[int, int]) -> None:
         a, b = cells
+        y, x = np.divmod(np.arange(a, b), w)
+        goes = [(x >= left) & (x < right) & (y >= top) & (y < bottom) for left, right, top, bottom in goal]
+        goes = [torch.from_numpy(np.flatnonzero(into)).to(target.device) for into in goes]  # to each goal, from a on
         scratch = query.new_empty(h * w, b - a)
         for i in range(n):
             products(keys[i], query[a:b], out=scratch)
@@ -115,15 +118,15 @@ def propagate_boxes(
             for l in range(L):
                 if np.isnan(boxes[i, l, 0]) or np.isnan(goal[l, 0]):
                     continue
-                (left, right, top, bottom), box = boxes[i, l].astype(int), goal[l]
-                into = ((x[a:b] >= box[0]) & (x[a:b] < box[1]) & (y[a:b] >= box[2]) & (y[a:b] < box[3])).nonzero()[:, 0]
+                (left, right, top, bottom), into = boxes[i, l].astype(int), goes[l]
                 near = A.view(h, w, -1)[top:bottom, left:right]
                 near = (near if len(into) == b - a else near[..., into]).flatten(0, 1)
                 best, cell = near.topk(min(s.topk, len(near)), dim=0)
                 copied = values[i, l].view(h, w)[top:bottom, left:right].flatten()[cell]
                 z[l, a + into] += (copied * (best - total[into]).exp()).sum(0)
 
-    list(share(fill, cuts(h * w, 192)))
+    # A GPU likes few and large operators: affinities of 256 MiB.
+    list(share(fill, cuts(h * w, 192 if target.is_cpu else max(1, 2**26 // (h * w)))))
     return z.view(L, h, w) / n
 
 

@@ -4,6 +4,7 @@ The references follow the paper's section 2 and the released codes: CorrFlow's w
 windows, UVC's boxes.
 """
 
+import importlib
 import math
 import os
 from dataclasses import replace
@@ -102,6 +103,19 @@ def test_windows_equal_the_literal_search(localization, aggregation, softmax, to
     f, ages = frames(5, 6, h, w), [50, 33, 17, 1]
     z = propagate_labels(f[4], f[:4], soft(4, L, h, w), s, ages=ages)
     assert (z - windows(f[4], f[:4], soft(4, L, h, w), s, ages)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "columns", "R"), [(7, 13, 3), (24, 12, 12), (1, 30, 1), (25, 37, 6)])
+def test_all_blocks_at_a_time_as_on_a_gpu_give_what_one_after_another_gives(rows, columns, R):
+    torch.manual_seed(0)
+    mast = importlib.import_module("systems.mast")
+    padded = rows + 2 * R, columns + 2 * R
+    query, keys, values = torch.randn(rows, columns, 5), torch.randn(*padded, 5), torch.randn(*padded, 3)
+    A = mast.read_near(query, keys, R)
+    torch.testing.assert_close(mast.read_blocks(query, keys, R), A)
+    torch.testing.assert_close(A[-1, -1, 0, 2 * R], query[-1, -1] @ keys[rows - 1, columns - 1 + 2 * R])
+    weight = A.flatten(2).softmax(2).view(A.shape)
+    torch.testing.assert_close(mast.copy_blocks(weight, values, R), mast.copy_near(weight, values, R))
 
 
 def test_windows_are_cut_into_blocks_without_a_seam(monkeypatch):
