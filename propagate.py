@@ -441,7 +441,7 @@ def propagate_video(
     features: Iterable[Tensor],
     annotated: Sequence[tuple[Tensor, ...]],
     settings: Propagation,
-    recent: Sequence[tuple[Tensor, Tensor]] = (),
+    recent: Iterable[tuple[Tensor, Tensor]] = (),
     given: dict[int, tuple[Tensor, ...]] | None = None,
 ) -> Iterator[Tensor]:
     """Label frame after frame: yields the soft labels (L x h x w) of each target in `features` (C x h x w each).
@@ -495,10 +495,10 @@ def propagate_video(
         remember(slot, kept[slot], *first[slot])
     for i, each in enumerate(first[:1] * s.context if s.pad else () if s.keep_first else first[: s.context]):
         remember(ring + (-1 - i) % s.context, 0, *each)  # in the places of frames 0, -1, ...
-    recent = list(recent)
-    for t, (f, z) in enumerate(recent, 1):
-        remember_target(t, f, z)
-    for t, f in enumerate(features, len(recent) + 1):
+    done = 0
+    for done, (f, z) in enumerate(recent, 1):
+        remember_target(done, f, z)
+    for t, f in enumerate(features, done + 1):
         slots = sorted(number)
         if s.memory == "spaced":  # frame 5 unless the ring gives it, and every second frame of the ring
             latest = [i for i in slots if i >= ring and (t - number[i]) % 2 == 1]
@@ -2020,14 +2020,14 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
         # Their features only of these: the latest, those laid over, and frame 5 (--memory spaced).
         latest = rest[max(0, done - s.context) : done]
         fifth = rest[4:5] if s.memory == "spaced" else ()
-        again = [index for index in rest[:done] if index in latest or index in given or index in fifth]
-        known = {index: encode(frame) for index, frame in (video.frames(again) if again else ())}
+        again = [index for index in rest[back:done] if index in latest or index in given or index in fifth]
+        known = features([*early, *again], deque(maxlen=0)) if early or again else iter(())
         others = [index for index in annotations.starts if index != part[0]]
         first = [annotated[index] for index in (part[0], *others)]
         for index in early:
-            f, z = known[index], state(index)
+            f, z = next(known), state(index)
             first = [*(looked_back(each, index, f, z) for each in first), (f, carried(z, s))]
-        recent = [(known.get(index, first[0][0]), state(index)) for index in rest[back:done]]
+        recent = ((next(known) if index in again else first[0][0], state(index)) for index in rest[back:done])
         targets, read = rest[back:], deque()
         later = {targets.index(index) + 1: each for index, each in given.items() if index in targets}
         labelled = propagate_video(features(rest[done:], read), first, s, recent, later)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import av
@@ -243,6 +244,25 @@ def test_what_was_computed_is_not_computed_again(small_clip, tmp_path, cli, monk
     assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
     assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0
     assert len(calls) == 12 and same(tmp_path / "o", tmp_path / "whole")  # the 10th again, and the 11th
+
+
+@pytest.mark.parametrize("flags", [("--memory", "spaced"), ("--localization", "track", "--aggregation", "per-frame")])
+def test_what_is_looked_at_again_is_not_kept(small_clip, tmp_path, cli, monkeypatch, flags):
+    """Each earlier frame's labels are needed once: a run that goes on takes no more memory for a long film."""
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", *flags]
+    interrupt_at(monkeypatch, 11)
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 130
+    read, kept, load = [], [], np.load
+
+    def spy(path):
+        labels = load(path)
+        read.append(weakref.ref(labels))
+        kept.append(sum(each() is not None for each in read))
+        return labels
+
+    monkeypatch.setattr(np, "load", spy)
+    assert cli(propagate, *job, "--out", tmp_path / "o")[0] == 0
+    assert len(read) == 10 and max(kept) <= 2, kept
 
 
 def test_choosing_frames(small_clip, tmp_path, cli):
