@@ -1063,8 +1063,9 @@ class Video:
                 yield index, read_picture(self.source, reduce=False, page=index)
         elif len(indices) < 2 or indices[0] < indices[-1]:
             yield from self._decode(indices)
-        else:  # backwards: blocks of frames, each decoded forwards
-            step = min(32, max(1, 2**28 // (3 * self.size[0] * self.size[1])))  # 256 MiB
+        else:  # backwards: blocks of frames, each decoded forwards; large ones where that is from the film's start
+            step = max(1, 2**28 // (3 * self.size[0] * self.size[1]))  # 256 MiB
+            step = min(32, step) if self._seekable else step
             for block in (indices[i : i + step] for i in range(0, len(indices), step)):
                 yield from reversed(list(self._decode(block[::-1])))
 

@@ -686,6 +686,15 @@ def test_reading_backwards_holds_256_mib_at_most(small_clip, monkeypatch):
     assert list(video._read(range(7, -1, -1))) == [] and blocks == [[5, 6, 7], [2, 3, 4], [0, 1]]
 
 
+@pytest.mark.parametrize(("name", "codec", "blocks"), [("gop.mp4", "libx264", 3), ("gop.avi", "mpeg4", 1)])
+def test_a_film_that_cannot_be_sought_is_not_read_from_its_start_for_each_few_frames(
+    tmp_path, monkeypatch, name, codec, blocks
+):
+    video, asked, decode = Video(write_film(tmp_path / name, codec, 90, bf="2")), [], Video._decode
+    monkeypatch.setattr(Video, "_decode", lambda self, indices: asked.append(indices) or decode(self, indices))
+    assert [i for i, _ in video.frames(range(90)[::-1])] == list(range(90))[::-1] and len(asked) == blocks
+
+
 def test_a_film_in_mpeg_ts_gets_all_its_masks(tmp_path, cli):
     film = write_film(tmp_path / "gop.ts", "libx264", 30)
     write_mask(tmp_path / "mask.png", np.eye(48, 64, dtype=np.uint8))
