@@ -1496,16 +1496,17 @@ class Annotations:
         """The frames in the middle of a stretch (--partial): what they name is laid over what is predicted."""
         return [index for index in self.frames if index not in self.starts]
 
-    def named(self, index: int) -> np.ndarray:
-        """Which of the ids the annotation of a frame names, bool."""
-        known = self.frames[index]
-        return known[:, 0] >= 0 if self.points else np.isin(self.ids, known)
+    @functools.cached_property
+    def named(self) -> dict[int, np.ndarray]:
+        """Annotated frame -> which of the ids it names, bool."""
+        each = self.frames.items()
+        return {index: known[:, 0] >= 0 if self.points else np.isin(self.ids, known) for index, known in each}
 
     def new(self, order: range) -> dict[int, np.ndarray]:
         """Annotated frame -> which of the ids it is the first to name; in the order of the run."""
         before, new = np.zeros(len(self.ids), bool), {}
         for index in sorted(self.frames, key=order.index):
-            new[index] = self.named(index) & ~before
+            new[index] = self.named[index] & ~before
             before |= new[index]
         return new
 
@@ -1679,17 +1680,16 @@ def introduce(mask: np.ndarray, index: int, name: str, s: Propagation) -> None:
 
 def introduce_all(annotations: Annotations, order: range, video: Video | Camera, args: Args) -> None:
     """Say what is annotated where, and what a later annotation leaves out."""
-    before: list = []
+    before = np.zeros(len(annotations.ids), bool)
     for index in sorted(annotations.frames, key=order.index):
         if not args.points:
             name = video.pictures[index].name if video.pictures else ""
             introduce(annotations.frames[index], index, name, args.propagation)
-        names = [number for number, is_named in zip(annotations.ids, annotations.named(index), strict=True) if is_named]
-        missing = [number for number in before if number not in names]
+        missing = list(itertools.compress(annotations.ids, before & ~annotations.named[index]))
         if missing and not args.partial:
             what = f"leaves out {brief(missing)}, which is gone from there on"
             say(f"the annotation of frame {index} {what}; --partial keeps what it does not name")
-        before += [number for number in names if number not in before]
+        before |= annotations.named[index]
 
 
 def check_topk(settings: Propagation, size: tuple[int, int], annotated: int) -> None:
@@ -1829,7 +1829,7 @@ def describe_job(args: Args, video: Video | Camera, annotations: Annotations, tr
         job["renamed"] = annotations.renamed
     if args.partial and len(annotations.frames) > 1:
         job["partial"] = True
-    if not all(all(annotations.named(index)) for index in annotations.frames):
+    if not all(map(all, annotations.named.values())):
         job["late objects"] = "looked for in the frames before"  # earlier versions did not
     return job
 
@@ -1908,8 +1908,7 @@ class Results:
         return self.table[index] if self.points else read_ids(self.mask_path(index))
 
     def add(self, index: int, answer: np.ndarray, labels: Tensor | None) -> None:
-        """Write what a frame got: its mask (H x W) or points (J x 2), and its soft labels, unless an engine keeps
-        them."""
+        """Write what a frame got: its mask (H x W) or points (J x 2), and its soft labels where they are wanted."""
         self.pending.append(self.pool.submit(self._write, index, answer, labels))
         while len(self.pending) > 4:
             self.pending.popleft().result()
@@ -1981,17 +1980,22 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
     new = {index: torch.tensor([False, *each], device=device) for index, each in annotations.new(order).items()}
     given = {}  # frame that is laid over -> its labels, which of them it names, and which it is the first to name
     for index in annotations.laid_over:
-        named = torch.tensor([False, *annotations.named(index)], device=device)
+        named = torch.tensor([False, *annotations.named[index]], device=device)
         given[index] = labels[index], named, new[index]
+    # Where each point lies from what its labels on the grid give back (J x 2, pixels), nan where it is not named.
+    places = annotations.frames.items() if results.points else ()
+    offsets = {i: np.where(known >= 0, known - points_from_labels(labels[i], size), np.nan) for i, known in places}
+    usual = latest_offset(offsets, annotations.starts)
 
-    def encode(frame: np.ndarray) -> Tensor:
-        return encoder(torch.from_numpy(frame).to(device)[None])[0]
+    def encode(frame: np.ndarray | Tensor) -> Tensor:
+        return encoder(torch.as_tensor(frame, device=device)[None])[0]
 
     def features(todo: Sequence[int], read: deque) -> Iterator[Tensor]:
         """Those of each frame, which goes to `read`; ahead of time where the frames are there and a CPU encodes."""
         frames = clock.each("read", read_ahead(video.frames(todo)))
+        frames = ((*item, torch.as_tensor(item[1], device=device)) for item in frames)  # sent to a GPU once
         shared = device.type == "cpu" and not video.live
-        for item, f in clock.each("extract", encode_ahead(lambda item: encode(item[1]), frames, shared)):
+        for item, f in clock.each("extract", encode_ahead(lambda item: encode(item[2]), frames, shared)):
             read.append(item)
             yield f
 
@@ -2032,34 +2036,31 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
         targets, read = rest[back:], deque()
         later = {targets.index(index) + 1: each for index, each in given.items() if index in targets}
         labelled = propagate_video(features(rest[done:], read), first, s, recent, later)
-        shift = shift_of_points(annotations, [*annotations.starts, part[0], *rest[:done]], s) if results.points else 0
+        shift = latest_offset(offsets, [part[0], *rest[:done]], usual)
         for z in clock.each("propagate", labelled):
-            index, frame = read.popleft()
+            index, frame, picture = read.popleft()
             with clock.time("up-sample"):
                 if results.points:
-                    shift = shift_of_points(annotations, [index], s, shift)
+                    shift = latest_offset(offsets, [index], shift)
                     answer = shifted(points_from_labels(z, size), shift, size)
                 else:
                     unnamed = z * ~given[index][1][:, None, None] if index in given else z
-                    answer = mask_from_labels(unnamed, ids, size, s.minmax, torch.from_numpy(frame), s.refine)
-                    answer = answer.cpu().numpy()
+                    answer = mask_from_labels(unnamed, ids, size, s.minmax, picture, s.refine).cpu().numpy()
                 if index in given:  # at full size, what is given is exactly as given
                     own = annotations.frames[index]
                     answer = np.where(own >= 0 if results.points else own > 0, own, answer)
             yield index, frame, answer, z
 
 
-def shift_of_points(
-    annotations: Annotations, frames: Sequence[int], s: Propagation, shift: np.ndarray | float = 0.0
+def latest_offset(
+    offsets: dict[int, np.ndarray], frames: Iterable[int], before: np.ndarray | float = 0.0
 ) -> np.ndarray | float:
-    """Where each point lies from what its labels on the grid give back (J x 2, pixels): by the last of `frames` that
-    names it, else `shift` as it was. So a point keeps its place within its cell."""
+    """The offset of each point (J x 2, pixels) in the last of `frames` that names it, else as it was `before`. So a
+    point keeps its place within its cell of the grid."""
     for index in frames:
-        if index in annotations.frames:
-            known = annotations.frames[index]
-            coarse = points_from_labels(annotations.labels(index, s), annotations.size)
-            shift = np.where(known >= 0, known - coarse, shift)
-    return shift
+        if index in offsets:
+            before = np.where(np.isnan(offsets[index]), before, offsets[index])
+    return before
 
 
 def shifted(points: np.ndarray, shift: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -2129,7 +2130,8 @@ def label_frames(args: Args, tracker, video: Video | Camera, order: range, resul
     annotations, made = results.annotations, 0
     for index in annotations.starts:
         if not results.has(index):
-            results.add(index, annotations.frames[index], annotations.labels(index, args.propagation))
+            labels = annotations.labels(index, args.propagation) if args.save_labels else None
+            results.add(index, annotations.frames[index], labels)
     results.flush()
     before = len(annotations.starts) if video.live else sum(map(results.has, order))
     answers = (track_engine if args.engine else label_video)(tracker, video, order, results, clock)

@@ -423,6 +423,39 @@ def test_points_of_several_frames(small_clip, tmp_path, cli):
     assert all(x for frame, name, x, _ in rows if name == "ball" or frame >= 6)
 
 
+def spied(monkeypatch, owner, name: str) -> list:
+    """The arguments of each call of owner.name so far."""
+    real, calls = getattr(owner, name), []
+    monkeypatch.setattr(owner, name, lambda *args, **more: calls.append(args) or real(*args, **more))
+    return calls
+
+
+def test_what_an_annotation_says_is_found_out_once(small_clip, tmp_path, cli, monkeypatch):
+    """However many frames are annotated, and stretches start from."""
+    places, job = range(0, 12, 3), [*RANDOM, "--video", small_clip / "clip.mp4", "--no-film"]
+    (tmp_path / "p.csv").write_text("frame,id,x,y\n" + "".join(f"{i},ball,{40 + i},30\n" for i in places))
+    masks = [each for i in places for each in ("--mask", small_clip / f"truth/{i:05d}.png", "--mask-frame", i)]
+    for given, name in (
+        (["--points", tmp_path / "p.csv"], "labels_from_points"),
+        (masks, "labels_from_mask"),
+        ([*masks, "--partial"], "labels_from_mask"),
+    ):
+        with monkeypatch.context() as patch:
+            labels, named = spied(patch, propagate, name), spied(patch, np, "isin")
+            back = spied(patch, propagate, "points_from_labels")
+            assert cli(propagate, *job, *given, "--out", tmp_path / "o", "--overwrite")[0] == 0
+        assert len(labels) == 4 and len(named) == 4 * (name == "labels_from_mask")
+        assert len(back) == 12 * (name == "labels_from_points")
+
+
+def test_a_frame_is_sent_to_the_device_once(small_clip, tmp_path, cli, monkeypatch):
+    """It is encoded there, and its edges are followed."""
+    made = [spied(monkeypatch, torch, name) for name in ("from_numpy", "as_tensor", "tensor")]
+    job = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
+    assert cli(propagate, *job)[0] == 0
+    assert sum(isinstance(each, np.ndarray) and each.ndim == 3 for calls in made for each, *_ in calls) == 12
+
+
 def test_without_the_film(done, small_clip, tmp_path, cli):
     argv = [*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o"]
     assert f"{tmp_path / 'o'}: 12 masks, contact_sheet.jpg; " in cli(propagate, *argv, "--no-film")[1]
