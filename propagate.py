@@ -836,7 +836,6 @@ class Guide:
 
         a = (covariance of the colours + eps 1)^-1 covariance of the colours with p; b = mean p - a . mean colour.
         """
-
         I, K = self.small, len(p)
         products = [I[i] * I[j] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))]
         maps = torch.cat([I, torch.stack(products), p, (p[:, None] * I).flatten(0, 1)])
@@ -1433,13 +1432,6 @@ def choose_frames(args: Args, length: int) -> range:
     return chosen[::-1] if args.reverse else chosen
 
 
-def read_frame(video: Video | Camera, index: int) -> np.ndarray:
-    """The frame that is annotated. UserError where the film does not give it."""
-    for _, frame in video.frames([index]):
-        return frame
-    raise UserError(f"--mask-frame {index}: cannot be decoded from {video.source}; annotate another frame")
-
-
 def read_points(path: Path, size: tuple[int, int]) -> dict[int | None, dict[str, tuple[float, float]]]:
     """A CSV file with the columns id,x,y and maybe frame -> the position of each id in pixels, by frame (None without
     that column). A line without x and y is a point that is lost, as a run writes it."""
@@ -1977,11 +1969,11 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
     s, device, annotations = encoder.settings, encoder.mean.device, results.annotations
     ids, size = annotations.ids, annotations.size
     labels = {index: annotations.labels(index, s).to(device) for index in annotations.frames}
-    new = {index: torch.tensor([False, *each], device=device) for index, each in annotations.new(order).items()}
-    given = {}  # frame that is laid over -> its labels, which of them it names, and which it is the first to name
-    for index in annotations.laid_over:
-        named = torch.tensor([False, *annotations.named[index]], device=device)
-        given[index] = labels[index], named, new[index]
+    named, new = (
+        {index: torch.tensor([False, *each], device=device) for index, each in flags.items()}
+        for flags in (annotations.named, annotations.new(order))
+    )
+    given = {index: (labels[index], named[index], new[index]) for index in annotations.laid_over}  # see propagate_video
     # Where each point lies from what its labels on the grid give back (J x 2, pixels), nan where it is not named.
     places = annotations.frames.items() if results.points else ()
     offsets = {i: np.where(known >= 0, known - points_from_labels(labels[i], size), np.nan) for i, known in places}
@@ -2013,10 +2005,13 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
         done = next((i for i, index in enumerate(rest) if not results.has(index)), len(rest))
         if done == len(rest):
             continue
-        for index in sorted(annotations.starts, key=order.index) if not annotated else ():
-            f, mask = encode(read_frame(video, index)), annotations.frames[index]
+        for index, frame in video.frames(sorted(annotations.starts, key=order.index)) if not annotated else ():
+            f, mask = encode(frame), annotations.frames[index]
             annotated = {other: looked_back(each, index, f, labels[index]) for other, each in annotated.items()}
             annotated[index] = f, labels[index], *([] if results.points else [label_numbers(mask, ids)])
+        for index in annotations.starts:
+            if index not in annotated:
+                raise UserError(f"--mask-frame {index}: cannot be decoded from {video.source}; annotate another frame")
         # To go on, the labels of the targets from `back` on are looked at again, and before it those laid over.
         back = 0 if needs_history(s) else max(0, done - s.context)
         early = [index for index in rest[:back] if index in given and s.keep_first]
@@ -2044,7 +2039,7 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
                     shift = latest_offset(offsets, [index], shift)
                     answer = shifted(points_from_labels(z, size), shift, size)
                 else:
-                    unnamed = z * ~given[index][1][:, None, None] if index in given else z
+                    unnamed = z * ~named[index][:, None, None] if index in given else z
                     answer = mask_from_labels(unnamed, ids, size, s.minmax, picture, s.refine).cpu().numpy()
                 if index in given:  # at full size, what is given is exactly as given
                     own = annotations.frames[index]

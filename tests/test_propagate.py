@@ -448,6 +448,18 @@ def test_what_an_annotation_says_is_found_out_once(small_clip, tmp_path, cli, mo
         assert len(back) == 12 * (name == "labels_from_points")
 
 
+def test_annotated_frames_are_read_together(small_clip, tmp_path, cli, monkeypatch):
+    """A film that is decoded from its start each time is so once for all of them."""
+    places, job = (2, 5, 9), [*RANDOM, "--video", small_clip / "clip.mp4", "--no-film", "--out", tmp_path / "o"]
+    masks = [each for i in places for each in ("--mask", small_clip / f"truth/{i:05d}.png", "--mask-frame", i)]
+    asked = spied(monkeypatch, Video, "_decode")
+    for flags in ((), ("--reverse", "--overwrite")):
+        asked.clear()
+        assert cli(propagate, *job, *masks, *flags)[0] == 0
+        assert [list(indices) for _, indices in asked].count([2, 5, 9]) == 1
+        assert not any(list(indices) == [place] for _, indices in asked for place in places)
+
+
 def test_a_frame_is_sent_to_the_device_once(small_clip, tmp_path, cli, monkeypatch):
     """It is encoded there, and its edges are followed."""
     made = [spied(monkeypatch, torch, name) for name in ("from_numpy", "as_tensor", "tensor")]
