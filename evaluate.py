@@ -37,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -83,6 +83,7 @@ from propagate import (
     propagate_video,
     read_ahead,
     read_ids,
+    say,
     write_mask,
 )
 
@@ -135,46 +136,61 @@ class Args:
     """auto, cpu or cuda."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the features."""
+    typed: tyro.conf.Suppress[tyro.conf.Fixed[frozenset[str]]] = frozenset()  # the flags that were given
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data sets
-
-PAGES = {
-    "davis": "https://davischallenge.org/davis2017/code.html",
-    "davis2016": "https://davischallenge.org/davis2016/code.html",
-    "folder": "evaluate.py --help",
-    "vip": "https://sysu-hcp.net/lip/overview.php",
-    "jhmdb": "http://jhmdb.is.tue.mpg.de/dataset",
-}
-# fmt: off
-PARTS = ("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants", "gloves",
-         "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe",
-         "left-shoe")
-JOINTS = ("neck", "belly", "face", "right-shoulder", "left-shoulder", "right-hip", "left-hip", "right-elbow",
-          "left-elbow", "right-knee", "left-knee", "right-wrist", "left-wrist", "right-ankle", "left-ankle")
-# fmt: on
+# Data sets. A new one: a class of what is different from DAVIS 2017, its name in DATASETS and in Args
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One video of a data set. names: its frames, in order. truth: the annotated ones' files (JHMDB: one .mat)."""
+    """One video of a data set, and all that is particular to that data set: here to DAVIS 2017.
 
-    dataset: str
+    names: its frames, in order. truth: the annotated ones' files (JHMDB: one .mat).
+    """
+
     name: str
     frames: Path  # folder of pictures
     names: tuple[str, ...]
     truth: dict[str, Path]
     instances: Path | None = None  # VIP
 
+    title, year = "DAVIS 2017 {subset}", "2017"
+    page = "https://davischallenge.org/davis2017/code.html"
+    mark = "ImageSets/*/*.txt"  # what its root is known by
+    flags = ()  # those that are for this data set alone
+    file = ""  # joints: their file in a sequence's folder; else there are masks, named as the frames
+    one = False  # all ids are one object
+    sparse = False  # objects may come in later, and 255 is an id as any other
+    between = True  # frames without an annotation are predicted, too
+    beside = ""  # parts of persons: their folder beside that of the masks
+    at_input = False  # masks are made at the network's input size and brought to full size by nearest neighbour
+    columns = ("J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D")  # the figures; rows are ranked by the first
+    of_parts = ()  # figures that what they are a mean over has instead
+    over = "objects"  # what they are a mean over
+    legend = "J overlap, F boundary accuracy; M mean, O share of frames above 50 %, D loss over time (less is better)"
+    whole = 30  # sequences that the paper's figures are over: val; JHMDB: test of split 1
+
+    @classmethod
+    def layout(cls, root: Path, args: Args, page: str) -> tuple[Path, list[Path], Path | None]:
+        """Where the annotations lie, where the frames may, and the list of the sequences (None: all that are there)."""
+        listing = root / "ImageSets" / cls.year / f"{args.subset}.txt"
+        return root / "Annotations/480p", [root / "JPEGImages/480p"], listing
+
+    @staticmethod
+    def read_list(path: Path, args: Args, page: str) -> list[str]:
+        """One name a line; DAVIS 2016's own lists have the paths of all frames instead."""
+        lines = read_lines(path, page)
+        names = [(where, Path(line.split()[0]).parent.name if line[0] == "/" else line) for where, line in lines]
+        return list(dict.fromkeys(plain(name, where) for where, name in names))
+
     @cached_property
     def table(self) -> np.ndarray:
         """The id that each value 0..255 of the annotation stands for, 0 for background and void."""
-        if self.dataset == "davis2016":
+        if self.one:
             return one_object(self.truth.values(), void=True)
-        table = np.arange(256, dtype=np.uint8)
-        table[255] *= self.dataset == "folder"  # there 255 is an id as any other
-        return table
+        return np.append(np.arange(255), 255 * self.sparse).astype(np.uint8)
 
     def ids(self, name: str) -> np.ndarray:
         """The annotation of a frame, H x W ids."""
@@ -182,34 +198,29 @@ class Sequence:
 
     @cached_property
     def shown(self) -> dict[str, set[int]]:
-        """The ids in each annotated frame that objects are taken from: the first, or any (folder)."""
-        first = next(iter(self.names), "00000")
-        if self.dataset != "folder" and first not in self.truth:
+        """The ids in each annotated frame that objects are taken from: the first, or any (sparse)."""
+        among = (self.sparse and self.truth) or self.names[:1]
+        if (first := next(iter(among))) not in self.truth:
             folder = next(iter(self.truth.values())).parent if self.truth else Path(self.name)
             raise UserError(f"{folder / first}.png: not found; the first frame's annotation is what is propagated")
-        among = self.truth if self.dataset == "folder" else [first]
         return {name: set(np.flatnonzero(np.bincount(self.ids(name).ravel())).tolist()) - {0} for name in among}
 
     @cached_property
     def given(self) -> dict[str, list[int]]:
         """What is propagated: the ids of the objects that a frame's annotation is the first to show. JHMDB: none."""
         given, seen = {}, set()
-        if self.dataset == "jhmdb":
-            return given
         for name, ids in self.shown.items():
             if ids - seen:
                 given[name] = sorted(ids - seen)
             seen |= ids
         if not given:
             file = self.truth[next(iter(self.shown))]
-            if self.dataset != "vip":
-                void = self.dataset == "davis" and read_ids(file).max(initial=0) == 255
-                hint = "; for copies with masks of 0 and 255 take --dataset davis2016" if void else ""
-                raise UserError(f"{file}: has no object, so there is nothing to propagate{hint}")
-            given[next(iter(self.shown))] = []
-            note(f"{file}: shows nobody, so all of {self.name} is predicted as background")
+            void = not self.one and read_ids(file).max(initial=0) == 255
+            hint = "; for copies with masks of 0 and 255 take --dataset davis2016" if void else ""
+            raise UserError(f"{file}: has no object, so there is nothing to propagate{hint}")
         return given
 
+    @cached_property
     def made_from(self) -> str:
         """A digest of what a prediction depends on beside the settings: the annotation that is given, the frames."""
         try:
@@ -226,6 +237,249 @@ class Sequence:
             digest.update(f"{name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
+    def prediction(self, folder: Path, name: str = "") -> Path:
+        """Where the prediction, or that for one frame of it, lies."""
+        own = folder / self.name / "masks"  # as propagate.py writes them
+        base = own if own.is_dir() else folder / self.name
+        return base / f"{name}.png" if name else base
+
+    def complete(self, folder: Path) -> bool:
+        path = self.prediction(folder)
+        return path.is_file() if self.file else files(path, (".png",)).keys() >= set(self.names)
+
+    def score(self, folder: Path, pool, all_frames: bool) -> dict:
+        """J, F: objects x frames; the first and the last annotated frame are left out. ids: the objects'.
+
+        The official tool's rules; sparse: those of github.com/hkchengrex/vos-benchmark at acb4733. There the objects
+        are those that the annotation of the scored frames shows; each counts from the first of these frames on in which
+        truth or prediction shows it (nan before). given: the frames in which an object's mask was given.
+        """
+        annotated = list(self.truth)
+        scored = annotated if all_frames else annotated[1:-1]
+        if not scored:
+            note(f"{self.name}: is annotated in {len(annotated)} frames; without the first and the last none is scored")
+        paths, of_truth, of_pred = [self.prediction(folder, name) for name in scored], self.table, None
+        if self.sparse:
+            ids = sorted(set().union(*(self.shown[name] for name in scored)))
+            of_truth = of_pred = np.zeros(256, np.uint8)
+            of_truth[ids] = range(1, len(ids) + 1)
+            if 255 in ids[1:] or len(ids) > 50:
+                what = f"has {len(ids)} ids up to {ids[-1]}, each scored as an object, also void and smoothed edges"
+                note(f"{next(iter(self.truth.values())).parent}: {what}")
+        else:
+            first = next(iter(self.given.values()))
+            ids = list(range(1, max(first) + 1))
+            if len(first) < len(ids):
+                what = f"of the ids 1 to {len(ids)} only {len(first)} are objects of the first frame"
+                rule = "the others count as right, as in the official tool, where there are none; see --dataset folder"
+                note(f"{self.truth[self.names[0]]}: {what}; {rule}")
+            if self.one:
+                of_pred = one_object(paths, void=False)
+        same = of_truth, of_pred, len(ids), self.name
+        jobs = [(self.truth[name], path, *same) for name, path in zip(scored, paths, strict=True)]
+        scores = np.array(pool.starmap(score_masks_frame, jobs, chunksize=4)).reshape(len(jobs), 3, len(ids))
+        result = {"J": scores[:, 0].T, "F": scores[:, 1].T, "ids": ids, "frames": scored, "table": of_pred}
+        if self.sparse:
+            counts = np.maximum.accumulate(scores[:, 2].T > 0, axis=1)
+            result |= {what: np.where(counts, result[what], np.nan) for what in "JF"} | {"table": None}
+            given = [[number in self.given.get(name, ()) for name in scored] for number in ids]
+            result["given"] = np.array(given, bool).reshape(counts.shape)
+        return result
+
+    @classmethod
+    def summarize(cls, results: dict[str, dict]) -> tuple[dict, dict]:
+        """The figures of each object, and their mean over objects, not over sequences."""
+        objects = {}
+        for name, result in results.items():
+            for i, (j, f) in enumerate(zip(result["J"], result["F"], strict=True)):
+                if cls.sparse:
+                    row, ungiven = {"J_M": mean(j), "F_M": mean(f)}, ~result["given"][i]
+                    row["J&F_ungiven"] = (mean(j[ungiven]) + mean(f[ungiven])) / 2
+                else:
+                    row = dict(zip(cls.columns[1:], statistics(j) + statistics(f), strict=True))
+                objects[f"{name}_{result['ids'][i]}"] = {"J&F_M": (row["J_M"] + row["F_M"]) / 2, **row}
+        return mean_scores(objects.values()), objects
+
+
+class DAVIS2016(Sequence):
+    title, year = "DAVIS 2016 {subset}", "2016"
+    page = "https://davischallenge.org/davis2016/code.html"
+    one = True
+
+
+class Folder(Sequence):
+    """Any folder of masks, with or without a folder for the resolution between."""
+
+    title, page, mark, flags, sparse = "Folder of masks", "evaluate.py --help", "Annotations/*", ("all_frames",), True
+    columns = ("J&F_M", "J_M", "F_M", "J&F_ungiven")
+    legend = "J overlap, F boundary accuracy, as vos-benchmark; ungiven: without the frames where a mask is given"
+
+    @classmethod
+    def layout(cls, root, args, page):
+        if args.subset != Args.subset:
+            raise UserError(f"--subset {args.subset}: a folder has no subsets; name --sequences, or leave it out")
+        if not root.is_dir():
+            raise UserError(f"{root}: no such folder; {page}")
+        truth = root / "Annotations" if (root / "Annotations").is_dir() else root
+        inside = [path for path in listed(truth) if path.is_dir()]
+        if not any(files(path, (".png",)) for path in inside):
+            inside = [path for path in inside if any(below.is_dir() for below in listed(path))]
+            if len(inside) > 1:
+                names = ", ".join(path.name for path in inside)
+                raise UserError(f"{truth}: holds sequences in each of {names}; take one, such as --data {inside[0]}")
+            truth = inside[0] if inside else truth
+        above = next((path for path in (truth, *truth.parents) if path.name == "Annotations"), truth)
+        pictures = above.parent / "JPEGImages"
+        return truth, [pictures / truth.relative_to(above), pictures, *listed(pictures)], None
+
+
+class VIP(Sequence):
+    """Part classes and, where there are `instances`, the parts of each person. Every 25th frame is annotated."""
+
+    title, page = "VIP {subset}", "https://sysu-hcp.net/lip/overview.php"
+    mark, beside, between, at_input, whole = "lists/*_videos.txt", "Instance_ids", False, True, 50
+    columns, of_parts, over = ("mIoU", "AP^r_vol"), ("IoU",), "part classes"
+    legend = "mIoU overlap, mean over part classes; AP^r_vol average precision of the parts of each person"
+    # fmt: off
+    parts = ("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants", "gloves",
+             "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe",
+             "left-shoe")
+    # fmt: on
+
+    @classmethod
+    def layout(cls, root, args, page):
+        base = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
+        masks = base / "Annotations" if (base / "Annotations").is_dir() else base
+        lists = root / "lists" if (root / "lists").is_dir() else base / "lists"
+        return masks / "Category_ids", [base / "Images"], lists / f"{args.subset}_videos.txt"
+
+    @cached_property
+    def given(self):
+        ((name, ids),) = self.shown.items()
+        if not ids:
+            note(f"{self.truth[name]}: shows nobody, so all of {self.name} is predicted as background")
+        return {name: sorted(ids)}
+
+    def prediction(self, folder, name=""):
+        return super().prediction(folder if (folder / self.name).is_dir() else folder / "Category_ids", name)
+
+    def score(self, folder, pool, all_frames):
+        """Confusion matrix (truth x prediction) over all frames; and for AP^r_vol the parts' classes, scores, IoUs.
+
+        As in the public script (github.com/sunshineatnoon/UVC at 4dbeb9d, eval_instance2.py), a class in a frame is
+        left out of what is predicted if a part of it is listed that has no pixels.
+        """
+        confusion, found, present = np.zeros((20, 20), np.int64), [], np.zeros(20, np.int64)
+        guess = folder / "Instance_ids" / self.name
+        for name in self.names:
+            truth, path = read_ids(self.truth[name]), self.prediction(folder, name)
+            pred = nearest(read_ids(path), truth.shape)
+            if (top := int(pred.max())) > 19:
+                raise UserError(f"{path}: has id {top}, but the part classes are 0..19")
+            valid = truth < 20
+            confusion += np.bincount(20 * truth[valid].astype(int) + pred[valid], minlength=400).reshape(20, 20)
+            if not (guess.is_dir() and self.instances.is_dir()):
+                continue
+            truth, true_parts = read_parts(self.instances / f"{name}.png", given=True)
+            pred, parts = read_parts(guess / f"{name}.png", given=False)
+            classes, pred = {number: kind for number, kind, _ in true_parts}, nearest(pred, truth.shape)
+            table = np.bincount(256 * truth.astype(int).ravel() + pred.ravel(), minlength=65536).reshape(256, 256)
+            areas_t, areas_p = table.sum(1), table.sum(0)
+            for number, kind in classes.items():
+                present[kind] += areas_t[number] > 0
+            vanished = {kind for number, kind, _ in parts if not areas_p[number]}
+            for number, kind, score in parts:
+                if kind not in vanished:
+                    same = np.array([n for n, k in classes.items() if k == kind and areas_t[n]], int)
+                    iou = table[same, number] / (areas_t[same] + areas_p[number] - table[same, number])
+                    found.append((kind, score, iou.max(initial=0.0)))
+        return {"confusion": confusion, "parts": np.array(found).reshape(-1, 3), "present": present}
+
+    @classmethod
+    def summarize(cls, results):
+        """IoU of each class that occurs in truth or prediction; their mean, and AP^r_vol where there are instances."""
+        confusion = sum(r["confusion"] for r in results.values())
+        present = sum(r["present"] for r in results.values())
+        union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+        iou = confusion.diagonal() / np.where(union, union, np.nan)
+        overall = {"mIoU": float(np.nanmean(iou))}
+        if present.any():
+            overall["AP^r_vol"] = average_precision(np.concatenate([r["parts"] for r in results.values()]), present)
+        return overall, {part: {"IoU": float(x)} for part, x in zip(cls.parts, iou, strict=True) if x == x}
+
+
+class JHMDB(Sequence):
+    """Key points instead of masks: all of the first frame are given."""
+
+    title, page = "JHMDB split {split} {subset}", "http://jhmdb.is.tue.mpg.de/dataset"
+    mark, file, flags, whole = "splits/*_test_split*.txt", "joint_positions.mat", ("split",), 268
+    columns, over = tuple(f"PCK@{a / 10}" for a in range(1, 6)), "joints"
+    legend = "PCK@a share of joints within a x the person's size (0.6 of its box's diagonal) of the truth"
+    # fmt: off
+    joints = ("neck", "belly", "face", "right-shoulder", "left-shoulder", "right-hip", "left-hip", "right-elbow",
+              "left-elbow", "right-knee", "left-knee", "right-wrist", "left-wrist", "right-ankle", "left-ankle")
+    # fmt: on
+
+    @classmethod
+    def layout(cls, root, args, page):
+        if args.subset == "test-dev":  # its annotations are all public
+            raise UserError("--subset test-dev: JHMDB has none; give val (its test clips) or train")
+        return root / "joint_positions", [root / "Rename_Images", root / "Frames"], root / "splits"
+
+    @staticmethod
+    def read_list(path, args, page):
+        """Clips, class/clip, of the subset."""
+        ending, group, names = f"_test_split{args.split}.txt", {"train": "1", "val": "2"}[args.subset], []
+        listings = listed(path, f"*{ending}")
+        if not listings:
+            raise UserError(f"{path}/<class>{ending}: not found; JHMDB is incomplete, {page}")
+        for listing in listings:
+            for where, line in read_lines(listing, page):
+                clip, *of = line.rsplit(maxsplit=1)
+                name = plain(f"{listing.name.removesuffix(ending)}/{clip}", where)
+                if of not in (["0"], ["1"], ["2"]):
+                    raise UserError(f"{where}: wants the name of a clip and 1 (train) or 2 (test); correct the list")
+                if of == [group]:
+                    names.append(str(Path(name).with_suffix("")))
+        return names
+
+    @property
+    def given(self):
+        return {}
+
+    def prediction(self, folder, name=""):
+        return folder / self.name / self.file
+
+    def score(self, folder, pool, all_frames):
+        """Distance of each joint in each frame but the first (15 x T-1), in units of 0.6 of the person's diagonal.
+
+        The person's box holds the true joints that the prediction shows; joints it does not show are nan: not counted.
+        """
+        path = self.prediction(folder)
+        truth, pred = read_joints(self.truth[self.names[0]]), read_joints(path)
+        if len(pred) != len(truth):
+            raise UserError(f"{path}: has {len(pred)} frames, the annotation {len(truth)}; it must have the same")
+        if len(truth) < 2:
+            note(f"{self.name}: has joints in {len(truth)} frame; the first is given, so none is scored")
+        shown = (pred[..., 0] >= 0)[..., None]
+        low, high = np.where(shown, truth, np.inf).min(1), np.where(shown, truth, -np.inf).max(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            distance = np.linalg.norm(pred - truth, axis=2) / (0.6 * np.linalg.norm(high - low, axis=1))[:, None]
+            distance = np.where(shown[..., 0], np.where((pred == truth).all(2), 0, distance), np.nan)
+        return {"distance": distance[1:].T}
+
+    @classmethod
+    def summarize(cls, results):
+        """PCK of each joint over all its frames, and the mean over joints."""
+        distance = np.concatenate([r["distance"] for r in results.values()], 1)  # 15 x frames
+        counted = (~np.isnan(distance)).sum(1)
+        share = [(distance <= a / 10).sum(1) / np.where(counted, counted, np.nan) for a in range(1, 6)]
+        rows = [dict(zip(cls.columns, map(float, row), strict=True)) for row in np.array(share).T]
+        return mean_scores(rows), dict(zip(cls.joints, rows, strict=True))
+
+
+DATASETS = {"davis": Sequence, "davis2016": DAVIS2016, "folder": Folder, "vip": VIP, "jhmdb": JHMDB}
+
 
 def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]]:
     """The sequences asked for, and why others of the subset are missing. UserError if one that is named is not there,
@@ -233,30 +487,16 @@ def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]
     wanted = [name.strip() for name in args.sequences.split(",") if name.strip()]
     if args.sequences and not wanted:
         raise UserError(f"--sequences {args.sequences!r}: names no sequence; give names, separated by commas")
-    mark = {"vip": "lists/*_videos.txt", "jhmdb": "splits/*_test_split*.txt", "folder": "Annotations/*"}
-    mark = mark.get(args.dataset, "ImageSets/*/*.txt")
-    holds = next((folder for folder in (root, *root.absolute().parents) if any(folder.glob(mark))), root)
+    dataset = DATASETS[args.dataset]
+    holds = next((folder for folder in (root, *root.absolute().parents) if any(folder.glob(dataset.mark))), root)
     of = f"{args.paper} is of {args.dataset.upper()}, " if args.paper else ""
-    page = f"{of}see {PAGES[args.dataset]}, and say where it is with --data"
+    page = f"{of}see {dataset.page}, and say where it is with --data"
     page = page if holds == root else f"take --data {holds}"
-    instances, file = None, ""
-    if args.dataset == "jhmdb":
-        pictures = [root / "Rename_Images", root / "Frames"]
-        truth, file, listing = root / "joint_positions", "joint_positions.mat", root / "splits"
-    elif args.dataset == "folder":
-        truth, pictures = mask_folders(root, page)
-    elif args.dataset == "vip":
-        base = root / "VIP_Fine" if (root / "VIP_Fine").is_dir() else root
-        masks = base / "Annotations" if (base / "Annotations").is_dir() else base
-        pictures, truth, instances = [base / "Images"], masks / "Category_ids", masks / "Instance_ids"
-        lists = root / "lists" if (root / "lists").is_dir() else base / "lists"
-        listing = lists / f"{args.subset}_videos.txt"
-    else:
-        pictures, truth = [root / "JPEGImages/480p"], root / "Annotations/480p"
-        listing = root / "ImageSets" / ("2016" if args.dataset == "davis2016" else "2017") / f"{args.subset}.txt"
-    known = [path.relative_to(truth).as_posix() for path in listed(truth, "*/*" if file else "*") if path.is_dir()]
-    if args.dataset != "folder" and not (wanted and known):  # what is named need not be in a list
-        known = read_splits(listing, args, page) if file else read_list(listing, page)
+    truth, pictures, listing = dataset.layout(root, args, page)
+    folders = listed(truth, "*/*" if dataset.file else "*")
+    known = [path.relative_to(truth).as_posix() for path in folders if path.is_dir()]
+    if listing and not (wanted and known):  # what is named need not be in a list
+        known = dataset.read_list(listing, args, page)
     chosen = {want: [name for name in known if want in (name, Path(name).name)] for want in wanted}
     for want, names in chosen.items():
         if not names:
@@ -265,18 +505,19 @@ def read_dataset(args: Args, root: Path) -> tuple[list[Sequence], dict[str, str]
 
     sequences, missing = [], {}
     for name in dict.fromkeys(itertools.chain(*chosen.values())) if wanted else known:
-        annotation = truth / name / file
+        annotation = truth / name / dataset.file
         frames = next((folder / name for folder in pictures if (folder / name).is_dir()), pictures[0] / name)
-        masks, names = {} if file else files(annotation, (".png",)), set(files(frames, PICTURES))
-        if not (annotation.is_file() if file else annotation.is_dir()):
+        masks = {} if dataset.file else files(annotation, (".png",))
+        names = {*masks, *(files(frames, PICTURES) if dataset.between else ())}
+        if not (annotation.is_file() if dataset.file else annotation.is_dir()):
             missing[name] = f"{annotation}: not found; the data set is incomplete, {page}"
-        elif not (file or masks or names):
+        elif not (dataset.file or names):
             missing[name] = f"{annotation}: holds no masks; the data set is incomplete, {page}"
         else:
-            names = set(masks) if args.dataset == "vip" else names | set(masks)  # VIP: every 25th frame
             names = tuple(sorted(names, key=natural)) or ("00001",)  # joints are scored without frames
-            of_frames = dict.fromkeys(names, annotation) if file else masks
-            sequences.append(Sequence(args.dataset, name, frames, names, of_frames, instances and instances / name))
+            of_frames = dict.fromkeys(names, annotation) if dataset.file else masks
+            instances = truth.with_name(dataset.beside) / name if dataset.beside else None
+            sequences.append(dataset(name, frames, names, of_frames, instances))
     if not sequences:
         raise UserError(next(iter(missing.values()), f"{root}: the {args.subset} list is empty, {page}"))
     return sequences, missing
@@ -316,48 +557,6 @@ def read_lines(path: Path, page: str) -> list[tuple[str, str]]:
     return [(f"{path}, line {n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
 
 
-def read_list(path: Path, page: str) -> list[str]:
-    """One name a line; DAVIS 2016's own lists have the paths of all frames instead."""
-    lines = read_lines(path, page)
-    names = [(where, Path(line.split()[0]).parent.name if line[0] == "/" else line) for where, line in lines]
-    return list(dict.fromkeys(plain(name, where) for where, name in names))
-
-
-def read_splits(folder: Path, args: Args, page: str) -> list[str]:
-    """JHMDB's clips, class/clip, of the subset."""
-    ending, group, names = f"_test_split{args.split}.txt", {"train": "1", "val": "2"}[args.subset], []
-    listings = listed(folder, f"*{ending}")
-    if not listings:
-        raise UserError(f"{folder}/<class>{ending}: not found; JHMDB is incomplete, {page}")
-    for listing in listings:
-        for where, line in read_lines(listing, page):
-            clip, *of = line.rsplit(maxsplit=1)
-            name = plain(f"{listing.name.removesuffix(ending)}/{clip}", where)
-            if of not in (["0"], ["1"], ["2"]):
-                raise UserError(f"{where}: wants the name of a clip and 1 (train) or 2 (test); correct the list")
-            if of == [group]:
-                names.append(str(Path(name).with_suffix("")))
-    return names
-
-
-def mask_folders(root: Path, page: str) -> tuple[Path, list[Path]]:
-    """--dataset folder: where its sequences' masks lie, and where their frames may lie, with or without a folder for
-    the resolution between."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; {page}")
-    truth = root / "Annotations" if (root / "Annotations").is_dir() else root
-    inside = [path for path in listed(truth) if path.is_dir()]
-    if not any(files(path, (".png",)) for path in inside):
-        inside = [path for path in inside if any(below.is_dir() for below in listed(path))]
-        if len(inside) > 1:
-            names = ", ".join(path.name for path in inside)
-            raise UserError(f"{truth}: holds sequences in each of {names}; take one, such as --data {inside[0]}")
-        truth = inside[0] if inside else truth
-    above = next((path for path in (truth, *truth.parents) if path.name == "Annotations"), truth)
-    pictures = above.parent / "JPEGImages"
-    return truth, [pictures / truth.relative_to(above), pictures, *listed(pictures)]
-
-
 def check_names(folder: Path, names: Iterable[str], like: str) -> None:
     """A folder whose file names differ in more than numbers holds more than one sequence."""
     pattern = re.sub(r"\d+", "0", like)
@@ -386,10 +585,7 @@ def one_object(paths: Iterable[Path], void: bool) -> np.ndarray:
     return ((values > 0) & ~((values == 255) & (void and between.any()))).astype(np.uint8)
 
 
-@cache
-def note(text: str) -> None:
-    """Say something once."""
-    tqdm.write(f"note: {text}", file=sys.stderr)
+note = cache(say)  # once
 
 
 def read_joints(path: Path) -> np.ndarray:
@@ -514,16 +710,6 @@ def statistics(values: np.ndarray) -> tuple[float, float, float]:
     return values.mean(), (values > 0.5).mean(), first.mean() - last.mean()
 
 
-def prediction(folder: Path, seq: Sequence, name: str = "") -> Path:
-    """Where the prediction for a sequence, or for one frame of it, lies."""
-    if seq.dataset == "jhmdb":
-        return folder / seq.name / "joint_positions.mat"
-    base = folder / "Category_ids" if not (folder / seq.name).is_dir() and seq.dataset == "vip" else folder
-    own = base / seq.name / "masks"  # as propagate.py writes them
-    base = own if own.is_dir() else base / seq.name
-    return base / f"{name}.png" if name else base
-
-
 def score_masks_frame(
     truth_file: Path, pred_file: Path, of_truth: np.ndarray, of_pred: np.ndarray | None, objects: int, seq: str
 ) -> np.ndarray:
@@ -538,79 +724,6 @@ def score_masks_frame(
     truth, pred = cv2.LUT(truth, of_truth), pred if of_pred is None else cv2.LUT(pred, of_pred)
     counts = sum(cv2.calcHist([ids], [0], None, [256], [0, 256]).ravel() for ids in (truth, pred))
     return np.concatenate([score_frame(truth, pred, objects), counts[None, 1 : objects + 1] > 0])
-
-
-def score_masks(seq: Sequence, folder: Path, pool, all_frames: bool = False) -> dict:
-    """J, F: objects x frames; the first and the last annotated frame are left out. ids: the objects'.
-
-    davis: the official tool's rules. folder: those of github.com/hkchengrex/vos-benchmark at acb4733. The objects are
-    those that the annotation of the scored frames shows; each counts from the first of these frames on in which truth
-    or prediction shows it (nan before). given: the frames in which an object's mask was given.
-    """
-    annotated, sparse = list(seq.truth), seq.dataset == "folder"
-    scored = annotated if all_frames else annotated[1:-1]
-    if not scored:
-        note(f"{seq.name}: is annotated in {len(annotated)} frames; without the first and the last none is scored")
-    paths, of_truth, of_pred = [prediction(folder, seq, name) for name in scored], seq.table, None
-    if sparse:
-        ids = sorted(set().union(*(seq.shown[name] for name in scored)))
-        of_truth = of_pred = np.zeros(256, np.uint8)
-        of_truth[ids] = range(1, len(ids) + 1)
-        if 255 in ids[1:] or len(ids) > 50:
-            where = next(iter(seq.truth.values())).parent
-            note(f"{where}: has {len(ids)} ids up to {ids[-1]}, each scored as an object, also void and smoothed edges")
-    else:
-        first = next(iter(seq.given.values()))
-        ids = list(range(1, max(first) + 1))
-        if len(first) < len(ids):
-            what = f"of the ids 1 to {len(ids)} only {len(first)} are objects of the first frame"
-            rule = "the others count as right, as in the official tool, where there are none; see --dataset folder"
-            note(f"{seq.truth[seq.names[0]]}: {what}; {rule}")
-        if seq.dataset == "davis2016":
-            of_pred = one_object(paths, void=False)
-    same = of_truth, of_pred, len(ids), seq.name
-    jobs = [(seq.truth[name], path, *same) for name, path in zip(scored, paths, strict=True)]
-    scores = np.array(pool.starmap(score_masks_frame, jobs, chunksize=4)).reshape(len(jobs), 3, len(ids))
-    result = {"J": scores[:, 0].T, "F": scores[:, 1].T, "ids": ids, "frames": scored, "table": of_pred}
-    if sparse:
-        counts = np.maximum.accumulate(scores[:, 2].T > 0, axis=1)
-        result |= {what: np.where(counts, result[what], np.nan) for what in "JF"} | {"table": None}
-        given = [[number in seq.given.get(name, ()) for name in scored] for number in ids]
-        result["given"] = np.array(given, bool).reshape(counts.shape)
-    return result
-
-
-def score_vip(seq: Sequence, folder: Path) -> dict:
-    """Confusion matrix (truth x prediction) over all frames; and for AP^r_vol the parts' classes, scores, IoUs.
-
-    As in the public script (github.com/sunshineatnoon/UVC at 4dbeb9d, eval_instance2.py), a class in a frame is left
-    out of what is predicted if a part of it is listed that has no pixels.
-    """
-    confusion, found, present = np.zeros((20, 20), np.int64), [], np.zeros(20, np.int64)
-    guess = folder / "Instance_ids" / seq.name
-    for name in seq.names:
-        truth, path = read_ids(seq.truth[name]), prediction(folder, seq, name)
-        pred = nearest(read_ids(path), truth.shape)
-        if (top := int(pred.max())) > 19:
-            raise UserError(f"{path}: has id {top}, but the part classes are 0..19")
-        valid = truth < 20
-        confusion += np.bincount(20 * truth[valid].astype(int) + pred[valid], minlength=400).reshape(20, 20)
-        if not (guess.is_dir() and seq.instances and seq.instances.is_dir()):
-            continue
-        truth, true_parts = read_parts(seq.instances / f"{name}.png", given=True)
-        pred, parts = read_parts(guess / f"{name}.png", given=False)
-        classes, pred = {number: kind for number, kind, _ in true_parts}, nearest(pred, truth.shape)
-        table = np.bincount(256 * truth.astype(int).ravel() + pred.ravel(), minlength=65536).reshape(256, 256)
-        areas_t, areas_p = table.sum(1), table.sum(0)
-        for number, kind in classes.items():
-            present[kind] += areas_t[number] > 0
-        vanished = {kind for number, kind, _ in parts if not areas_p[number]}
-        for number, kind, score in parts:
-            if kind not in vanished:
-                same = np.array([n for n, k in classes.items() if k == kind and areas_t[n]], int)
-                iou = table[same, number] / (areas_t[same] + areas_p[number] - table[same, number])
-                found.append((kind, score, iou.max(initial=0.0)))
-    return {"confusion": confusion, "parts": np.array(found).reshape(-1, 3), "present": present}
 
 
 def nearest(ids: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -635,89 +748,15 @@ def average_precision(parts: np.ndarray, present: np.ndarray) -> float:
     return float(np.mean(aps)) if aps else math.nan
 
 
-def score_jhmdb(seq: Sequence, folder: Path) -> dict:
-    """Distance of each joint in each frame but the first (15 x T-1), in units of 0.6 of the person's diagonal.
-
-    The person's box holds the true joints that the prediction shows; joints it does not show are nan: not counted.
-    """
-    path = prediction(folder, seq)
-    truth, pred = read_joints(seq.truth[seq.names[0]]), read_joints(path)
-    if len(pred) != len(truth):
-        raise UserError(f"{path}: has {len(pred)} frames, the annotation {len(truth)}; it must have the same")
-    if len(truth) < 2:
-        note(f"{seq.name}: has joints in {len(truth)} frame; the first is given, so none is scored")
-    shown = (pred[..., 0] >= 0)[..., None]
-    low, high = np.where(shown, truth, np.inf).min(1), np.where(shown, truth, -np.inf).max(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        distance = np.linalg.norm(pred - truth, axis=2) / (0.6 * np.linalg.norm(high - low, axis=1))[:, None]
-        distance = np.where(shown[..., 0], np.where((pred == truth).all(2), 0, distance), np.nan)
-    return {"distance": distance[1:].T}
-
-
-DAVIS_COLUMNS = ["J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D"]
-PCK_COLUMNS = [f"PCK@{a / 10}" for a in range(1, 6)]
-COLUMNS = {
-    "davis": DAVIS_COLUMNS,
-    "davis2016": DAVIS_COLUMNS,
-    "folder": ["J&F_M", "J_M", "F_M", "J&F_ungiven"],
-    "vip": ["mIoU", "AP^r_vol"],
-    "jhmdb": PCK_COLUMNS,
-}
-MAIN = {dataset: columns[0] for dataset, columns in COLUMNS.items()}  # the figure to rank by
-DAVIS_LEGEND = "J overlap, F boundary accuracy; M mean, O share of frames above 50 %, D loss over time (less is better)"
-LEGEND = {
-    "davis": DAVIS_LEGEND,
-    "davis2016": DAVIS_LEGEND,
-    "folder": "J overlap, F boundary accuracy, as vos-benchmark; ungiven: without the frames where a mask is given",
-    "vip": "mIoU overlap, mean over part classes; AP^r_vol average precision of the parts of each person",
-    "jhmdb": "PCK@a share of joints within a x the person's size (0.6 of its box's diagonal) of the truth",
-}
-
-
 def summarize(dataset: str, results: dict[str, dict]) -> dict:
     """Per-sequence results -> {"overall", "per_object", "per_sequence"}: fractions, under the paper's names.
 
     per_object is per part class for VIP and per joint for JHMDB.
     """
-    one = {"vip": summarize_vip, "jhmdb": summarize_jhmdb}.get(dataset, summarize_masks)
+    one = DATASETS[dataset].summarize
     overall, per_object = one(results) if results else ({}, {})
     per_sequence = {name: one({name: result})[0] for name, result in results.items()}
     return {"overall": overall, "per_object": per_object, "per_sequence": per_sequence}
-
-
-def summarize_masks(results: dict[str, dict]) -> tuple[dict, dict]:
-    """The figures of each object, and their mean over objects, not over sequences."""
-    objects = {}
-    for name, result in results.items():
-        for i, (j, f) in enumerate(zip(result["J"], result["F"], strict=True)):
-            if "given" in result:
-                row, ungiven = {"J_M": mean(j), "F_M": mean(f)}, ~result["given"][i]
-                row["J&F_ungiven"] = (mean(j[ungiven]) + mean(f[ungiven])) / 2
-            else:
-                row = dict(zip(DAVIS_COLUMNS[1:], statistics(j) + statistics(f), strict=True))
-            objects[f"{name}_{result['ids'][i]}"] = {"J&F_M": (row["J_M"] + row["F_M"]) / 2, **row}
-    return mean_scores(objects.values()), objects
-
-
-def summarize_vip(results: dict[str, dict]) -> tuple[dict, dict]:
-    """IoU of each class that occurs in truth or prediction; their mean, and AP^r_vol where there are instances."""
-    confusion = sum(r["confusion"] for r in results.values())
-    present = sum(r["present"] for r in results.values())
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    iou = confusion.diagonal() / np.where(union, union, np.nan)
-    overall = {"mIoU": float(np.nanmean(iou))}
-    if present.any():
-        overall["AP^r_vol"] = average_precision(np.concatenate([r["parts"] for r in results.values()]), present)
-    return overall, {part: {"IoU": float(x)} for part, x in zip(PARTS, iou, strict=True) if x == x}
-
-
-def summarize_jhmdb(results: dict[str, dict]) -> tuple[dict, dict]:
-    """PCK of each joint over all its frames, and the mean over joints."""
-    distance = np.concatenate([r["distance"] for r in results.values()], 1)  # 15 x frames
-    counted = (~np.isnan(distance)).sum(1)
-    share = [(distance <= a / 10).sum(1) / np.where(counted, counted, np.nan) for a in range(1, 6)]
-    rows = [dict(zip(PCK_COLUMNS, map(float, row), strict=True)) for row in np.array(share).T]
-    return mean_scores(rows), dict(zip(JOINTS, rows, strict=True))
 
 
 def mean_scores(rows: Iterable[dict]) -> dict:
@@ -759,9 +798,9 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
     elif args.predictions:
         folders = list(dict.fromkeys(args.predictions))
         for folder in folders:
-            if not any(prediction(folder, seq).exists() for seq in sequences):
+            if not any(seq.prediction(folder).exists() for seq in sequences):
                 what = "holds none of the sequences" if folder.is_dir() else "no such folder"
-                wants = next(folder.glob("predictions/*"), prediction(Path("<folder>"), sequences[0], "<frame>"))
+                wants = next(folder.glob("predictions/*"), sequences[0].prediction(Path("<folder>"), "<frame>"))
                 raise UserError(f"{folder}: {what}; --predictions takes {wants}")
         idle = [name for name in ("weights", "model", "dtype", "device") if getattr(args, name) != getattr(Args, name)]
         if idle := [*idle, *given]:
@@ -775,11 +814,12 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
     used = [row.settings for row in rows if row.settings]
     if used:
         check_dtype(args.dtype, args.device)
-    if args.dataset == "jhmdb" and any(s.localization == "track" for s in used):
-        raise UserError("--localization track: follows masks, JHMDB has key points; take --localization none or fixed")
-    if args.dataset == "jhmdb" and any(s.refine for s in used):
-        raise UserError("--refine: is for the edges of masks, JHMDB has key points; leave it out")
-    if args.dataset == "vip" and any(s.refine for s in used) and rank_world()[0] == 0:
+    dataset, points = DATASETS[args.dataset], f"{args.dataset.upper()} has key points"
+    if dataset.file and any(s.localization == "track" for s in used):
+        raise UserError(f"--localization track: follows masks, {points}; take --localization none or fixed")
+    if dataset.file and any(s.refine for s in used):
+        raise UserError(f"--refine: is for the edges of masks, {points}; leave it out")
+    if dataset.beside and any(s.refine for s in used) and rank_world()[0] == 0:
         note("--refine: changes VIP's classes alone, so mIoU; the parts of persons, so AP^r_vol, are as without it")
     return rows
 
@@ -851,11 +891,6 @@ def parse_value(factor: str, text: str):
         raise ValueError(f"{text!r} is {wants}") from error
 
 
-def complete(seq: Sequence, folder: Path) -> bool:
-    path = prediction(folder, seq)
-    return path.is_file() if seq.dataset == "jhmdb" else files(path, (".png",)).keys() >= set(seq.names)
-
-
 def forget_stale(row: Row, sequences: list[Sequence]) -> None:
     """Delete predictions that were made from another annotation or other frames than are there now; settings.json, in
     the row's folder, says what each sequence's prediction is made from."""
@@ -864,10 +899,10 @@ def forget_stale(row: Row, sequences: list[Sequence]) -> None:
         before = json.loads(path.read_text())["made_from"]
     except (OSError, ValueError, KeyError, TypeError):
         before = {}
-    now = {seq.name: seq.made_from() for seq in sequences}
+    now = {seq.name: seq.made_from for seq in sequences}
     for seq in sequences:
         if before.get(seq.name) != now[seq.name]:
-            if seq.name in before and prediction(row.folder, seq).exists():
+            if seq.name in before and seq.prediction(row.folder).exists():
                 note(f"{row.folder / seq.name}: is made again, its annotation or its frames have changed")
             discard(row.folder, seq)
     record = {"model": row.model, "weights": str(row.weights), **asdict(row.settings), "made_from": {**before, **now}}
@@ -909,10 +944,10 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     names = seq.names[seq.names.index(next(iter(masks), seq.names[0])) :]
     size = masks[names[0]].shape if masks else video.size
     for name, mask in masks.items():
-        if mask.shape != (size if seq.dataset == "vip" else video.size):
+        if mask.shape != (size if seq.at_input else video.size):
             sizes = "is {1}x{0}, but its frame is {3}x{2}".format(*mask.shape, *video.size)
             raise UserError(f"{seq.truth[name]}: {sizes}; they must show the same pixels")
-    if seq.dataset == "jhmdb":
+    if seq.file:
         joints = read_joints(seq.truth[names[0]])
         if len(joints) != len(names):
             counts = f"holds {len(names)} frames, yet {seq.truth[names[0]]} has the joints of {len(joints)}"
@@ -931,7 +966,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     features = encoded()
     first = next(features)
     grid = tuple(first.shape[1:])
-    if seq.dataset == "jhmdb":
+    if seq.file:
         labels = {names[0]: labels_from_points(joints[0], size, grid).to(device)}
     elif ids:
         on_device = {name: torch.from_numpy(mask).to(device) for name, mask in masks.items()}
@@ -967,12 +1002,12 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
         for name, maps in zip(names, soft_maps, strict=True):
             frame = shown.popleft()
             for row, folder, track, soft in zip(rows, folders, tracks, maps, strict=True):
-                if seq.dataset == "jhmdb":
+                if seq.file:
                     track.append(points_from_labels(soft, size) if name != names[0] else joints[0])
                     continue
                 # VIP's masks are made at the network's input size and brought to full size by nearest neighbour
                 s, mask, new = row.settings, masks.get(name), given.get(name, [])
-                full = s.input_size(*size) if seq.dataset == "vip" else size
+                full = s.input_size(*size) if seq.at_input else size
                 soft, soft_parts = soft[: 1 + len(ids)], soft[1 + len(ids) :]
                 if name != names[0]:
                     old = [number for number in ids if number not in new]
@@ -1025,9 +1060,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
     device = args.device
     if device in ("auto", "cuda") and torch.cuda.is_available():  # each of torchrun's processes has its own
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    of_masks = partial(score_masks, pool=pool, all_frames=args.all_frames)
-    score = {"vip": score_vip, "jhmdb": score_jhmdb}.get(args.dataset, of_masks)
-    due = 0.0  # when the figure so far is worked out again
+    due, figure = 0.0, DATASETS[args.dataset].columns[0]  # when the figure so far is worked out again
     with tqdm(total=total, unit="frame", smoothing=0.05, dynamic_ncols=True, disable=quiet) as bar:
 
         def failure(rows: list[Row], seq: Sequence, error: UserError) -> None:
@@ -1039,7 +1072,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
             encoder = None  # loaded where there is something to do
             for seq in sequences:
                 bar.set_description(seq.name)
-                todo, done = [row for row in group if row.settings and not complete(seq, row.folder)], bar.n
+                todo, done = [row for row in group if row.settings and not seq.complete(row.folder)], bar.n
                 if todo and encoder is None:
                     with contextlib.redirect_stderr(io.StringIO()):  # fits has said what the file is taken for
                         encoder = load_encoder(group[0].model, group[0].weights, group[0].settings, device, args.dtype)
@@ -1054,22 +1087,22 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                         continue
                     try:
                         check_prediction(seq, row.folder)
-                        results[row.name][seq.name] = score(seq, row.folder)
+                        results[row.name][seq.name] = seq.score(row.folder, pool, args.all_frames)
                     except UserError as error:
                         failure([row], seq, error)
                         continue
                     if not quiet and (start := time.monotonic()) >= due:
-                        so_far = summarize(args.dataset, results[row.name])["overall"][MAIN[args.dataset]]
-                        bar.set_postfix({MAIN[args.dataset].removesuffix("_M"): percent(so_far)})
+                        so_far = summarize(args.dataset, results[row.name])["overall"][figure]
+                        bar.set_postfix({figure.removesuffix("_M"): percent(so_far)})
                         due = time.monotonic() + 20 * (time.monotonic() - start)  # a sum over all: not each time
                 bar.update(done + len(group) * len(seq.names) - bar.n)
 
 
 def check_prediction(seq: Sequence, folder: Path) -> None:
     """Is there a prediction for this sequence, and of it alone?"""
-    path = prediction(folder, seq)
+    path = seq.prediction(folder)
     if not path.exists():
-        where = prediction(Path("<folder>"), seq, "<frame>")
+        where = seq.prediction(Path("<folder>"), "<frame>")
         raise UserError(f"{path}: not found; predictions are {where}, masks may also be in masks/ there")
     extra = sorted(files(path, (".png",)).keys() - set(seq.names))
     check_names(path, extra, seq.names[0])
@@ -1092,7 +1125,6 @@ FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the capt
     },
     "figure5": {"context": [1, 2, 4, 7, 10, 20], "topk": [1, 3, 5, 10, 20, 50]},
 }
-WHOLE = {"davis": 30, "vip": 50, "jhmdb": 268}  # sequences that the paper's figures are over: val; test of split 1
 NOTE = (
     "The paper's still-image rows of Tables 4, 6, 7 and 8 are fine-tuned after the stride change. Its UVC of Table 4 "
     "is trained anew (59.4 without localization, the released one 57.8), here weights/uvc-ours.pth."
@@ -1104,7 +1136,7 @@ def read_paper(dataset: str) -> list[dict]:
     with PAPER.open(newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["dataset"] == dataset]
     for line in lines:
-        line["figures"] = {c: float(line[c]) for c in COLUMNS[dataset] if line.get(c)}
+        line["figures"] = {c: float(line[c]) for c in DATASETS[dataset].columns if line.get(c)}
         line["models"], line["settings"] = line["models"].split(), line["settings"].split()
     return lines
 
@@ -1135,7 +1167,7 @@ def paper_best(args: Args, row: Row) -> Row:
     for line in read_paper(args.dataset):
         scale, model = 2 if "upsample=2" in line["settings"] else 1, line["models"][0].removesuffix("-finetuned")
         if row.model.removesuffix("-finetuned") == model and scale == row.settings.upsample:
-            best = max(best, line["figures"], key=lambda f: (f.get(MAIN[args.dataset], 0), len(f)))
+            best = max(best, line["figures"], key=lambda f: (f.get(DATASETS[args.dataset].columns[0], 0), len(f)))
     return replace(row, paper=best, changed=tuple(c for c in row.changed if not c.startswith("upsample=")))
 
 
@@ -1162,24 +1194,25 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
 
 def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: int) -> None:
     """The terminal table; for a table of the paper: the paper's figure, ours, and the difference."""
-    columns = [c for c in COLUMNS[args.dataset] if any(c in row.paper for row in rows)]
+    dataset = DATASETS[args.dataset]
+    columns = [c for c in dataset.columns if any(c in row.paper for row in rows)]
     if args.paper and columns:
         body = [["%", *(cell for c in columns for cell in (c, "ours", "diff"))]]
         body += [[row.name, *(cell for c in columns for cell in beside(row, scores, c))] for row in rows]
     else:
-        columns = COLUMNS[args.dataset]
+        columns = dataset.columns
         body = [["%", *columns]]
         body += [[r.name, *(percent(scores[r.name]["overall"].get(c)) for c in columns)] for r in rows if not r.lacks]
         if rows[0].paper:
             paper, _, difference = zip(*(beside(rows[0], scores, c) for c in columns), strict=True)
             body += [["the paper, whole data set", *paper], ["difference", *difference]]
-        if args.dataset == "vip" and len(rows) == 1:
-            body += [[f"  {part}", percent(s["IoU"]), ""] for part, s in scores[rows[0].name]["per_object"].items()]
+        for part, s in scores[rows[0].name]["per_object"].items() if dataset.of_parts and len(rows) == 1 else ():
+            body.append([f"  {part}", *(percent(s.get(c)) for c in dataset.of_parts), ""])
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     for line in [body[0], ["-" * width for width in widths], *body[1:]]:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-    print(LEGEND[args.dataset], *unlike(args, rows, scores), sep="\n")
+    print(dataset.legend, *unlike(args, rows, scores), sep="\n")
     for row in rows:
         if failed[row.name]:
             print(f"{row.name}: {len(failed[row.name])} of {total} sequences failed; its figures are over the others")
@@ -1196,9 +1229,9 @@ def beside(row: Row, scores: dict, column: str) -> list[str]:
 
 def unlike(args: Args, rows: list[Row], scores: dict) -> list[str]:
     """One line, why our figures are not to be compared with the paper's; none where they are."""
-    rows = [row for row in rows if row.paper and row.name in scores]
-    counts = {len(scores[row.name]["per_sequence"]) for row in rows} - {WHOLE.get(args.dataset)}
-    why = [f"{count}, not {WHOLE[args.dataset]} sequences" for count in counts]
+    rows, whole = [row for row in rows if row.paper and row.name in scores], DATASETS[args.dataset].whole
+    counts = {len(scores[row.name]["per_sequence"]) for row in rows} - {whole}
+    why = [f"{count}, not {whole} sequences" for count in counts]
     why += dict.fromkeys(change for row in rows for change in row.changed)
     return [f"not comparable with the paper: {', '.join(why)}"] if why else []
 
@@ -1229,14 +1262,17 @@ def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: d
         entry |= {"predictions": str(row.folder), "settings": row.settings and asdict(row.settings), "paper": row.paper}
         table.append({**entry, **scores.get(row.name, {}), "failed": failed[row.name]})
     first = next(entry for entry in table if "overall" in entry)
-    record = {"dataset": args.dataset, "subset": args.subset, "split": args.split if args.dataset == "jhmdb" else None}
+    dataset = DATASETS[args.dataset]
+    split = args.split if "split" in dataset.flags else None
+    record = {"dataset": args.dataset, "subset": args.subset, "split": split}
     record |= {level: first[level] for level in ("overall", "per_object", "per_sequence")} | {"rows": table}
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON has no nan: null
     with atomic(out / "scores.json") as path:
         path.write_text(json.dumps(record, indent=1))
-    columns = COLUMNS[args.dataset] + (["IoU"] if args.dataset == "vip" else [])
     with atomic(out / "scores.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["row", "level", "name", *columns], extrasaction="ignore")
+        writer = csv.DictWriter(
+            file, ["row", "level", "name", *dataset.columns, *dataset.of_parts], extrasaction="ignore"
+        )
         writer.writeheader()
         for name, score in scores.items():
             for level, entries in {**score, "overall": {"all": score["overall"]}}.items():
@@ -1321,7 +1357,7 @@ def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> 
     """Ground truth above the prediction, at evenly spaced frames (not the first, which is given)."""
     scored = {name: i for i, name in enumerate(result.get("frames", ()))}
     among = list(scored) or seq.names
-    if seq.dataset == "jhmdb":
+    if seq.file:
         among = seq.names[: 1 + result["distance"].shape[1]]
     picks = np.linspace(0, len(among), count, endpoint=False).astype(int) + len(among) // (2 * count)
     pictures = files(seq.frames, PICTURES)
@@ -1335,8 +1371,8 @@ def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> 
             j, f = (percent(mean(result[what][:, scored[name]])) for what in "JF")
             caption += f" &middot; J {j} F {f}"
         cells[""].append(f"<span class=cap>{caption}</span>")
-        for kind, path in (("ground truth", seq.truth[name]), ("prediction", prediction(folder, seq, name))):
-            if seq.dataset == "jhmdb":
+        for kind, path in (("ground truth", seq.truth[name]), ("prediction", seq.prediction(folder, name))):
+            if seq.file:
                 picture = draw_joints(frame, read_joints(path)[seq.names.index(name)])
             else:
                 table = seq.table if kind == "ground truth" else result.get("table")
@@ -1386,7 +1422,8 @@ dt{color:#637083}dd{margin:0}ul{margin:0;padding-left:18px}@media print{.card{br
 
 def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequence], results, scores, failed) -> None:
     """report.html: one self-contained file, for a browser or a talk."""
-    columns, figure, esc, text = COLUMNS[args.dataset], MAIN[args.dataset], html.escape, []
+    dataset, esc, text = DATASETS[args.dataset], html.escape, []
+    columns, figure = dataset.columns, dataset.columns[0]
     ran = [row for row in rows if results.get(row.name)]
     shared = set.intersection(*(set(results[row.name]) for row in ran))
     even = {row.name: {n: result for n, result in results[row.name].items() if n in shared} for row in ran}
@@ -1417,16 +1454,13 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
             text += f"</tr><tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in [esc(row.name), *cells])
         return f"<table><tr>{text}</tr></table>"
 
-    title = {"davis": "DAVIS 2017", "davis2016": "DAVIS 2016", "vip": "VIP", "jhmdb": f"JHMDB split {args.split}"}
-    title = f"{title[args.dataset]} {args.subset}" if args.dataset in title else "Folder of masks"
-    title = f"{title}: {esc(best.name)}"
-    over = {"vip": "part classes", "jhmdb": "joints"}.get(args.dataset, "objects")
+    title = f"{dataset.title.format(**vars(args))}: {esc(best.name)}"
     count = f"{len(results[best.name])} sequence{'s' * (len(results[best.name]) != 1)}"
     count += f" in {esc(args.data.resolve().name)}" if args.data else ""
     told = f"; the best of {len(ran)} rows" if len(ran) > 1 else ""
     if any(set(results[row.name]) != shared for row in ran):
         told += f" over the sequences that all have ({len(shared)})" if shared else "? They have no sequence in common"
-    about = [f"per cent, mean over {over} of {count}{told}", LEGEND[args.dataset], *unlike(args, rows, scores)]
+    about = [f"per cent, mean over {dataset.over} of {count}{told}", dataset.legend, *unlike(args, rows, scores)]
     text.append(f"<h1>{title}</h1><div class=sub>{'<br>'.join(about)}</div>")
     boxes = {c: percent(overall.get(c)) for c in columns} | {f"{c}, paper": v for c, v in best.paper.items()}
     boxes = (f"<div class=kpi><b>{number}</b><span>{esc(c)}</span></div>" for c, number in boxes.items())
@@ -1466,9 +1500,9 @@ def write_report(args: Args, out: Path, rows: list[Row], sequences: list[Sequenc
         legend = f"<div class=sub>solid J, dotted F; a colour an object, as in the masks{which}</div>"
         card(f"J and F over time, {esc(best.name)}", legend, draw_time(drawn))
     elif ranked:
-        keys = ["IoU"] if args.dataset == "vip" else columns[:2]
+        keys = dataset.of_parts or columns[:2]
         of_parts = scores[best.name]["per_object"].items()
-        card(over.capitalize(), bars({n: [score[k] for k in (keys[0], *keys)] for n, score in of_parts}, keys))
+        card(dataset.over.capitalize(), bars({n: [score[k] for k in (keys[0], *keys)] for n, score in of_parts}, keys))
 
     if models := [row for row in ran if row.settings]:
         used = [{"model": r.model, "weights": getattr(r.weights, "name", "-"), **asdict(r.settings)} for r in models]
@@ -1508,14 +1542,9 @@ def check_flags(args: Args) -> None:
         raise UserError("--predictions, --sweep and --paper: each is a run of its own; give one of them")
     if args.subset == "test-dev" and args.predictions:
         raise UserError("--subset test-dev --predictions: cannot be scored here, its annotations are not public")
-    only = {"split": "jhmdb", "all_frames": "folder"}
-    for name, dataset in only.items():
-        if getattr(args, name) != getattr(Args, name) and args.dataset != dataset:
-            raise UserError(f"--{name.replace('_', '-')}: is for --dataset {dataset} alone; leave it out")
-    if args.dataset == "folder" and args.subset != Args.subset:
-        raise UserError(f"--subset {args.subset}: a folder has no subsets; name --sequences, or leave it out")
-    if args.dataset == "jhmdb" and args.subset == "test-dev":  # its annotations are all public
-        raise UserError("--subset test-dev: JHMDB has none; give val (its test clips) or train")
+    for name, flag in ((name, flag) for name, dataset in DATASETS.items() for flag in dataset.flags):
+        if getattr(args, flag) != getattr(Args, flag) and args.dataset != name:
+            raise UserError(f"--{flag.replace('_', '-')}: is for --dataset {name} alone; leave it out")
     if args.grid and not args.sweep:
         raise UserError("--grid: is about --sweep, which is not given")
     if not torch.cuda.is_available():
@@ -1523,11 +1552,10 @@ def check_flags(args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    typed = {arg.split("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for arg in sys.argv if arg[:2] == "--"}
     own = asdict(preset(args.model, args.dataset))
-    given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in typed}
+    given = {factor: v for factor, v in asdict(args.propagation).items() if v != own[factor] or factor in args.typed}
     if args.paper:
-        dataset = {"table7": "vip", "table8": "jhmdb", "figure5": "vip"}.get(args.paper, "davis")
+        dataset = next(name for name in DATASETS for line in read_paper(name) if line["table"] == args.paper)
         if args.dataset not in (Args.dataset, dataset):
             raise UserError(f"--dataset {args.dataset}: --paper {args.paper} is about {dataset}; leave it out")
         args = replace(args, dataset=dataset)
@@ -1567,7 +1595,8 @@ def main(args: Args) -> None:
         results = {name: {seq: results[name][seq] for seq in names} for name, names in order.items()}
         scores = {name: summarize(args.dataset, result) for name, result in results.items()}
         print_table(args, rows, scores, failed, len(sequences) + len(absent))
-        figures = [score["overall"].get(MAIN[args.dataset], math.nan) for score in scores.values()]
+        figure = DATASETS[args.dataset].columns[0]
+        figures = [score["overall"].get(figure, math.nan) for score in scores.values()]
         code = 1 if np.isnan(figures).all() else code
         if any(results.values()):
             write_scores(args, out, rows, scores, failed)
@@ -1582,7 +1611,11 @@ def main(args: Args) -> None:
     sys.exit(code)
 
 
-parse_args = partial(parse_with_model, Args)
+def parse_args(argv: list[str] | None = None) -> Args:
+    flags = [arg.partition("=")[0] for arg in (sys.argv[1:] if argv is None else argv) if arg[:2] == "--"]
+    typed = frozenset(flag.lstrip("-").removeprefix("no-").replace("-", "_") for flag in flags)
+    return replace(parse_with_model(Args, argv), typed=typed)
+
 
 if __name__ == "__main__":
     run(main, parse_args)

@@ -884,8 +884,8 @@ for _bit in range(8):
 
 
 def say(text: str) -> None:
-    """What a person should know, on stderr."""
-    print(f"note: {text}", file=sys.stderr)
+    """What a person should know, on stderr, above a bar if there is one."""
+    tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager

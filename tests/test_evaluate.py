@@ -443,7 +443,7 @@ def test_a_bad_sequence_is_named_and_the_others_are_run(cli, tmp_path, breaks, s
 def test_a_missing_data_set_says_where_and_which_page(cli, tmp_path, dataset):
     code, _, err = cli(evaluate, "--dataset", dataset, "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
     assert code == 2 and len(err.splitlines()) == 1
-    assert str(tmp_path / "nowhere") in err and evaluate.PAGES[dataset] in err
+    assert str(tmp_path / "nowhere") in err and evaluate.DATASETS[dataset].page in err
 
 
 @pytest.mark.parametrize("paper, name", [("table7", "VIP"), ("figure5", "VIP"), ("table8", "JHMDB")])
@@ -451,7 +451,7 @@ def test_a_table_of_another_data_set_says_which_it_wants(cli, tmp_path, paper, n
     data = davis(tmp_path / "data", {"a": [square((5, 5))] * 3})
     code, _, err = cli(evaluate, "--data", data, "--paper", paper, "--out", tmp_path / "out")
     assert code == 2 and len(err.splitlines()) == 1
-    assert f"{paper} is of {name}, see {evaluate.PAGES[name.lower()]}" in err
+    assert f"{paper} is of {name}, see {evaluate.DATASETS[name.lower()].page}" in err
 
 
 def test_a_folder_inside_a_data_set_is_told_where_it_begins(cli, tmp_path):
@@ -1136,8 +1136,8 @@ def test_pck_scale_is_the_box_of_the_joints_shown(tmp_path):
     for name, points in (("truth", truth), ("mine", pred)):
         (tmp_path / name / "c").mkdir(parents=True)
         savemat(tmp_path / name / "c/joint_positions.mat", {"pos_img": points.transpose(2, 1, 0) + 1})
-    seq = evaluate.Sequence("jhmdb", "c", tmp_path, ("1", "2"), {"1": tmp_path / "truth/c/joint_positions.mat"})
-    distance = evaluate.score_jhmdb(seq, tmp_path / "mine")["distance"]
+    seq = evaluate.JHMDB("c", tmp_path, ("1", "2"), {"1": tmp_path / "truth/c/joint_positions.mat"})
+    distance = seq.score(tmp_path / "mine", None, False)["distance"]
     assert distance[10, 0] == pytest.approx(1 / (0.6 * math.hypot(40, 10)))
     assert np.isnan(distance[:5]).all() and (distance[11:] == 0).all()
 
@@ -1170,7 +1170,7 @@ def test_jhmdb_on_a_real_clip(shared, imagenet, cli, tmp_path):
     code, _, err = cli(evaluate, *argv, "--predictions", tmp_path / "still", "--out", tmp_path / "out2")
     assert code == 0, err
     ours, theirs = read(tmp_path / "out")["overall"], read(tmp_path / "out2")["overall"]
-    assert all(ours[c] > theirs[c] for c in evaluate.PCK_COLUMNS)
+    assert all(ours[c] > theirs[c] for c in evaluate.JHMDB.columns)
     assert ours["PCK@0.5"] > 0.5 > 5 * theirs["PCK@0.5"]
 
 
@@ -1499,7 +1499,7 @@ def test_a_plain_run_stands_beside_the_paper(data, imagenet, cli, tmp_path, monk
     difference = float(re.search(r"^difference +(\S+)", out, re.M)[1])
     assert difference == pytest.approx(100 * read(tmp_path)["overall"]["J&F_M"] - 65.8, abs=0.06)
     assert "not comparable with the paper: 2, not 30 sequences, size=64, context=3, radius=4\n" in out
-    monkeypatch.setitem(evaluate.WHOLE, "davis", 2)  # as if this were all of DAVIS val, and these the settings
+    monkeypatch.setattr(evaluate.Sequence, "whole", 2)  # as if this were all of DAVIS val, and these the settings
     monkeypatch.setitem(
         common.importlib.import_module("systems.imagenet").SYSTEMS,
         "imagenet",
@@ -1535,7 +1535,7 @@ def test_the_papers_figures_are_its_own():
 def test_every_row_of_the_paper_says_its_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "weights_of", lambda args, model: tmp_path / model)
     settings = {}
-    for dataset in evaluate.COLUMNS:
+    for dataset in evaluate.DATASETS:
         for line in evaluate.read_paper(dataset):
             if line["models"] != ["-"]:
                 row = line["table"], line["row"]
@@ -1568,17 +1568,17 @@ def two_processes(data, tmp_path_factory) -> tuple[Path, str]:
     watch = folder / "watch.py"
     watch.write_text(
         "import cv2, evaluate, json, os, pathlib, propagate, torch\n"
-        "score, predict, file = evaluate.score_masks, evaluate.propagate, f\"rank{os.environ['RANK']}.json\"\n"
+        "score, predict, file = evaluate.Sequence.score, evaluate.propagate, f\"rank{os.environ['RANK']}.json\"\n"
         "def threads(_=None):\n"
         "    return [torch.get_num_threads(), cv2.getNumThreads()]\n"
-        "def scoring(seq, folder, pool, **more):\n"
+        "def scoring(seq, folder, pool, *more):\n"
         "    said = [threads(), *pool.map(threads, range(9))], [pool._processes, propagate.pool().workers]\n"
         "    pathlib.Path(file).write_text(json.dumps(said))\n"
-        "    return score(seq, folder, pool=pool, **more)\n"
+        "    return score(seq, folder, pool, *more)\n"
         "def predicting(*args):\n"
         "    assert [threads(), *propagate.pool().map(threads, range(9))] == [[1, 1]] * 10\n"
         "    return predict(*args)\n"
-        "evaluate.score_masks, evaluate.propagate = scoring, predicting\n"
+        "evaluate.Sequence.score, evaluate.propagate = scoring, predicting\n"
         "evaluate.run(evaluate.main, evaluate.parse_args)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
