@@ -52,40 +52,10 @@ from scipy.io import loadmat, savemat
 from torch import distributed
 from tqdm import tqdm
 
-from common import (
-    PICTURES,
-    Propagation,
-    UserError,
-    atomic,
-    find_weights,
-    load_encoder,
-    pick_device,
-    preset,
-    rank_world,
-    read_picture,
-    run,
-    systems,
-    writing,
-)
-from propagate import (
-    PALETTE,
-    Video,
-    check_dtype,
-    encode_ahead,
-    label_numbers,
-    labels_from_mask,
-    labels_from_points,
-    mask_from_labels,
-    overlay,
-    parse_with_model,
-    points_from_labels,
-    pool_workers,
-    propagate_video,
-    read_ahead,
-    read_ids,
-    say,
-    write_mask,
-)
+import common
+import propagate
+from common import PICTURES, Propagation, UserError, atomic, find_weights, load_encoder, preset, rank_world, writing
+from propagate import Video, labels_from_mask, mask_from_labels, pool_workers, propagate_video, read_ids, write_mask
 
 rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
 rcParams.update({"legend.fontsize": 8, "legend.frameon": False, "figure.autolayout": True})
@@ -136,7 +106,7 @@ class Args:
     """auto, cpu or cuda."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the features."""
-    typed: tyro.conf.Suppress[tyro.conf.Fixed[frozenset[str]]] = frozenset()  # the flags that were given
+    typed: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()  # the flags that were given
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,16 +115,13 @@ class Args:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One video of a data set, and all that is particular to that data set: here to DAVIS 2017.
-
-    names: its frames, in order. truth: the annotated ones' files (JHMDB: one .mat).
-    """
+    """One video of a data set, and all that is particular to that data set: here to DAVIS 2017."""
 
     name: str
     frames: Path  # folder of pictures
-    names: tuple[str, ...]
-    truth: dict[str, Path]
-    instances: Path | None = None  # VIP
+    names: tuple[str, ...]  # its frames, in order
+    truth: dict[str, Path]  # the annotated ones' files (JHMDB: one .mat)
+    instances: Path | None = None  # VIP: folder of the parts of persons, which may not be there
 
     title, year = "DAVIS 2017 {subset}", "2017"
     page = "https://davischallenge.org/davis2017/code.html"
@@ -175,8 +142,7 @@ class Sequence:
     @classmethod
     def layout(cls, root: Path, args: Args, page: str) -> tuple[Path, list[Path], Path | None]:
         """Where the annotations lie, where the frames may, and the list of the sequences (None: all that are there)."""
-        listing = root / "ImageSets" / cls.year / f"{args.subset}.txt"
-        return root / "Annotations/480p", [root / "JPEGImages/480p"], listing
+        return root / "Annotations/480p", [root / "JPEGImages/480p"], root / f"ImageSets/{cls.year}/{args.subset}.txt"
 
     @staticmethod
     def read_list(path: Path, args: Args, page: str) -> list[str]:
@@ -203,7 +169,8 @@ class Sequence:
         if (first := next(iter(among))) not in self.truth:
             folder = next(iter(self.truth.values())).parent if self.truth else Path(self.name)
             raise UserError(f"{folder / first}.png: not found; the first frame's annotation is what is propagated")
-        return {name: set(np.flatnonzero(np.bincount(self.ids(name).ravel())).tolist()) - {0} for name in among}
+        values = {name: np.flatnonzero(histogram(read_ids(self.truth[name]))) for name in among}
+        return {name: set(self.table[found].tolist()) - {0} for name, found in values.items()}
 
     @cached_property
     def given(self) -> dict[str, list[int]]:
@@ -244,8 +211,7 @@ class Sequence:
         return base / f"{name}.png" if name else base
 
     def complete(self, folder: Path) -> bool:
-        path = self.prediction(folder)
-        return path.is_file() if self.file else files(path, (".png",)).keys() >= set(self.names)
+        return all(self.prediction(folder, name).is_file() for name in self.names)
 
     def score(self, folder: Path, pool, all_frames: bool) -> dict:
         """J, F: objects x frames; the first and the last annotated frame are left out. ids: the objects'.
@@ -258,11 +224,9 @@ class Sequence:
         scored = annotated if all_frames else annotated[1:-1]
         if not scored:
             note(f"{self.name}: is annotated in {len(annotated)} frames; without the first and the last none is scored")
-        paths, of_truth, of_pred = [self.prediction(folder, name) for name in scored], self.table, None
+        paths = [self.prediction(folder, name) for name in scored]
         if self.sparse:
             ids = sorted(set().union(*(self.shown[name] for name in scored)))
-            of_truth = of_pred = np.zeros(256, np.uint8)
-            of_truth[ids] = range(1, len(ids) + 1)
             if 255 in ids[1:] or len(ids) > 50:
                 what = f"has {len(ids)} ids up to {ids[-1]}, each scored as an object, also void and smoothed edges"
                 note(f"{next(iter(self.truth.values())).parent}: {what}")
@@ -273,18 +237,19 @@ class Sequence:
                 what = f"of the ids 1 to {len(ids)} only {len(first)} are objects of the first frame"
                 rule = "the others count as right, as in the official tool, where there are none; see --dataset folder"
                 note(f"{self.truth[self.names[0]]}: {what}; {rule}")
-            if self.one:
-                of_pred = one_object(paths, void=False)
-        same = of_truth, of_pred, len(ids), self.name
+        number = np.zeros(256, np.uint8)
+        number[ids] = range(1, len(ids) + 1)
+        of_pred = one_object(paths, void=False) if self.one else number if self.sparse else None
+        same = number[self.table], of_pred, len(ids), self.name
         jobs = [(self.truth[name], path, *same) for name, path in zip(scored, paths, strict=True)]
         scores = np.array(pool.starmap(score_masks_frame, jobs, chunksize=4)).reshape(len(jobs), 3, len(ids))
-        result = {"J": scores[:, 0].T, "F": scores[:, 1].T, "ids": ids, "frames": scored, "table": of_pred}
+        result = {"J": scores[:, 0].T, "F": scores[:, 1].T, "ids": ids, "frames": scored}
         if self.sparse:
             counts = np.maximum.accumulate(scores[:, 2].T > 0, axis=1)
-            result |= {what: np.where(counts, result[what], np.nan) for what in "JF"} | {"table": None}
+            result |= {what: np.where(counts, result[what], np.nan) for what in "JF"}
             given = [[number in self.given.get(name, ()) for name in scored] for number in ids]
             result["given"] = np.array(given, bool).reshape(counts.shape)
-        return result
+        return result | {"table": of_pred if self.one else None}
 
     @classmethod
     def summarize(cls, results: dict[str, dict]) -> tuple[dict, dict]:
@@ -302,9 +267,8 @@ class Sequence:
 
 
 class DAVIS2016(Sequence):
-    title, year = "DAVIS 2016 {subset}", "2016"
-    page = "https://davischallenge.org/davis2016/code.html"
-    one = True
+    title, page = "DAVIS 2016 {subset}", "https://davischallenge.org/davis2016/code.html"
+    year, one = "2016", True
 
 
 class Folder(Sequence):
@@ -340,11 +304,9 @@ class VIP(Sequence):
     mark, beside, between, at_input, whole = "lists/*_videos.txt", "Instance_ids", False, True, 50
     columns, of_parts, over = ("mIoU", "AP^r_vol"), ("IoU",), "part classes"
     legend = "mIoU overlap, mean over part classes; AP^r_vol average precision of the parts of each person"
-    # fmt: off
     parts = ("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants", "gloves",
              "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg", "right-shoe",
-             "left-shoe")
-    # fmt: on
+             "left-shoe")  # fmt: skip
 
     @classmethod
     def layout(cls, root, args, page):
@@ -415,10 +377,9 @@ class JHMDB(Sequence):
     mark, file, flags, whole = "splits/*_test_split*.txt", "joint_positions.mat", ("split",), 268
     columns, over = tuple(f"PCK@{a / 10}" for a in range(1, 6)), "joints"
     legend = "PCK@a share of joints within a x the person's size (0.6 of its box's diagonal) of the truth"
-    # fmt: off
     joints = ("neck", "belly", "face", "right-shoulder", "left-shoulder", "right-hip", "left-hip", "right-elbow",
-              "left-elbow", "right-knee", "left-knee", "right-wrist", "left-wrist", "right-ankle", "left-ankle")
-    # fmt: on
+              "left-elbow", "right-knee", "left-knee", "right-wrist", "left-wrist", "right-ankle",
+              "left-ankle")  # fmt: skip
 
     @classmethod
     def layout(cls, root, args, page):
@@ -466,7 +427,7 @@ class JHMDB(Sequence):
         with np.errstate(invalid="ignore", divide="ignore"):
             distance = np.linalg.norm(pred - truth, axis=2) / (0.6 * np.linalg.norm(high - low, axis=1))[:, None]
             distance = np.where(shown[..., 0], np.where((pred == truth).all(2), 0, distance), np.nan)
-        return {"distance": distance[1:].T}
+        return {"distance": distance[1:].T, "frames": self.names[: len(truth)]}
 
     @classmethod
     def summarize(cls, results):
@@ -576,7 +537,7 @@ def one_object(paths: Iterable[Path], void: bool) -> np.ndarray:
     counts, areas = np.zeros((2, 256))
     for path in paths:
         ids, around = read_ids(path), np.ones((3, 3))
-        counts += np.bincount(ids.ravel(), minlength=256)
+        counts += histogram(ids)
         areas += np.bincount(ids[cv2.erode(ids, around) == cv2.dilate(ids, around)], minlength=256)
     between = counts[1:255] > 0
     if between[63:].any() and (areas[1:255].sum() < areas[255] or between.sum() > 32):
@@ -585,7 +546,7 @@ def one_object(paths: Iterable[Path], void: bool) -> np.ndarray:
     return ((values > 0) & ~((values == 255) & (void and between.any()))).astype(np.uint8)
 
 
-note = cache(say)  # once
+note = cache(propagate.say)  # once
 
 
 def read_joints(path: Path) -> np.ndarray:
@@ -710,9 +671,11 @@ def statistics(values: np.ndarray) -> tuple[float, float, float]:
     return values.mean(), (values > 0.5).mean(), first.mean() - last.mean()
 
 
-def score_masks_frame(
-    truth_file: Path, pred_file: Path, of_truth: np.ndarray, of_pred: np.ndarray | None, objects: int, seq: str
-) -> np.ndarray:
+def histogram(ids: np.ndarray) -> np.ndarray:
+    return cv2.calcHist([ids], [0], None, [256], [0, 256]).ravel()  # three times as fast as numpy's bincount
+
+
+def score_masks_frame(truth_file: Path, pred_file: Path, of_truth, of_pred, objects: int, seq: str) -> np.ndarray:
     """J, F, and whether truth or prediction shows it, of each object: 3 x objects. of_truth, of_pred: the id that each
     of the values 0..255 stands for."""
     truth, pred = read_ids(truth_file), read_ids(pred_file)
@@ -722,7 +685,7 @@ def score_masks_frame(
     if of_pred is None and (top := int(pred.max())) > objects:
         raise UserError(f"{pred_file}: has id {top}, but {seq} has objects 1..{objects} in its first frame")
     truth, pred = cv2.LUT(truth, of_truth), pred if of_pred is None else cv2.LUT(pred, of_pred)
-    counts = sum(cv2.calcHist([ids], [0], None, [256], [0, 256]).ravel() for ids in (truth, pred))
+    counts = histogram(truth) + histogram(pred)
     return np.concatenate([score_frame(truth, pred, objects), counts[None, 1 : objects + 1] > 0])
 
 
@@ -813,7 +776,7 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
         rows = rows if args.sweep else [paper_best(args, row) for row in rows]
     used = [row.settings for row in rows if row.settings]
     if used:
-        check_dtype(args.dtype, args.device)
+        propagate.check_dtype(args.dtype, args.device)
     dataset, points = DATASETS[args.dataset], f"{args.dataset.upper()} has key points"
     if dataset.file and any(s.localization == "track" for s in used):
         raise UserError(f"--localization track: follows masks, {points}; take --localization none or fixed")
@@ -925,7 +888,7 @@ def discard(base: Path, seq: Sequence) -> None:
 
 
 @torch.inference_mode()
-def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
+def predict(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     """Predict one sequence at the settings of each row; features are computed once, the rows go in lockstep.
 
     A sequence's folder gets its name when all of it is written: what exists is whole, even after kill -9.
@@ -953,13 +916,13 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
             counts = f"holds {len(names)} frames, yet {seq.truth[names[0]]} has the joints of {len(joints)}"
             raise UserError(f"{seq.frames}: {counts}; download the clip again")
 
-    frames, shown = read_ahead(frame for _, frame in video.frames([at[name] for name in names])), deque()
+    frames, shown = propagate.read_ahead(frame for _, frame in video.frames([at[name] for name in names])), deque()
 
     def encode(frame: np.ndarray) -> torch.Tensor:
         return encoder(torch.from_numpy(frame)[None].to(device))[0]
 
     def encoded() -> Iterator[torch.Tensor]:  # C h w each; a frame waits in `shown` for its masks
-        for frame, features in encode_ahead(encode, frames, device.type == "cpu"):
+        for frame, features in propagate.encode_ahead(encode, frames, device.type == "cpu"):
             shown.append(torch.from_numpy(frame))
             yield features
 
@@ -967,7 +930,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     first = next(features)
     grid = tuple(first.shape[1:])
     if seq.file:
-        labels = {names[0]: labels_from_points(joints[0], size, grid).to(device)}
+        labels = {names[0]: propagate.labels_from_points(joints[0], size, grid).to(device)}
     elif ids:
         on_device = {name: torch.from_numpy(mask).to(device) for name, mask in masks.items()}
         labels = {name: labels_from_mask(mask, ids, grid, sampling) for name, mask in on_device.items()}
@@ -979,7 +942,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
     if parts:
         given_parts = torch.from_numpy(given_parts).to(device)
         labels[names[0]] = torch.cat([labels[names[0]], labels_from_mask(given_parts, parts, grid, sampling)])
-    numbers = [label_numbers(masks[names[0]], ids)] if ids and not parts else []  # boxes are drawn round them
+    numbers = [propagate.label_numbers(masks[names[0]], ids)] if ids and not parts else []  # boxes are drawn round them
     annotated = labels.pop(names[0])
     later = {  # objects that come in later
         names.index(name): (soft, torch.tensor([False, *(number in given[name] for number in ids)], device=device))
@@ -1003,9 +966,8 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
             frame = shown.popleft()
             for row, folder, track, soft in zip(rows, folders, tracks, maps, strict=True):
                 if seq.file:
-                    track.append(points_from_labels(soft, size) if name != names[0] else joints[0])
+                    track.append(propagate.points_from_labels(soft, size) if name != names[0] else joints[0])
                     continue
-                # VIP's masks are made at the network's input size and brought to full size by nearest neighbour
                 s, mask, new = row.settings, masks.get(name), given.get(name, [])
                 full = s.input_size(*size) if seq.at_input else size
                 soft, soft_parts = soft[: 1 + len(ids)], soft[1 + len(ids) :]
@@ -1037,9 +999,7 @@ def propagate(seq: Sequence, encoder, rows: list[Row], bar: tqdm) -> None:
                 (folder / place / seq.name).rename(target)
 
 
-def write_parts(
-    path: Path, labels: torch.Tensor, kinds: list[int], full: tuple[int, int], size: tuple[int, int]
-) -> None:
+def write_parts(path: Path, labels: torch.Tensor, kinds: list[int], full: tuple, size: tuple) -> None:
     """VIP instances as the public script reads them: ids 1..n, and a line `part class, score` for each id."""
     soft = F.interpolate(labels[None].float(), size=full, mode="bilinear")[0]  # 1 + n, H, W
     probability, winner = (each.cpu().numpy() for each in soft.max(0))
@@ -1079,7 +1039,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                 try:
                     check_names(seq.frames, seq.names if todo else seq.truth, seq.names[0])  # scored without frames
                     if todo:
-                        propagate(seq, encoder, todo, bar)
+                        predict(seq, encoder, todo, bar)
                 except UserError as error:
                     failure(todo or group, seq, error)
                 for row in group:
@@ -1146,6 +1106,10 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
     rows, axes = {}, FIGURE_AXES.get(args.paper, {})
     points = [(f", {factor} {show(v)}", [f"{factor}={v}"]) for factor, values in axes.items() for v in values]
     lines = [line for line in read_paper(args.dataset) if line["table"] == args.paper]
+    known = [model for model in common.systems() if any(model in line["models"] for line in lines)]
+    if args.model not in known and ("model" in args.typed or args.weights):
+        flag, why = "model" if "model" in args.typed else "weights", f"it has no row of {args.model}, but of"
+        raise UserError(f"--{flag}: has no say in --paper {args.paper}, {why} {', '.join(known)}; leave it out")
     for line, (suffix, word) in itertools.product(lines, points or [("", [])]):
         name, figures = line["row"] + suffix, line["figures"]
         try:
@@ -1175,7 +1139,7 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     """The model and settings of a row of the paper; UserError with what is missing."""
     if models == ["-"]:
         raise UserError("quoted in the paper from another one")
-    rows = systems()
+    rows = common.systems()
     if not (chosen := next((model for model in models if weights_of(args, model)), None)):
         sources = {model: rows[model].source if model in rows else "train_uvc_plus.py makes it" for model in models}
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())
@@ -1263,8 +1227,7 @@ def write_scores(args: Args, out: Path, rows: list[Row], scores: dict, failed: d
         table.append({**entry, **scores.get(row.name, {}), "failed": failed[row.name]})
     first = next(entry for entry in table if "overall" in entry)
     dataset = DATASETS[args.dataset]
-    split = args.split if "split" in dataset.flags else None
-    record = {"dataset": args.dataset, "subset": args.subset, "split": split}
+    record = {"dataset": args.dataset, "subset": args.subset, "split": args.split if "split" in dataset.flags else None}
     record |= {level: first[level] for level in ("overall", "per_object", "per_sequence")} | {"rows": table}
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON has no nan: null
     with atomic(out / "scores.json") as path:
@@ -1338,7 +1301,7 @@ def draw_time(results: dict[str, dict]) -> str:
         ax.axis("off")
     for ax, (name, result) in zip(axes.flat, shown.items(), strict=False):
         for k, j, f in zip(result["ids"], result["J"], result["F"], strict=True):
-            colour = PALETTE[k] / 255
+            colour = propagate.PALETTE[k] / 255
             ax.plot(result["frames"], j, "-", color=colour, lw=1.6)
             ax.plot(result["frames"], f, ":", color=colour, lw=1.6)
         ax.set_xticks(range(0, len(result["frames"]), max(1, len(result["frames"]) // 4)))
@@ -1357,17 +1320,15 @@ def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> 
     """Ground truth above the prediction, at evenly spaced frames (not the first, which is given)."""
     scored = {name: i for i, name in enumerate(result.get("frames", ()))}
     among = list(scored) or seq.names
-    if seq.file:
-        among = seq.names[: 1 + result["distance"].shape[1]]
     picks = np.linspace(0, len(among), count, endpoint=False).astype(int) + len(among) // (2 * count)
     pictures = files(seq.frames, PICTURES)
     cells = {"": [], "ground truth": [], "prediction": []}
     for name in dict.fromkeys(among[i] for i in picks):
         frame = None
         with contextlib.suppress(UserError):  # then its cells are grey
-            frame = read_picture(pictures[name]) if name in pictures else None
+            frame = common.read_picture(pictures[name]) if name in pictures else None
         caption = name
-        if name in scored:
+        if name in scored and not seq.file:
             j, f = (percent(mean(result[what][:, scored[name]])) for what in "JF")
             caption += f" &middot; J {j} F {f}"
         cells[""].append(f"<span class=cap>{caption}</span>")
@@ -1378,7 +1339,7 @@ def contact_sheet(seq: Sequence, folder: Path, result: dict, count: int = 5) -> 
                 table = seq.table if kind == "ground truth" else result.get("table")
                 ids = read_ids(path) if table is None else cv2.LUT(read_ids(path), table)
                 backdrop = np.full((*ids.shape, 3), 40, np.uint8) if frame is None else frame
-                picture = overlay(backdrop, nearest(ids, backdrop.shape[:2]), PALETTE)
+                picture = propagate.overlay(backdrop, nearest(ids, backdrop.shape[:2]))
             small = 320, round(picture.shape[0] * 320 / picture.shape[1])
             small = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
             jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
@@ -1395,7 +1356,7 @@ def draw_joints(frame: np.ndarray | None, joints: np.ndarray, scale: int = 3) ->
         if x >= 0:
             at = round(scale * x), round(scale * y)
             cv2.circle(out, at, 4 * scale, (255, 255, 255), -1, cv2.LINE_AA)
-            cv2.circle(out, at, 3 * scale, PALETTE[k].tolist(), -1, cv2.LINE_AA)
+            cv2.circle(out, at, 3 * scale, propagate.PALETTE[k].tolist(), -1, cv2.LINE_AA)
     return out
 
 
@@ -1548,7 +1509,7 @@ def check_flags(args: Args) -> None:
     if args.grid and not args.sweep:
         raise UserError("--grid: is about --sweep, which is not given")
     if not torch.cuda.is_available():
-        pick_device(args.device)
+        common.pick_device(args.device)
 
 
 def main(args: Args) -> None:
@@ -1595,8 +1556,7 @@ def main(args: Args) -> None:
         results = {name: {seq: results[name][seq] for seq in names} for name, names in order.items()}
         scores = {name: summarize(args.dataset, result) for name, result in results.items()}
         print_table(args, rows, scores, failed, len(sequences) + len(absent))
-        figure = DATASETS[args.dataset].columns[0]
-        figures = [score["overall"].get(figure, math.nan) for score in scores.values()]
+        figures = [score["overall"].get(DATASETS[args.dataset].columns[0], math.nan) for score in scores.values()]
         code = 1 if np.isnan(figures).all() else code
         if any(results.values()):
             write_scores(args, out, rows, scores, failed)
@@ -1612,10 +1572,9 @@ def main(args: Args) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    flags = [arg.partition("=")[0] for arg in (sys.argv[1:] if argv is None else argv) if arg[:2] == "--"]
-    typed = frozenset(flag.lstrip("-").removeprefix("no-").replace("-", "_") for flag in flags)
-    return replace(parse_with_model(Args, argv), typed=typed)
+    typed = re.findall(r"^--(?:no-)?([^=\n]+)", "\n".join(sys.argv[1:] if argv is None else argv), re.M)
+    return replace(propagate.parse_with_model(Args, argv), typed=tuple(flag.replace("-", "_") for flag in typed))
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    common.run(main, parse_args)

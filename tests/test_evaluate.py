@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import cv2
 import numpy as np
@@ -471,6 +472,12 @@ def test_a_folder_inside_a_data_set_is_told_where_it_begins(cli, tmp_path):
             assert code == 2 and err.endswith(f"take --data {tmp_path / root}\n") and len(err.splitlines()) == 1, err
 
 
+def test_each_data_set_has_a_class_and_a_name_on_the_command_line():
+    assert get_args(get_type_hints(evaluate.Args)["dataset"]) == tuple(evaluate.DATASETS)
+    lines = csv.DictReader(evaluate.PAPER.open(newline=""))
+    assert {line["dataset"] for line in lines} <= evaluate.DATASETS.keys()
+
+
 def test_help_says_what_a_reader_of_the_paper_needs(capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args(["--help"])
@@ -695,13 +702,23 @@ def test_a_factor_that_is_swept_twice_has_all_its_values(cli, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag", [("--no-l2",), ("--topk", "3"), ("--model", "crw"), ("--dtype", "bfloat16"), ("--device", "cpu")]
+    "flag",
+    [("--no-l2",), ("--topk", "3"), ("--topk", "10"), ("--model", "crw"), ("--dtype", "bfloat16"), ("--device", "cpu")],
 )
 def test_what_has_no_say_in_predictions_is_told(cli, tmp_path, flag):
     data = davis(tmp_path / "data", {"s": [square((5, 5))] * 3})
     code, _, err = cli(evaluate, "--data", data, "--predictions", data / "Annotations/480p", *flag)
     says = "has no say in --predictions, which are only scored; leave it out"
     assert code == 2 and err == f"error: {flag[0].replace('no-', '')}: {says}\n"
+
+
+def test_the_command_line_of_another_program_has_no_say(cli, tmp_path, monkeypatch):
+    data = davis(tmp_path / "data", {"s": [square((5, 5))] * 3})
+    monkeypatch.setattr(sys, "argv", ["training.py", "--topk", "10"])
+    argv = ("--data", data, "--predictions", data / "Annotations/480p", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 0, err
+    assert evaluate.parse_args([]).typed == () and evaluate.parse_args(None).typed == ("topk",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -797,6 +814,18 @@ def test_a_folder_of_two_resolutions_asks_which(cli, tmp_path):
         put(tmp_path / "data/Annotations" / name / "s", [square((5, 5))] * 3)
     code, _, err = cli(evaluate, "--dataset", "folder", "--data", tmp_path / "data", *RANDOM)
     assert code == 2 and "in each of 480p, Full-Resolution; take one, such as --data " in err
+
+
+def test_a_folder_of_frames_without_any_mask_is_named_and_the_others_are_run(cli, tmp_path):
+    masks = [square((5, 5 + i)) for i in range(4)]
+    for name in "bad", "good":
+        put(tmp_path / "data/Annotations" / name, masks)
+        put(tmp_path / "data/JPEGImages" / name, masks, suffix=".jpg")
+    for path in (tmp_path / "data/Annotations/bad").iterdir():
+        path.unlink()
+    code, _, err = cli(evaluate, "--dataset", "folder", "--data", tmp_path / "data", *RANDOM, "--out", tmp_path / "out")
+    assert code == 1 and "bad/00000.png: not found; the first frame's annotation" in err, err
+    assert list(read(tmp_path / "out")["per_object"]) == ["good_1"]
 
 
 def test_objects_that_come_in_later(cli, tmp_path):
@@ -989,6 +1018,17 @@ def test_a_video_of_vip_that_begins_without_a_person_is_background(cli, tmp_path
     assert code == 0 and "shows nobody, so all of videos1 is predicted as background" in err, err
     ground = (3 * 4800 - 2 * 1024) / (3 * 4800)
     assert read(tmp_path / "out")["overall"]["mIoU"] == pytest.approx((ground + 0) / 2)
+
+
+def test_a_video_of_vip_without_masks_is_told(cli, tmp_path):
+    mask = square((8, 8), ids=(13,), side=32)
+    data = vip(tmp_path / "data", "flat", [mask] * 2, [mask] * 2, {13: 13})
+    shutil.copytree(data / "Category_ids", tmp_path / "mine")
+    for path in (data / "Category_ids/videos1").iterdir():
+        path.unlink()
+    argv = ("--dataset", "vip", "--data", data, "--predictions", tmp_path / "mine", "--out", tmp_path / "out")
+    code, _, err = cli(evaluate, *argv)
+    assert code == 2 and f"{data}/Category_ids/videos1: holds no masks; the data set is incomplete" in err, err
 
 
 def public_ap(frames: list[tuple[np.ndarray, dict, np.ndarray, list]]) -> float:
@@ -1294,6 +1334,17 @@ def test_what_was_made_from_something_else_is_made_again(cli, data, tmp_path, ch
     assert second.stat().st_mtime_ns == before  # the other sequence is left as it is
 
 
+def test_a_sequence_is_looked_at_once_however_many_rows(data, tmp_path, monkeypatch):
+    sequences, _ = evaluate.read_dataset(evaluate.Args(), data)
+    files, seen = evaluate.files, []
+    monkeypatch.setattr(evaluate, "files", lambda folder, suffixes: seen.append(folder) or files(folder, suffixes))
+    for k in 1, 2, 3:
+        row = evaluate.Row(f"topk={k}", tmp_path / str(k), settings=replace(SMALL, topk=k))
+        evaluate.forget_stale(row, sequences)
+        assert json.loads((row.folder / "settings.json").read_text())["made_from"].keys() == {"first", "second"}
+    assert seen == [seq.frames for seq in sequences]
+
+
 def test_half_a_sequence_is_made_again(cli, data, whole, tmp_path):
     shutil.copytree(whole / "predictions", tmp_path / "predictions")
     (folder,) = tmp_path.glob("predictions/*")
@@ -1457,6 +1508,19 @@ def test_table_5_takes_a_file_of_weights_for_each_training(data, imagenet, cli, 
     assert rows["UVC+ MoCo, Kinetics"]["weights"] == "weights/uvc+moco.pth"
 
 
+def test_a_model_that_a_table_has_no_row_of_is_told(data, imagenet, cli, tmp_path):
+    for flags, flag, model in (
+        (("--model", "vfs"), "model", "vfs"),
+        (("--model", "torchvision:resnet18", "--weights", imagenet), "model", "torchvision:resnet18"),
+        (("--weights", Path(evaluate.__file__).with_name("weights") / "default.pth"), "weights", "default"),
+    ):
+        argv = ("--data", data, "--paper", "table2", *flags, "--out", tmp_path / "out")
+        code, out, err = cli(evaluate, *argv)
+        why = f"it has no row of {model}, but of deepcluster, imagenet; leave it out"
+        assert code == 2 and err == f"error: --{flag}: has no say in --paper table2, {why}\n" and not out
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_table_without_weights_lists_the_files_it_looks_for(data, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "find_weights", lambda *_: None)
     code, out, err = cli(evaluate, "--data", data, "--paper", "table6", "--out", tmp_path / "out")
@@ -1568,7 +1632,7 @@ def two_processes(data, tmp_path_factory) -> tuple[Path, str]:
     watch = folder / "watch.py"
     watch.write_text(
         "import cv2, evaluate, json, os, pathlib, propagate, torch\n"
-        "score, predict, file = evaluate.Sequence.score, evaluate.propagate, f\"rank{os.environ['RANK']}.json\"\n"
+        "score, predict, file = evaluate.Sequence.score, evaluate.predict, f\"rank{os.environ['RANK']}.json\"\n"
         "def threads(_=None):\n"
         "    return [torch.get_num_threads(), cv2.getNumThreads()]\n"
         "def scoring(seq, folder, pool, *more):\n"
@@ -1578,8 +1642,8 @@ def two_processes(data, tmp_path_factory) -> tuple[Path, str]:
         "def predicting(*args):\n"
         "    assert [threads(), *propagate.pool().map(threads, range(9))] == [[1, 1]] * 10\n"
         "    return predict(*args)\n"
-        "evaluate.Sequence.score, evaluate.propagate = scoring, predicting\n"
-        "evaluate.run(evaluate.main, evaluate.parse_args)\n"
+        "evaluate.Sequence.score, evaluate.predict = scoring, predicting\n"
+        "evaluate.common.run(evaluate.main, evaluate.parse_args)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*torchrun, "watch.py", "--data", data, *RANDOM, "--out", "out"]
@@ -1614,7 +1678,7 @@ def test_the_report_is_written_before_any_process_leaves(data, tmp_path):
         "write, report = evaluate.write_report, pathlib.Path('out/report.html')\n"
         "evaluate.write_report = lambda *args: time.sleep(1) or write(*args)\n"
         "try:\n"
-        "    evaluate.run(evaluate.main, evaluate.parse_args)\n"
+        "    evaluate.common.run(evaluate.main, evaluate.parse_args)\n"
         "finally:\n"
         "    pathlib.Path('left' + os.environ['RANK']).write_text(str(report.exists()))\n"
     )
