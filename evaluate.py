@@ -123,7 +123,7 @@ class Sequence:
     truth: dict[str, Path]  # the annotated ones' files (JHMDB: one .mat)
     instances: Path | None = None  # VIP: folder of the parts of persons, which may not be there
 
-    title, year = "DAVIS 2017 {subset}", "2017"
+    title, year = "DAVIS 2017 {subset}", "2017"  # year: of its lists
     page = "https://davischallenge.org/davis2017/code.html"
     mark = "ImageSets/*/*.txt"  # what its root is known by
     flags = ()  # those that are for this data set alone
@@ -134,7 +134,7 @@ class Sequence:
     beside = ""  # parts of persons: their folder beside that of the masks
     at_input = False  # masks are made at the network's input size and brought to full size by nearest neighbour
     columns = ("J&F_M", "J_M", "J_O", "J_D", "F_M", "F_O", "F_D")  # the figures; rows are ranked by the first
-    of_parts = ()  # figures that what they are a mean over has instead
+    of_parts = ()  # those of each object or part, where they are others
     over = "objects"  # what they are a mean over
     legend = "J overlap, F boundary accuracy; M mean, O share of frames above 50 %, D loss over time (less is better)"
     whole = 30  # sequences that the paper's figures are over: val; JHMDB: test of split 1
