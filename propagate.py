@@ -243,7 +243,7 @@ def search_tile(part: Part, query: Tensor, s: Propagation, tile: Box) -> tuple[T
     best, cell, frame = topk(near.flatten(0, 1), peak.flatten(0, 1), M if M is None else M.flatten(0, 1), s)
     width = window.right - window.left
     cell = (window.top + cell // width) * w + window.left + cell % width
-    return best, cell, frame, None if s.softmax_over == "topk" else logsumexp_(A.flatten(0, 1))
+    return best, cell, frame, None if s.softmax_over == "topk" else logsumexp_(A, (0, 1))
 
 
 def compute_affinity(f: Tensor, g: Tensor, s: Propagation, tile: Box, seen: Box, fixed: bool) -> tuple[Tensor, Tensor]:
@@ -291,22 +291,22 @@ def compute_masks(s: Propagation, window: Box, tile: Box, device) -> Tensor:
 
 def topk(A: Tensor, peak: Tensor, M: Tensor | None, s: Propagation) -> tuple[Tensor, Tensor, Tensor]:
     """Lines 23 to 26: the k largest masked affinities of each target cell. A: cells x m x q; peak, its largest over m,
-    and M: cells x q. Or of several blocks, blocks x cells x m x q and so on.
+    and M: cells x q.
 
     -> affinity, cell, frame of each: k x q over all m frames, or k x m x q per frame.
     """
-    cells, m = A.shape[-3:-1]
+    cells, m = A.shape[:2]
     if s.aggregation == "per-frame":
-        A = A if M is None else A.masked_fill(~M.unsqueeze(-2), -math.inf)
-        best, cell = A.topk(min(s.topk, cells), dim=-3)
-        return best.float(), cell, torch.arange(m, device=A.device)[:, None].expand_as(cell)
+        A = A if M is None else A.masked_fill(~M[:, None], -math.inf)
+        best, cell = A.topk(min(s.topk, cells), dim=0)
+        return best.float(), cell, torch.arange(m, device=A.device)[:, None]
     # M does not depend on the frame, so the k best lie in the k best cells by their best frame.
     if M is not None:
         peak.masked_fill_(~M, -math.inf)
-    peak, cell = peak.topk(min(s.topk, cells), dim=-2)  # k q
-    A = A.take_along_dim(cell.unsqueeze(-2), -3).masked_fill_((peak == -math.inf).unsqueeze(-2), -math.inf)  # k m q
-    best, entry = A.flatten(-3, -2).topk(min(s.topk, A.shape[-3] * m), dim=-2)
-    return best.float(), cell.gather(-2, entry // m), entry % m
+    peak, cell = peak.topk(min(s.topk, cells), dim=0)  # k q
+    A = A.gather(0, cell[:, None].expand(-1, m, -1)).masked_fill_((peak == -math.inf)[:, None], -math.inf)  # k m q
+    best, entry = A.flatten(0, 1).topk(min(s.topk, len(cell) * m), dim=0)
+    return best.float(), cell.gather(0, entry // m), entry % m
 
 
 def soft_copy(best: Tensor, entry: Tensor, total: Tensor | None, values: Tensor, s: Propagation) -> Tensor:
@@ -333,18 +333,17 @@ def merge(found: list[tuple], s: Propagation) -> tuple[Tensor, Tensor, Tensor | 
 # How memory is walked
 
 
-BLOCK, COLUMNS = 8, 16  # of the grid: rows of a block and columns of a tile, on a GPU
+BLOCK, COLUMNS = 4, 16  # cells of a block: see search_blocks
 
 
 def tiles(parts: list[Part], s: Propagation, grid: tuple[int, int]) -> list[Box]:
-    """The grid cut into tiles whose affinities fit 32 MiB (on a GPU, which likes few launches, 256 MiB)."""
+    """The grid cut into tiles whose affinities fit 32 MiB (on a GPU, which likes few launches, 1 GiB)."""
     h, w = grid
     cpu = parts[0].keys.is_cpu
-    most = 2**23 if cpu else 2**26
-    # Tall: most rows of a window then meet only target rows that they may. A GPU's are cut into blocks of rows.
-    ty, tx = (30, 8) if cpu else (h, COLUMNS)
+    most = 2**23 if cpu else 2**28
+    ty, tx = (30, 8) if cpu else grid  # tall: most rows of a window then meet only target rows that they may
     while ty * tx > 1 and count_affinities(parts, s, grid, ty, tx) > most:
-        ty, tx = (ty // 2, tx) if ty > tx else (ty, tx // 2)
+        ty, tx = (ty // 2, tx) if ty > (tx if cpu else 1) else (ty, tx // 2)
     return [Box(*rows, *columns) for rows in cuts(h, ty) for columns in cuts(w, tx)]
 
 
@@ -353,8 +352,8 @@ def count_affinities(parts: list[Part], s: Propagation, grid: tuple[int, int], t
     most = 0
     for part in parts:
         reach = reach_of(s) if only_near(part, s) else max(grid)
-        high = ty if part.keys.is_cpu else BLOCK
-        rows, columns = min(high + 2 * reach, grid[0]), min(tx + 2 * reach, grid[1])
+        high, wide = (ty, tx) if part.keys.is_cpu else (BLOCK, COLUMNS)
+        rows, columns = min(high + 2 * reach, grid[0]), min(wide + 2 * reach, grid[1])
         most = max(most, rows * columns * part.keys.shape[2] * ty * tx)
     return most
 
@@ -376,10 +375,10 @@ def search_window(s: Propagation, tile: Box, grid: tuple[int, int]) -> Box:
     return Box(top, min(tile.bottom + reach, grid[0]), left, min(tile.right + reach, grid[1]))
 
 
-def logsumexp_(A: Tensor) -> Tensor:
-    """A.logsumexp over the cells (A: ... x cells x m x q), in the memory of A."""
-    peak = A.amax(-3, keepdim=True)
-    return A.sub_(peak).exp_().sum(-3).log_().add_(peak.squeeze(-3))
+def logsumexp_(A: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """A.logsumexp(dim), in the memory of A."""
+    peak = A.amax(dim, keepdim=True)
+    return A.sub_(peak).exp_().sum(dim).log_().add_(peak.squeeze(dim))
 
 
 _scratch = threading.local()
@@ -395,41 +394,74 @@ def scratch(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def search_blocks(part: Part, query: Tensor, s: Propagation, tile: Box) -> tuple[Tensor, ...]:
-    """What search_tile does, for the fixed region on a GPU, which likes few and large operators: BLOCK rows of the tile
-    times the context rows that their regions reach are one matrix product, and all of these are one operator."""
-    h, w, C = query.shape
-    M, place = block_regions(s, tile, (h, w), query.device)
-    count, reach, window = len(M), reach_of(s), search_window(s, tile, (h, w))
-    # Rows beyond the grid are there as zeros, and masked. The rows of the blocks overlap and are read in place.
-    above, below = -tile.top, tile.top + count * BLOCK - h
-    g = F.pad(query[:, tile.left : tile.right], (0, 0, 0, 0, above, below)).reshape(count, -1, C)  # blocks q C
-    f = F.pad(part.keys[:, window.left : window.right], (0, 0, 0, 0, 0, 0, reach + above, reach + below))
-    f = f.unfold(0, BLOCK + 2 * reach, BLOCK).permute(0, 4, 1, 2, 3)  # blocks rows columns m C
-    A = torch.bmm(g, f.flatten(1, 3).mT).unflatten(2, (-1, f.shape[3]))  # blocks q cells m
-    A = A if s.softmax_over == "topk" else A.float()
-    if s.softmax_over == "region":
-        A.masked_fill_(~M.mT[..., None], -math.inf)
-    peak, A = A.amax(-1).mT, A.permute(0, 2, 3, 1)
-    best, cell, frame = topk(A, peak, M, s)
-    cell = place.reshape(*place.shape, *[1] * (cell.dim() - 2)).take_along_dim(cell, 1)
-    total = None if s.softmax_over == "topk" else logsumexp_(A)
+    """What search_tile does, for the fixed region on a GPU, which likes few and large operators.
 
-    def of_tile(x: Tensor | None) -> Tensor | None:  # blocks ... q, the last with rows beyond the tile -> ... q
-        return None if x is None else x.movedim(0, -2).flatten(-2)[..., : math.prod(tile.shape)]
+    The tile is cut into blocks of BLOCK x COLUMNS cells. Each meets the window of context cells that its regions reach;
+    the blocks below one another are one batched product, and all that follows is done for all blocks at a time.
+    """
+    m, reach = part.keys.shape[2], reach_of(s)
+    own, seen, place, far, outside = block_regions(s, tile, query.shape[:2], query.device)
+    (across, down, q), rows, columns = own.shape, BLOCK + 2 * reach, seen.shape[2]
+    frames = torch.arange(m, device=query.device)
+    g = query.flatten(0, 1)[own]  # across down q C
+    f = part.keys.flatten(0, 2)[seen[:, :, None] * m + frames[:, None]]  # across (rows of all blocks) m columns C
+    A = g.new_empty(across, down, q, rows * m * columns)
+    for mine, theirs, out in zip(g, f, A, strict=True):  # the rows that blocks share are read in place
+        theirs = theirs.unfold(0, rows, BLOCK).permute(0, 4, 1, 2, 3).flatten(1, 3)  # down (rows m columns) C
+        torch.bmm(mine, theirs.mT, out=out)
+    A = (A if s.softmax_over == "topk" else A.float()).view(across * down, q, rows, m, columns)
+    beyond = (far | outside).flatten(0, 1)  # blocks q rows columns
+    if s.softmax_over == "region" or s.aggregation == "per-frame":
+        A.masked_fill_(beyond[:, :, :, None], -math.inf)
+    if s.aggregation == "per-frame":
+        best, cell = A.transpose(2, 3).flatten(3).topk(min(s.topk, rows * columns))  # blocks q m k
+        frame = frames[:, None].expand_as(cell)
+    else:  # as in topk
+        peak = A.amax(3).masked_fill_(beyond, -math.inf).flatten(2)
+        peak, cell = peak.topk(min(s.topk, rows * columns), sorted=False)  # blocks q k
+        at = (cell // columns * m * columns + cell % columns)[..., None] + frames * columns  # blocks q k m
+        near = A.flatten(2).gather(2, at.flatten(2)).view(at.shape)
+        near = near.masked_fill_((peak == -math.inf)[..., None], -math.inf).flatten(2)
+        best, entry = near.topk(min(s.topk, near.shape[2]), sorted=False)
+        cell, frame = cell.gather(2, entry // m), entry % m
+    cell = place.view(across * down, *[1] * (cell.dim() - 2), -1).take_along_dim(cell, -1)
+    total = None if s.softmax_over == "topk" else logsumexp_(A, (2, 4))  # blocks q m
 
-    return tuple(map(of_tile, (best, cell, frame, total)))
+    def of_tile(x: Tensor | None) -> Tensor | None:
+        """blocks x q x ... -> ... x cells of the tile."""
+        if x is None:
+            return None
+        x = x.view(across, down, BLOCK, COLUMNS, *x.shape[2:]).movedim(0, 2).flatten(2, 3).flatten(0, 1)
+        x = x[: tile.shape[0], : tile.shape[1]].flatten(0, 1)
+        return x.permute(*range(x.dim())[::-1])
+
+    return of_tile(best.float()), of_tile(cell), of_tile(frame), of_tile(total)
 
 
 @functools.lru_cache(64)  # the same for each target: to launch what makes them takes longer than to use them
-def block_regions(s: Propagation, tile: Box, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The mask M of each block, blocks x cells x q, and which cell of the grid each cell is, blocks x cells. What lies
-    beyond the grid is never searched."""
-    (h, w), reach, window = grid, reach_of(s), search_window(s, tile, grid)
-    y = torch.arange(tile.top, tile.bottom, BLOCK)[:, None] + torch.arange(-reach, BLOCK + reach)  # blocks rows
-    across = Box(-reach, BLOCK + reach, window.left, window.right), Box(0, BLOCK, tile.left, tile.right)
-    M = compute_masks(s, *across, "cpu") & ((y >= 0) & (y < h))[:, :, None, None]
-    place = y.clamp(0, h - 1)[:, :, None] * w + torch.arange(window.left, window.right)
-    return M.flatten(1, 2).to(device), place.flatten(1).to(device)
+def block_regions(s: Propagation, tile: Box, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
+    """The blocks of search_blocks, in numbers of cells of the grid: own, those of each block, across x down x q; seen,
+    the context cells that those below one another see, across x rows x columns; place, those that each sees, across x
+    down x rows x columns. And what is seen in vain: far, out of the region, q x rows x columns; outside, beyond the
+    grid, across x down x 1 x rows x columns."""
+    (h, w), reach = grid, reach_of(s)
+    columns = math.ceil((COLUMNS + 2 * reach) / 8) * 8  # a GPU's matrix units want rows of a multiple of 16 bytes
+    top = torch.arange(tile.top, tile.bottom, BLOCK)[:, None]
+    left = torch.arange(tile.left, tile.right, COLUMNS)[:, None]
+    y = top + torch.arange(-reach, BLOCK + reach)  # down rows
+    x = left + torch.arange(-reach, columns - reach)  # across columns
+
+    def numbers(y: Tensor, x: Tensor) -> Tensor:
+        """Of rows (... x rows) and columns (across x columns): across x ... x rows x columns, within the grid."""
+        x = x.view(len(x), *[1] * y.dim(), -1)
+        return y.clamp(0, h - 1)[..., None] * w + x.clamp(0, w - 1)
+
+    own = numbers(top + torch.arange(BLOCK), left + torch.arange(COLUMNS)).flatten(2)
+    seen = numbers(torch.arange(tile.top - reach, tile.top + len(top) * BLOCK + reach), x)
+    outside = ((y < 0) | (y >= h))[..., None] | ((x < 0) | (x >= w))[:, None, None]
+    M = compute_masks(s, Box(-reach, BLOCK + reach, -reach, columns - reach), Box(0, BLOCK, 0, COLUMNS), "cpu")
+    found = own, seen, numbers(y, x), ~M.permute(2, 0, 1), outside[:, :, None]
+    return tuple(each.to(device) for each in found)
 
 
 def needs_history(s: Propagation) -> bool:

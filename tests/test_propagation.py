@@ -99,16 +99,19 @@ def test_blocks_as_a_gpu_searches_them_equal_the_pseudocode(high, region, softma
     assert set(searched) == set(boxes)
 
 
-@pytest.mark.parametrize(("grid", "most"), [((60, 107), 7), ((135, 240), 15), ((270, 480), 60)])
+@pytest.mark.parametrize(("grid", "most"), [((60, 107), 1), ((135, 240), 6), ((270, 480), 24)])
+@pytest.mark.filterwarnings("ignore:.*meta")
 def test_a_gpu_has_few_tiles_that_fit_its_memory(grid, most):
-    keys, s = torch.empty(*grid, 21, 256, device="meta"), Propagation()
-    parts = [propagate.Part(0, keys, True)]
-    tiles = propagate.tiles(parts, s, grid)
-    assert sum(math.prod(tile.shape) for tile in tiles) == math.prod(grid) and len(tiles) <= most
-    found = propagate.search_blocks(parts[0], keys[:, :, 0], s, tiles[0])
-    assert [x.shape for x in found[:3]] == [(s.topk, math.prod(tiles[0].shape))] * 3
-    M, _ = propagate.block_regions(s, tiles[0], grid, keys.device)
-    assert M.numel() * 21 <= 2**27  # affinities at a time
+    s = Propagation()
+    with torch.no_grad(), FakeTensorMode():
+        keys = torch.empty(*grid, 21, 256, device="cuda")
+        part = propagate.Part(0, keys, True)
+        tiles = propagate.tiles([part], s, grid)
+        assert sum(math.prod(tile.shape) for tile in tiles) == math.prod(grid) and len(tiles) <= most
+        best, cell, frame, _ = propagate.search_blocks(part, keys[:, :, 0], s, tiles[0])
+        assert best.shape == cell.shape == frame.shape == (s.topk, math.prod(tiles[0].shape))
+        *_, outside = propagate.block_regions(s, tiles[0], grid, keys.device)
+    assert outside.numel() * propagate.BLOCK * propagate.COLUMNS * 21 <= 2**28 * 1.2  # affinities at a time
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
