@@ -66,7 +66,7 @@ class Training:
     workers: int = min(8, usable_cpus())
     """Processes that read and augment the data, of one thread each, for each GPU."""
     amp: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of convolutions; float16 with loss scaling."""
+    """Precision of convolutions: float32 (TF32 where a GPU has it), bfloat16, or float16 with loss scaling."""
     device: str = "auto"
     """auto, cpu or cuda; under torchrun each process takes a GPU of its own."""
     seed: int = 0
@@ -388,6 +388,8 @@ class Net(ResNet):
 
     def __init__(self, arch: str, outputs: int, frozen: bool = False, mlp: bool = False):
         super().__init__(*{"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet50": (Bottleneck, [3, 4, 6, 3])}[arch])
+        for name, values in (("mean", MEAN), ("std", STD)):  # on the device: to copy them to a GPU waits for it
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         width, self.frozen = self.fc.in_features, frozen
         self.fc = nn.Linear(width, outputs)
         if mlp:
@@ -411,7 +413,7 @@ class Net(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images N x 3 x S x S uint8 -> outputs of the head, N x outputs float32."""
-        x = v2.functional.normalize(x.float() / 255, MEAN, STD).contiguous(memory_format=torch.channels_last)
+        x = (x.float() / 255).sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             for part in self.early:
                 x = part(x)
@@ -494,8 +496,8 @@ def shuffled_keys(embed: Callable[[Tensor], Tensor], images: Tensor, step: int) 
     """Keys of the images of all processes, in their order: embed() gets them dealt out anew, as the step says, so that
     BatchNorm sees them in other company than their queries."""
     rank, everybody = rank_world()[0], all_gather(images)
-    generator = torch.Generator(images.device).manual_seed(step)
-    order = torch.randperm(len(everybody), generator=generator, device=images.device)
+    order = torch.randperm(len(everybody), generator=torch.Generator().manual_seed(step))  # a GPU's would be another
+    order = order.to(images.device, non_blocking=True)
     own = order[rank * len(images) : (rank + 1) * len(images)]
     shuffled = all_gather(embed(everybody[own]))
     return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
@@ -587,7 +589,6 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         patience = timedelta(days=1)  # the others wait for a validation
         torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
-        atexit.register(torch.distributed.destroy_process_group)
         everybody = [None] * world
         found = state["step"], sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
         torch.distributed.all_gather_object(everybody, found)
@@ -612,16 +613,18 @@ def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str | int
         state["parts"] = state["processes"] * int(state["config"]["accumulate"])
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
-    remedy = "give the same, another --out, or --no-resume to begin again"
+    remedy = "another --out, or --no-resume to begin again"
     moco = "moco" in (getattr(args, "objective", ""), getattr(args, "image_objective", ""))  # processes swap samples
     free = FREE if moco or state["parts"] != args.parts else FREE | {"accumulate"}  # the same parts, cut otherwise
     for flag, old in state["config"].items():
         now = str(getattr(args, flag, None))
         if now != old and flag not in free and not (flag in MOVED and Path(now).name == Path(old).name):
-            raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, not {now}; {remedy}")
+            why = f"not {now}; give the same," if hasattr(args, flag) else "which is no flag of this script; take"
+            raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, {why} {remedy}")
     for name, (samples, _) in streams.items():
         if (old := state["samples"].get(name, len(samples))) != len(samples):
-            raise UserError(f"{path}: was trained with {old} samples ({name}), not {len(samples)}; {remedy}")
+            why = f"{old} samples ({name}), not {len(samples)}; give the same,"
+            raise UserError(f"{path}: was trained with {why} {remedy}")
     return state
 
 
@@ -976,6 +979,7 @@ def train(
         first = state["step"]
     parallel = method
     if world > 1:
+        atexit.unregister(torch.distributed.destroy_process_group)  # a process that fails alone would wait in it
         gpu = [device] if device.type == "cuda" else None
         parallel = nn.parallel.DistributedDataParallel(method, device_ids=gpu)
         parallel.broadcast_buffers = False  # the argument's name depends on torch's version
@@ -1046,6 +1050,7 @@ def train(
         log.close()
     if world > 1:
         torch.distributed.barrier()  # last.pth is written before anybody leaves or reads it
+        atexit.register(torch.distributed.destroy_process_group)
     if halt:
         say(f"stopped at step {step}: {last} is whole; the same command goes on from there")
         sys.exit(128 + halt)

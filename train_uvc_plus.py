@@ -367,9 +367,8 @@ class AutoEncoder(nn.Module):
     def forward(self, batch: dict, step: int) -> dict[str, Tensor]:
         x = from_uint8(batch["frames"])
         decoded = self.decoder(self.encoder(x)).float()
-        units = x.new_tensor([128 / 2.55, 128, 128])  # OpenCV stretches L to 0 ... 255
-        L, a, b = (decoded - x).detach().abs().mean((0, 2, 3)) * units
-        return {"loss": lab_error(decoded, x).mean(), "L": L, "a": a, "b": b}
+        L, a, b = 128 * (decoded - x).detach().abs().mean((0, 2, 3))
+        return {"loss": lab_error(decoded, x).mean(), "L": L / 2.55, "a": a, "b": b}  # OpenCV stretches L to 0 ... 255
 
 
 def load_autoencoder(folder: Path, coders: tuple[nn.Module, nn.Module] = ()) -> tuple[nn.Module, nn.Module]:
@@ -440,7 +439,8 @@ def crop(x: Tensor, where: Tensor, side: int, legacy: bool = False) -> Tensor:
 
 def lab_error(copied: Tensor, true: Tensor) -> Tensor:
     """mean |L - L'| + 10 mean |a - a'| + 10 mean |b - b'| of each sample: B x 3 x H x W -> B."""
-    return ((copied.float() - true).abs().mean((2, 3)) * true.new_tensor([1.0, 10.0, 10.0])).sum(1)
+    L, a, b = (copied.float() - true).abs().mean((2, 3)).unbind(1)
+    return L + 10 * a + 10 * b
 
 
 def color_loss(forward: Tensor, back: Tensor, switch: float, threshold: float) -> tuple[Tensor, Tensor]:
