@@ -1146,7 +1146,8 @@ def main(args: Args) -> None:
     meta = {"arch": args.arch, "task": system(args), "out_layer": "layer3", "input": "rgb", "l2_normalise": True}
     meta["strides"] = {"layer3": 1 if args.finetune else 2, "layer4": 2}
     meta["temperature"] = common.preset(system(args)).temperature
-    trained, kept = [value for value in method.parameters() if value.requires_grad], HeldOut(held, centre(args))
+    trained = [value for value in method.parameters() if value.requires_grad]
+    kept = HeldOut(held, centre(args))
     train(
         args,
         method,
