@@ -356,8 +356,7 @@ class HeldOut(Pictures):
 
 def augmentation(args: Args) -> v2.Transform:
     """What a picture goes through on its way to a crop, uint8 to uint8."""
-    version = (2 if args.moco_v2 else 1) if args.objective == "moco" else 0
-    return random_view(args.crop, args.min_area, version)
+    return random_view(args.crop, args.min_area, 1 + args.moco_v2 if args.objective == "moco" else 0)
 
 
 def random_view(side: int, min_area: float, moco: int = 0) -> v2.Transform:
@@ -496,8 +495,8 @@ def shuffled_keys(embed: Callable[[Tensor], Tensor], images: Tensor, step: int) 
     """Keys of the images of all processes, in their order: embed() gets them dealt out anew, as the step says, so that
     BatchNorm sees them in other company than their queries."""
     rank, everybody = rank_world()[0], all_gather(images)
-    order = torch.randperm(len(everybody), generator=torch.Generator().manual_seed(step))  # a GPU's would be another
-    order = order.to(images.device, non_blocking=True)
+    generator = torch.Generator().manual_seed(step)  # a GPU's would give another order
+    order = torch.randperm(len(everybody), generator=generator).to(images.device, non_blocking=True)
     own = order[rank * len(images) : (rank + 1) * len(images)]
     shuffled = all_gather(embed(everybody[own]))
     return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
@@ -613,18 +612,17 @@ def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str | int
         state["parts"] = state["processes"] * int(state["config"]["accumulate"])
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
-    remedy = "another --out, or --no-resume to begin again"
+    said, remedy = f"{path}: was trained with", "another --out, or --no-resume to begin again"
     moco = "moco" in (getattr(args, "objective", ""), getattr(args, "image_objective", ""))  # processes swap samples
     free = FREE if moco or state["parts"] != args.parts else FREE | {"accumulate"}  # the same parts, cut otherwise
     for flag, old in state["config"].items():
         now = str(getattr(args, flag, None))
         if now != old and flag not in free and not (flag in MOVED and Path(now).name == Path(old).name):
             why = f"not {now}; give the same," if hasattr(args, flag) else "which is no flag of this script; take"
-            raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, {why} {remedy}")
+            raise UserError(f"{said} --{flag.replace('_', '-')} {old}, {why} {remedy}")
     for name, (samples, _) in streams.items():
         if (old := state["samples"].get(name, len(samples))) != len(samples):
-            why = f"{old} samples ({name}), not {len(samples)}; give the same,"
-            raise UserError(f"{path}: was trained with {why} {remedy}")
+            raise UserError(f"{said} {old} samples ({name}), not {len(samples)}; give the same, {remedy}")
     return state
 
 
@@ -980,8 +978,7 @@ def train(
     parallel = method
     if world > 1:
         atexit.unregister(torch.distributed.destroy_process_group)  # a process that fails alone would wait in it
-        gpu = [device] if device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(method, device_ids=gpu)
+        parallel = nn.parallel.DistributedDataParallel(method)
         parallel.broadcast_buffers = False  # the argument's name depends on torch's version
     feed = Feed(args, streams, first, device)
     log = Log(args.out, first, total, sum(size for _, size in streams.values()))
@@ -1147,7 +1144,6 @@ def main(args: Args) -> None:
     meta["strides"] = {"layer3": 1 if args.finetune else 2, "layer4": 2}
     meta["temperature"] = common.preset(system(args)).temperature
     trained = [value for value in method.parameters() if value.requires_grad]
-    kept = HeldOut(held, centre(args))
     train(
         args,
         method,
@@ -1158,7 +1154,7 @@ def main(args: Args) -> None:
         net,
         meta,
         validation=("--model", system(args)),
-        score=(lambda: held_out_score(args, method, kept, device)) if held else None,
+        score=(lambda: held_out_score(args, method, HeldOut(held, centre(args)), device)) if held else None,
     )
 
 
