@@ -710,12 +710,12 @@ def moving_clip(frames: int, size: tuple[int, int], objects: int) -> Iterator[tu
         yield np.clip(frame + noise, 0, 255).astype(np.uint8), mask
 
 
-def read_clip(args: Args, frames: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The frames to check on, and the mask of the first one with ids 1 to --objects."""
-    if not args.video:
+def read_clip(args: Args, video: Video | None, frames: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The frames to check on, of --video if there is one, and the mask of the first one with ids 1 to --objects."""
+    if video is None:
         clip = list(moving_clip(frames, (args.height, args.width), args.objects))
         return [frame for frame, _ in clip], clip[0][1]
-    video, (mask, _) = Video(args.video), propagate.read_mask(args.mask)
+    mask, _ = propagate.read_mask(args.mask)
     for what, size in ((args.video, video.size), (args.mask, mask.shape)):
         if size != (args.height, args.width):
             raise UserError(f"{what}: is {size[1]}x{size[0]}, the graph {args.width}x{args.height}; give its own size")
@@ -748,11 +748,8 @@ def run_reference(
         start = time.perf_counter()
         if (z := next(labelled, None)) is None:
             return results, frame_rate(seconds, s.context)
-        winner = (
-            propagate.mask_from_labels(z, ids, mask.shape, s.minmax, torch.from_numpy(clip[1 + len(results)]), s.refine)
-            .cpu()
-            .numpy()
-        )
+        frame = torch.from_numpy(clip[1 + len(results)])
+        winner = propagate.mask_from_labels(z, ids, mask.shape, s.minmax, frame, s.refine).cpu().numpy()
         seconds.append(time.perf_counter() - start)
         results.append((winner, z.cpu().numpy(), latest[0].cpu().numpy()))
 
@@ -794,7 +791,8 @@ def check(
 
 
 def main(args: Args) -> None:
-    height, width = Video(args.video).size if args.video and args.mask else (480, 854)
+    video = Video(args.video) if args.video and args.mask else None
+    height, width = video.size if video else (480, 854)
     args.height = height if args.height is None else args.height
     args.width = width if args.width is None else args.width
     check_args(args)
@@ -805,7 +803,7 @@ def main(args: Args) -> None:
         )
         args = replace(args, propagation=replace(args.propagation, refine=0.0))
     frames = args.propagation.context + 6 if args.frames is None else args.frames
-    clip, mask = read_clip(args, frames)
+    clip, mask = read_clip(args, video, frames)
     if len(clip) < 2:
         raise UserError(f"{args.video}: holds one frame; a check needs 2 or more")
     encoder = common.load_encoder(args.model, args.weights, args.propagation)
@@ -825,9 +823,8 @@ def main(args: Args) -> None:
             scale = max([largest, *(float(np.abs(features).max()) for *_, features in reference)]) / 127 or 1.0
         write_onnx(graph, args, encoder.cpu(), info, scale)
         if args.int8:
-            quantise_convolutions(
-                graph, [clip[i] for i in np.linspace(0, len(clip) - 1, min(5, len(clip))).astype(int)]
-            )
+            some = np.linspace(0, len(clip) - 1, min(5, len(clip))).astype(int)
+            quantise_convolutions(graph, [clip[i] for i in some])
         if not check(graph, clip, mask, *judge):
             hint = "; leave --int8 away, or give a clip like those to come" if args.int8 else ""
             print(f"{args.out}: the check failed, nothing is left behind{hint}", file=sys.stderr)
@@ -839,9 +836,8 @@ def main(args: Args) -> None:
             if not check(built, clip, mask, *judge):
                 print(f"{engine}: the check failed, {args.out} alone is left", file=sys.stderr)
                 sys.exit(1)
-    print(
-        f"{args.out}: {args.height}x{args.width}, {args.objects} object(s), {args.propagation.context} context frames"
-    )
+    size = f"{args.height}x{args.width}"
+    print(f"{args.out}: {size}, {args.objects} object(s), {args.propagation.context} context frames")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:

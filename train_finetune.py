@@ -66,7 +66,7 @@ class Training:
     workers: int = min(8, usable_cpus())
     """Processes that read and augment the data, of one thread each, for each GPU."""
     amp: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of convolutions; float16 with loss scaling."""
+    """Precision of convolutions: float32 (TF32 where a GPU has it), bfloat16, or float16 with loss scaling."""
     device: str = "auto"
     """auto, cpu or cuda; under torchrun each process takes a GPU of its own."""
     seed: int = 0
@@ -356,8 +356,7 @@ class HeldOut(Pictures):
 
 def augmentation(args: Args) -> v2.Transform:
     """What a picture goes through on its way to a crop, uint8 to uint8."""
-    version = (2 if args.moco_v2 else 1) if args.objective == "moco" else 0
-    return random_view(args.crop, args.min_area, version)
+    return random_view(args.crop, args.min_area, 1 + args.moco_v2 if args.objective == "moco" else 0)
 
 
 def random_view(side: int, min_area: float, moco: int = 0) -> v2.Transform:
@@ -388,6 +387,8 @@ class Net(ResNet):
 
     def __init__(self, arch: str, outputs: int, frozen: bool = False, mlp: bool = False):
         super().__init__(*{"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet50": (Bottleneck, [3, 4, 6, 3])}[arch])
+        for name, values in (("mean", MEAN), ("std", STD)):  # on the device: to copy them to a GPU waits for it
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         width, self.frozen = self.fc.in_features, frozen
         self.fc = nn.Linear(width, outputs)
         if mlp:
@@ -411,7 +412,7 @@ class Net(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images N x 3 x S x S uint8 -> outputs of the head, N x outputs float32."""
-        x = v2.functional.normalize(x.float() / 255, MEAN, STD).contiguous(memory_format=torch.channels_last)
+        x = (x.float() / 255).sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             for part in self.early:
                 x = part(x)
@@ -494,8 +495,8 @@ def shuffled_keys(embed: Callable[[Tensor], Tensor], images: Tensor, step: int) 
     """Keys of the images of all processes, in their order: embed() gets them dealt out anew, as the step says, so that
     BatchNorm sees them in other company than their queries."""
     rank, everybody = rank_world()[0], all_gather(images)
-    generator = torch.Generator(images.device).manual_seed(step)
-    order = torch.randperm(len(everybody), generator=generator, device=images.device)
+    generator = torch.Generator().manual_seed(step)  # a GPU's would give another order
+    order = torch.randperm(len(everybody), generator=generator).to(images.device, non_blocking=True)
     own = order[rank * len(images) : (rank + 1) * len(images)]
     shuffled = all_gather(embed(everybody[own]))
     return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
@@ -587,7 +588,6 @@ def start_training(args: Training, streams: dict[str, tuple[Sequence, str]]) -> 
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         patience = timedelta(days=1)  # the others wait for a validation
         torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
-        atexit.register(torch.distributed.destroy_process_group)
         everybody = [None] * world
         found = state["step"], sorted(str(path.relative_to(args.out)) for path in args.out.rglob("*.pth"))
         torch.distributed.all_gather_object(everybody, found)
@@ -612,16 +612,17 @@ def read_checkpoint(args: Training, streams: dict[str, tuple[Sequence, str | int
         state["parts"] = state["processes"] * int(state["config"]["accumulate"])
     except Exception as error:  # of the unpickler: many kinds
         raise UserError(f"{path}: is not a checkpoint of this script, or damaged; delete it or --no-resume") from error
-    remedy = "give the same, another --out, or --no-resume to begin again"
+    said, remedy = f"{path}: was trained with", "another --out, or --no-resume to begin again"
     moco = "moco" in (getattr(args, "objective", ""), getattr(args, "image_objective", ""))  # processes swap samples
     free = FREE if moco or state["parts"] != args.parts else FREE | {"accumulate"}  # the same parts, cut otherwise
     for flag, old in state["config"].items():
         now = str(getattr(args, flag, None))
         if now != old and flag not in free and not (flag in MOVED and Path(now).name == Path(old).name):
-            raise UserError(f"{path}: was trained with --{flag.replace('_', '-')} {old}, not {now}; {remedy}")
+            why = f"not {now}; give the same," if hasattr(args, flag) else "which is no flag of this script; take"
+            raise UserError(f"{said} --{flag.replace('_', '-')} {old}, {why} {remedy}")
     for name, (samples, _) in streams.items():
         if (old := state["samples"].get(name, len(samples))) != len(samples):
-            raise UserError(f"{path}: was trained with {old} samples ({name}), not {len(samples)}; {remedy}")
+            raise UserError(f"{said} {old} samples ({name}), not {len(samples)}; give the same, {remedy}")
     return state
 
 
@@ -976,8 +977,8 @@ def train(
         first = state["step"]
     parallel = method
     if world > 1:
-        gpu = [device] if device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(method, device_ids=gpu)
+        atexit.unregister(torch.distributed.destroy_process_group)  # a process that fails alone would wait in it
+        parallel = nn.parallel.DistributedDataParallel(method)
         parallel.broadcast_buffers = False  # the argument's name depends on torch's version
     feed = Feed(args, streams, first, device)
     log = Log(args.out, first, total, sum(size for _, size in streams.values()))
@@ -1046,6 +1047,7 @@ def train(
         log.close()
     if world > 1:
         torch.distributed.barrier()  # last.pth is written before anybody leaves or reads it
+        atexit.register(torch.distributed.destroy_process_group)
     if halt:
         say(f"stopped at step {step}: {last} is whole; the same command goes on from there")
         sys.exit(128 + halt)
@@ -1141,7 +1143,7 @@ def main(args: Args) -> None:
     meta = {"arch": args.arch, "task": system(args), "out_layer": "layer3", "input": "rgb", "l2_normalise": True}
     meta["strides"] = {"layer3": 1 if args.finetune else 2, "layer4": 2}
     meta["temperature"] = common.preset(system(args)).temperature
-    trained, kept = [value for value in method.parameters() if value.requires_grad], HeldOut(held, centre(args))
+    trained = [value for value in method.parameters() if value.requires_grad]
     train(
         args,
         method,
@@ -1152,7 +1154,7 @@ def main(args: Args) -> None:
         net,
         meta,
         validation=("--model", system(args)),
-        score=(lambda: held_out_score(args, method, kept, device)) if held else None,
+        score=(lambda: held_out_score(args, method, HeldOut(held, centre(args)), device)) if held else None,
     )
 
 

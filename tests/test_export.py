@@ -827,10 +827,13 @@ def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path, cli):
         assert code == 2 and f"{out}: cannot be written" in err and "running PyTorch" not in err
 
 
-def test_a_clip_that_does_not_fit_the_graph(small_clip, cli, tmp_path):
+def test_a_clip_that_does_not_fit_the_graph(small_clip, cli, tmp_path, monkeypatch):
+    made = []
     job = ["--model", "random", "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png"]
     job += ["--out", tmp_path / "tracker.onnx"]
+    monkeypatch.setattr(export, "Video", lambda source: made.append(source) or propagate.Video(source))
     assert "is 160x96, the graph 170x96; give its own size" in cli(export, *job, "--height", 96, "--width", 170)[2]
+    assert made == [str(small_clip / "clip.mp4")]  # indexed once
     assert "holds 3 objects, the graph 2; give --objects 3" in cli(export, *job, "--objects", 2)[2]
 
 

@@ -305,6 +305,11 @@ def test_keys_come_back_in_their_order():
     torch.testing.assert_close(keys, F.normalize(moco.encoder_k(images(4)), dim=1))
 
 
+def test_keys_are_dealt_out_alike_on_all_devices():
+    """A GPU's generator has an order of its own, with other company and another loss."""
+    assert train_finetune.shuffled_keys(lambda x: x.flatten(1), torch.zeros(4, 3, 2, 2, device="meta"), 3).is_meta
+
+
 def test_the_loss_before_learning_is_that_of_a_guess():
     generator = torch.Generator().manual_seed(0)
     q, k = (F.normalize(torch.randn(64, 128, generator=generator), dim=1) for _ in range(2))

@@ -95,7 +95,8 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, amp):
 def test_parts_and_processes_are_the_same(tmp_path):
     """Two processes of 2 samples end where one process with two parts of 2 samples ends, up to rounding."""
     one = go(tmp_path / "one", accumulate=2).state_dict()
-    torchrun(tmp_path / "two").check_returncode()
+    run = torchrun(tmp_path / "two")
+    assert run.returncode == 0 and run.stdout.count("group ends") == 2
     two = torch.load(tmp_path / "two" / "last.pth", weights_only=True)["method"]
     for name in ("fit.weight", "fit.bias"):
         assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6), name
@@ -128,12 +129,18 @@ def test_a_checkpoint_that_does_not_name_its_processes_goes_on(tmp_path):
 
 
 def torchrun(out: Path, *more: str) -> subprocess.CompletedProcess:
-    """This file's last lines in two processes. more: seconds a sample, steps in all."""
+    """This file's last lines in two processes. more: seconds a sample, steps in all, which process reads nothing."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", __file__, str(out), *more]
     return subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=90
     )
+
+
+def test_a_process_that_fails_alone_leaves_at_once(tmp_path):
+    """NCCL's communicators end together: to end one would wait for the others, which wait for its part of a step."""
+    run = torchrun(tmp_path, "0", "0", "1")
+    assert run.returncode and "samples of numbers cannot be read" in run.stderr and "group ends" not in run.stdout
 
 
 def test_nodes_that_do_not_share_a_folder_are_told(tmp_path):
@@ -152,6 +159,31 @@ def test_a_process_takes_its_gpu_and_no_other(tmp_path, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", local) if local else monkeypatch.delenv("LOCAL_RANK", raising=False)
         start_training(Args(out=tmp_path, device=device), {})
     assert asked == ["cuda:0", "cuda:1", "cuda:3", "cuda:3", "cpu"]
+
+
+@pytest.mark.parametrize("name", ["Rotation", "MoCo", "AutoEncoder", "UVC"])
+def test_a_step_makes_no_tensor_from_numbers(name, monkeypatch):
+    """To copy them to a GPU waits until it has come to its end."""
+    import train_uvc_plus as uvc  # the processes of other tests start sooner without it
+
+    args = uvc.check(uvc.Args(data=(ROOT,), crop=64, full=128, out_layer="layer3", image_objective="rotation"))
+    method = {
+        "Rotation": lambda: train_finetune.Rotation(train_finetune.Net("resnet18", 4)),
+        "MoCo": lambda: train_finetune.MoCo(train_finetune.Net("resnet18", 8), 8, 8, 0.1, 0.9, 2),
+        "AutoEncoder": uvc.AutoEncoder,
+        "UVC": lambda: uvc.UVC(args, (uvc.LabEncoder(), uvc.LabDecoder()), 0),
+    }[name]()
+    x = torch.zeros(4, 3, 128, 128, dtype=torch.uint8)
+    frames = x.permute(0, 2, 3, 1)
+    batch = {"pictures": {"image": x, "query": x, "key": x}, "frames": frames}
+    batch |= {"image": x, "video": {"reference": frames[:, :64, :64], "target": frames}}
+
+    def refuse(*_, **__):
+        raise AssertionError
+
+    for place, maker in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
+        monkeypatch.setattr(place, maker, refuse)
+    method(batch, 0)["loss"].backward()
 
 
 @pytest.mark.parametrize(("processes", "expected"), [("1", "3"), ("2", None)])
@@ -207,6 +239,10 @@ def test_other_settings_are_refused_free_ones_are_not(tmp_path):
     with pytest.raises(UserError, match=r"with 20 samples \(numbers\), not 24"):
         go(tmp_path, Numbers(24))
     go(tmp_path, max_steps=3, save_minutes=1)
+    state = torch.load(tmp_path / "last.pth", weights_only=True)
+    torch.save(state | {"config": state["config"] | {"old_flag": "5"}}, tmp_path / "last.pth")
+    with pytest.raises(UserError, match=r"--old-flag 5, which is no flag of this script; take another --out, or"):
+        go(tmp_path)
     go(tmp_path, lr=0.5, resume=False, max_steps=1)
     assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 1
 
@@ -283,9 +319,12 @@ def test_a_disk_that_is_full_from_the_start_gets_one_line(tmp_path):
 
 
 if __name__ == "__main__":
+    end = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda: (print("group ends"), end())
 
     def main(words: list[str]) -> None:
-        out, seconds, steps = Path(words[0].format(**os.environ)), *(float(word) for word in [*words[1:], 0, 0][:2])
-        go(out, epochs=16 if seconds else 4, seconds=seconds, max_steps=int(steps))
+        out, seconds, steps = Path(words[0].format(**os.environ)), *(float(word) for word in [*words[1:3], 0, 0][:2])
+        samples = Numbers(20, range(20) if words[3:] == [os.environ.get("RANK")] else (), seconds)
+        go(out, samples, epochs=16 if seconds else 4, max_steps=int(steps))
 
     common.run(main, lambda: sys.argv[1:])
