@@ -269,7 +269,7 @@ class Encoder(nn.Module):
         """frames B x H x W x 3 uint8 RGB -> features B x C x h x w in the encoder's precision."""
         height, width = frames.shape[1:3]
         x = frames.permute(0, 3, 1, 2)  # B 3 H W
-        x = x.to(torch.float32 if self.colours else self.mean.dtype) / 255
+        x = x.float() / 255  # resized in float32: a CPU does not in bfloat16
         size = tuple(math.ceil(n / self.multiple) * self.multiple for n in self.settings.input_size(height, width))
         if size != (height, width):
             reduced = size[0] < height and "x" not in self.settings.size
@@ -288,7 +288,7 @@ def load_encoder(
     of it is not used, is said on stderr. By default it is found or fetched. UserError if it is missing or does not fit.
     """
     system, device, dtype = find_system(name), pick_device(device), getattr(torch, dtype)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 on every device
     load = system.load or find_system(f"torchvision:{system.arch}").load
     encoder = load(name.lower(), weights and Path(weights), settings or system.settings)
     for parent in list(encoder.eval().requires_grad_(False).modules()):

@@ -776,7 +776,7 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
         rows = rows if args.sweep else [paper_best(args, row) for row in rows]
     used = [row.settings for row in rows if row.settings]
     if used:
-        propagate.check_dtype(args.dtype, args.device)
+        propagate.check_dtype(args.dtype, args.device, all(settings.l2 for settings in used))
     dataset, points = DATASETS[args.dataset], f"{args.dataset.upper()} has key points"
     if dataset.file and any(s.localization == "track" for s in used):
         raise UserError(f"--localization track: follows masks, {points}; take --localization none or fixed")

@@ -220,7 +220,8 @@ def read_far(query: Tensor, keys: Tensor, places: tuple[Tensor, Tensor]) -> Tens
     rows, w, _ = query.shape
     S = math.isqrt(places[0].shape[2])
     A = torch.empty(rows * w, places[0].shape[2], device=query.device)
-    for a, b in cuts(rows * w, 256 if query.is_cpu else 4096):
+    most = 256 if query.is_cpu else max(1, 2**26 // len(keys.flatten(0, 1)))  # queries at a time
+    for a, b in cuts(rows * w, most):
         cell, part = (x[:, a:b] for x in places)
         first, end = (cell.min(), cell.max() + 1) if query.is_cpu else (0, None)  # not known on a GPU without waiting
         whole = (query.flatten(0, 1)[a:b] @ keys.flatten(0, 1)[first:end].T).float()

@@ -598,6 +598,7 @@ def test_a_mask_of_another_size_is_resized_and_said_so(small_clip, tmp_path, cli
         ("--upsample", "2", "--size", "full"),
         ("--size", "88x120"),
         ("--dtype", "bfloat16"),
+        ("--dtype", "bfloat16", "--size", "64"),
         ("--context", "0"),
     ],
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import evaluate
 import propagate
 from common import stretch
-from propagate import Guide, box_mean, label_radii, read_ids, refined_winner
+from propagate import Guide, box_mean, label_radii, pooled_mean, read_ids, refined_winner
 
 DATA = Path(os.environ.get("SOFTCOPY_DATA", Path(__file__).parent.parent.parent / "shared")) / "data"
 
@@ -190,6 +190,7 @@ def test_box_mean_is_the_mean_over_the_window_inside_the_picture():
             1,
         ).view(3, 7, 10)
         torch.testing.assert_close(box_mean(maps, radius), want)
+        torch.testing.assert_close(pooled_mean(maps, radius), want)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
