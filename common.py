@@ -42,6 +42,9 @@ def run(main, parse) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; take less at a time (--size, --context, --batch-size)", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: what is written is whole; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -22,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,6 +62,7 @@ class Job:
     device: str
     out: Path
     until: float  # of time.time()
+    failed: bool = False
 
     @property
     def small(self) -> bool:
@@ -83,6 +86,18 @@ class Job:
         bar = re.sub(r"[^|]+", "---", columns)
         self.write(f"\n## {text}\n\n{columns}\n{bar}")
 
+    @contextlib.contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        """A row that fails is said in the table, and the next one is tried."""
+        try:
+            yield
+        except Exception as error:
+            self.failed = True
+            why = (str(error).strip() or "no message").splitlines()[0][:160].replace("|", "/")
+            self.write(f"| {what} | failed: {type(error).__name__}: {why} |")
+            if "illegal" in why or "device-side assert" in why:  # nothing more runs in this process
+                raise
+
     def time_for(self, what: str, seconds: float = 2) -> bool:
         """Whether there are some seconds left; if not, it is said what was left out."""
         if self.left() < seconds:
@@ -93,6 +108,19 @@ class Job:
 def synchronise(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def in_a_row(work: Callable[[], object], job: Job, calls: int = 20) -> tuple[float, float]:
+    """Of calls of which none waits for the one before: seconds of each, and of the CPU to launch it."""
+    calls = 2 if job.small else calls
+    work()
+    synchronise(job.device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    launched = time.perf_counter() - start
+    synchronise(job.device)
+    return (time.perf_counter() - start) / calls, launched / calls
 
 
 def seconds(work: Callable[[], object], job: Job, most: int = 20) -> float:
@@ -149,11 +177,12 @@ def masks(job: Job) -> None:
         for dtype in job.precisions:
             if not job.time_for(f"{way}, {dtype}", 3):
                 return
-            z, own = follow(frames, mask, s, job.device, dtype)
-            pairs = [(own == i, truth == i) for i in np.unique(truth) if i]
-            least = min((a & b).sum() / (a | b).sum() for a, b in pairs)
-            agree, apart = (own == truth).mean(), np.abs(z - labels).max()
-            job.write(f"| {way} | {dtype} | {agree:.4%} | {least:.2%} | {apart:.1e} |")
+            with job.trying(f"{way}, {dtype}"):
+                z, own = follow(frames, mask, s, job.device, dtype)
+                pairs = [(own == i, truth == i) for i in np.unique(truth) if i]
+                least = min((a & b).sum() / (a | b).sum() for a, b in pairs)
+                agree, apart = (own == truth).mean(), np.abs(z - labels).max()
+                job.write(f"| {way} | {dtype} | {agree:.4%} | {least:.2%} | {apart:.1e} |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,23 +200,33 @@ def limits(job: Job, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def speed(job: Job) -> None:
+    small, large = ((64, 96), None) if job.small else ((480, 854), (1080, 1920))
+    reach = {}
+    steps_of(job, small, reach)
+    kernels(job, small)
+    blocks(job, small)
+    extractors(job, small)
+    mask_of_labels(job, small)
+    if large:
+        steps_of(job, large, reach)
+    whole(job, [small, large] if large else [small])
+
+
+def steps_of(job: Job, size: tuple[int, int], reach: dict) -> None:
+    """The rows of a frame size. reach: what the machine reaches, by precision."""
     job.title(
-        "Speed and memory",
-        "| frames | n | precision | extractor, frames/s | step, frames/s | dense step of public practice | step's peak "
-        "memory, MiB | its products, of a large product's FLOP/s | its bytes, of a copy's bytes/s |",
+        f"Speed and memory, {size[0]}x{size[1]}; frames/s",
+        "| n, precision | extractor | step, many in a row | step, one by one | CPU time to launch a step, ms | dense "
+        "step of public practice | step's peak memory, MiB | of a large product's FLOP/s | of a copy's bytes/s |",
     )
-    sizes, reach = ((64, 96),) if job.small else ((480, 854), (1080, 1920)), {}
-    for size in sizes:
-        for n in (3,) if job.small else (20, 7):
-            for dtype in job.precisions:
-                if not job.time_for(f"{size[0]}x{size[1]}, n = {n}, {dtype}", 5):
-                    return
+    for n in (3,) if job.small else (20, 7):
+        for dtype in job.precisions:
+            if not job.time_for(f"{n}, {dtype}", 5):
+                return
+            with job.trying(f"{n}, {dtype}"):
                 if dtype not in reach:
                     reach[dtype] = limits(job, getattr(torch, dtype))
                 step(job, size, n, dtype, *reach[dtype])
-    kernels(job, sizes[0])
-    blocks(job, sizes[0])
-    whole(job, sizes)
 
 
 def step_data(job: Job, size: tuple[int, int], n: int, dtype: str) -> tuple[tuple, Propagation]:
@@ -207,21 +246,23 @@ def kernels(job: Job, size: tuple[int, int]) -> None:
     for dtype in job.precisions[: 1 if job.small else 2]:
         if not job.time_for(dtype, 4):
             return
-        data, s = step_data(job, size, 3 if job.small else 20, dtype)
-        propagate.propagate_labels(*data, s)
-        with profiler.profile(activities=activities) as profile:
+        with job.trying(dtype):
+            data, s = step_data(job, size, 3 if job.small else 20, dtype)
             propagate.propagate_labels(*data, s)
-            synchronise(job.device)
-        spent = [
-            (e.self_cpu_time_total if job.small else e.self_device_time_total, e.count, e.key)
-            for e in profile.key_averages()
-            if e.device_type == kind  # on a GPU the kernels, not the operators that launch them as well
-        ]
-        spent, total = sorted(spent, reverse=True), sum(each[0] for each in spent)
-        spent.insert(0, (total, sum(each[1] for each in spent), "all"))
-        for microseconds, calls, name in spent[: 4 if job.small else 9]:
-            share, name = microseconds / max(total, 1e-9), name.replace("|", "/")[:90]
-            job.write(f"| {dtype} | `{name}` | {calls} | {share:.0%} | {microseconds / 1000:.2f} |")
+            with profiler.profile(activities=activities) as profile:
+                propagate.propagate_labels(*data, s)
+                synchronise(job.device)
+            spent = [
+                (e.self_cpu_time_total if job.small else e.self_device_time_total, e.count, e.key)
+                for e in profile.key_averages()
+                if e.device_type == kind  # on a GPU the kernels, not the operators that launch them as well
+            ]
+            spent, total = sorted(spent, reverse=True), sum(each[0] for each in spent)
+            spent.insert(0, (total, sum(each[1] for each in spent), "all"))
+            for microseconds, calls, name in spent[: 4 if job.small else 16]:
+                name = re.sub(r"^void |at::native::|at::|\(anonymous namespace\)::", "", name).replace("|", "/")[:140]
+                share = microseconds / max(total, 1e-9)
+                job.write(f"| {dtype} | `{name}` | {calls} | {share:.0%} | {microseconds / 1000:.2f} |")
 
 
 @torch.inference_mode()
@@ -232,15 +273,48 @@ def blocks(job: Job, size: tuple[int, int]) -> None:
     job.title("The step by the size of its blocks, n = 20, frames/s", "| rows x columns | float32 | bfloat16 |")
     given = propagate.BLOCK, propagate.COLUMNS
     data = [step_data(job, size, 20, dtype) for dtype in ("float32", "bfloat16")]
-    for high, wide in [given, *itertools.product((4, 8, 16), (8, 16, 32))]:
+    for high, wide in [given, *itertools.product((2, 4, 8), (8, 16, 32))]:
         if not job.time_for(f"{high}x{wide}", 3):
             break
         propagate.BLOCK, propagate.COLUMNS = high, wide
         propagate.block_regions.cache_clear()
-        rates = [1 / seconds(lambda each=each: propagate.propagate_labels(*each[0], each[1]), job, 5) for each in data]
-        job.write(f"| {high}x{wide} | {rates[0]:.1f} | {rates[1]:.1f} |")
+        with job.trying(f"{high}x{wide}"):
+            rates = [1 / in_a_row(partial(propagate.propagate_labels, *each, s), job)[0] for each, s in data]
+            job.write(f"| {high}x{wide} | {rates[0]:.1f} | {rates[1]:.1f} |")
     propagate.BLOCK, propagate.COLUMNS = given
     propagate.block_regions.cache_clear()
+
+
+@torch.inference_mode()
+def extractors(job: Job, size: tuple[int, int]) -> None:
+    """The extractor by the layout of its weights, and with cuDNN's own measurements."""
+    job.title("The extractor, frames/s", "| precision | layout | as it is | cudnn.benchmark |")
+    layouts = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+    frame = torch.randint(0, 255, (1, *size, 3), dtype=torch.uint8, device=job.device)
+    for dtype, layout in itertools.product(job.precisions[: 1 if job.small else 3], layouts):
+        if not job.time_for(f"{dtype}, {layout}", 3):
+            return
+        with job.trying(f"{dtype}, {layout}"):
+            s = replace(Propagation(), size="full")
+            encoder = common.load_encoder("random", None, s, job.device, dtype).to(memory_format=layouts[layout])
+            rates = []
+            for torch.backends.cudnn.benchmark in (False, True):
+                rates.append(1 / in_a_row(partial(encoder, frame), job)[0])
+            job.write(f"| {dtype} | {layout} | {rates[0]:.1f} | {rates[1]:.1f} |")
+    torch.backends.cudnn.benchmark = False
+
+
+@torch.inference_mode()
+def mask_of_labels(job: Job, size: tuple[int, int]) -> None:
+    """From soft labels to a mask at full size."""
+    job.title("A mask of its labels, ms", "| objects | plain | --refine 0.5 |")
+    frame = torch.randint(0, 255, (*size, 3), dtype=torch.uint8, device=job.device)
+    for objects in (1,) if job.small else (1, 5):
+        with job.trying(str(objects)):
+            labels = torch.rand(1 + objects, *Propagation(size="full").grid(*size), device=job.device).softmax(0)
+            masks_of = partial(propagate.mask_from_labels, labels, range(1, 1 + objects), size, False, frame)
+            times = [1000 * seconds(partial(masks_of, refine), job) for refine in (0, 0.5)]
+            job.write(f"| {objects} | {times[0]:.2f} | {times[1]:.2f} |")
 
 
 @torch.inference_mode()
@@ -249,32 +323,35 @@ def step(job: Job, size: tuple[int, int], n: int, dtype: str, most_flops: float,
     data, s = step_data(job, size, n, dtype)
     encoder = common.load_encoder("random", None, s, job.device, dtype)
     frame = torch.randint(0, 255, (1, *size, 3), dtype=torch.uint8, device=job.device)
-    extract = seconds(lambda: encoder(frame), job)
-
+    extract, _ = in_a_row(lambda: encoder(frame), job)
     peak = "-"
     if not job.small:
         torch.cuda.reset_peak_memory_stats()
-    ours = seconds(lambda: propagate.propagate_labels(*data, s), job)
+        before = torch.cuda.memory_allocated()
+    single = seconds(lambda: propagate.propagate_labels(*data, s), job)
     if not job.small:
-        peak = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"
+        peak = f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
+    ours, launch = in_a_row(lambda: propagate.propagate_labels(*data, s), job)
     with FlopCounterMode(display=False) as counter:
         propagate.propagate_labels(*data, s)
     flops = counter.get_total_flops()
     # At the least: the context is read once, each affinity is written and read once.
     moved = data[1].element_size() * (data[1].numel() + 2 * flops / 2 / len(data[0]))
     dense = "-"
-    if dtype == "float32" and job.left() > 4:
+    if dtype == "float32" and job.left() > 10:
         with torch.device(job.device):  # its coordinates too
-            dense = f"{1 / seconds(lambda: dense_step(*data, s), job, 3):.2f}"
-    job.write(
-        f"| {size[0]}x{size[1]} | {n} | {dtype} | {1 / extract:.1f} | {1 / ours:.1f} | {dense} | {peak} | "
-        f"{flops / ours / most_flops:.1%} | {moved / ours / most_bytes:.1%} |"
-    )
+            dense = f"{1 / seconds(lambda: dense_step(*data, s), job, 1):.2f}"
+    reached = f"{flops / ours / most_flops:.1%} | {moved / ours / most_bytes:.1%}"
+    rates = f"{1 / extract:.1f} | {1 / ours:.1f} | {1 / single:.1f} | {1000 * launch:.2f}"
+    job.write(f"| {n}, {dtype} | {rates} | {dense} | {peak} | {reached} |")
 
 
-def whole(job: Job, sizes: tuple[tuple[int, int], ...]) -> None:
+def whole(job: Job, sizes: Sequence[tuple[int, int]]) -> None:
     """propagate.py from a film to masks, with what each stage alone would reach."""
-    job.title("Whole runs of propagate.py, n = 20, frames/s", "| frames | precision | whole run | stages |")
+    job.title(
+        "Whole runs of propagate.py, n = 20, frames/s",
+        "| frames | precision | whole run | stages (on a GPU of another run, in which each operator is waited for) |",
+    )
     for size in sizes:
         what = f"{size[0]}x{size[1]}"
         if not job.time_for(what, 15):
@@ -289,22 +366,33 @@ def whole(job: Job, sizes: tuple[tuple[int, int], ...]) -> None:
             for dtype in job.precisions[:1] if job.small else job.precisions:
                 if not job.time_for(f"{what}, {dtype}", 8):
                     return
-                flags = ["--model", "random", "--video", folder / "clip.mp4", "--mask", folder / "f0.png"]
-                flags += ["--dtype", dtype, "--device", job.device, "--out", folder / dtype]
-                script(job, "propagate.py", *flags)
-                rates = json.loads((folder / dtype / "run.json").read_text())["frames_per_second"]
-                stages = ", ".join(f"{stage} {rate}" for stage, rate in rates.items() if stage != "whole run")
-                job.write(f"| {what} | {dtype} | {rates['whole run']} | {stages} |")
+                with job.trying(f"{what}, {dtype}"):
+                    rates = rates_of(job, folder, dtype, f"{dtype} in a row", {})
+                    rest = rates
+                    if dtype == "float32" and not job.small:
+                        rest = rates_of(job, folder, dtype, f"{dtype} one by one", {"CUDA_LAUNCH_BLOCKING": "1"})
+                    stages = ", ".join(f"{stage} {rate}" for stage, rate in rest.items() if stage != "whole run")
+                    stages = "-" if rest is rates and not job.small else stages
+                    job.write(f"| {what} | {dtype} | {rates['whole run']} | {stages} |")
+
+
+def rates_of(job: Job, folder: Path, dtype: str, out: str, environment: dict[str, str]) -> dict[str, float]:
+    """Frames/s of a run of propagate.py on the film in a folder, and of its stages."""
+    flags = ["--model", "random", "--video", folder / "clip.mp4", "--mask", folder / "f0.png"]
+    flags += ["--dtype", dtype, "--device", job.device, "--out", folder / out]
+    script(job, "propagate.py", *flags, **environment)
+    return json.loads((folder / out / "run.json").read_text())["frames_per_second"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tests, training, the exported graph: by their command lines
 
 
-def script(job: Job, *command) -> str:
+def script(job: Job, *command, **environment: str) -> str:
     """Run a script of the project within the time left; what it printed. RuntimeError if it failed."""
-    command = [sys.executable, *(str(part) for part in command)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(job.left(), 1))
+    command, limit = [sys.executable, *(str(part) for part in command)], max(job.left() - 1, 1)
+    environment = os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=environment)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise RuntimeError(f"{Path(command[1]).name}: exit code {done.returncode}, {last}")
@@ -312,12 +400,24 @@ def script(job: Job, *command) -> str:
 
 
 def tests(job: Job) -> None:
-    job.title("Tests that need CUDA", "| command | result |")
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(job.left(), 1))
-    job.write(f"| `pytest -m cuda` | {done.stdout.strip().splitlines()[-1].strip('= ')} |")
-    for line in re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.M):
-        job.write(f"| | {line.replace('|', '/')} |")
+    job.title("Tests that need CUDA", "| `pytest -m cuda` | |")
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-vv", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    with tempfile.TemporaryFile("w+") as output:  # what is there when time is up counts
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=max(job.left() - 3, 1))
+        output.seek(0)
+        text = output.read()
+    found = re.findall(r"^(tests/\S+).* (PASSED|FAILED|ERROR|SKIPPED)", text, re.M)
+    counts = Counter(result.lower() for _, result in found)
+    whole = re.search(r"^=+ .*\d \w+.* in ", text, re.M)
+    summary = ", ".join(f"{count} {result}" for result, count in counts.items()) or "none ran"
+    job.write(f"| {summary} | {'all' if whole else 'cut off, its time was over'} |")
+    for name, result in found:
+        if result in ("FAILED", "ERROR"):
+            job.failed = True
+            job.write(f"| {result} | {name.replace('|', '/')} |")
+    for why in dict.fromkeys(re.findall(r"^E   (.*)", text, re.M)):
+        job.write(f"| | {why.strip().replace('|', '/')[:160]} |")
 
 
 def logged(folder: Path) -> int:
@@ -371,10 +471,11 @@ def training(job: Job) -> None:
             goes_on = amp.endswith("gone on with")
             out = folder / str(0 if goes_on else number)
             last = steps + 2 if goes_on else steps
-            script(job, *before, *command, "--amp", amp.partition(",")[0], "--max-steps", last, "--out", out)
-            if goes_on and logged(out) != last:
-                raise RuntimeError(f"{command[0]}: a log of {logged(out)} steps after going on to step {last}")
-            job.write(f"| {command[0]} | {amp} | {rate(out, 3)} |")
+            with job.trying(what):
+                script(job, *before, *command, "--amp", amp.partition(",")[0], "--max-steps", last, "--out", out)
+                if goes_on and logged(out) != last:
+                    raise RuntimeError(f"{command[0]}: a log of {logged(out)} steps after going on to step {last}")
+                job.write(f"| {command[0]} | {amp} | {rate(out, 3)} |")
 
 
 def export(job: Job) -> None:
@@ -397,10 +498,10 @@ def export(job: Job) -> None:
     for what, flags in list(runs.items())[: 1 if job.small else None]:
         if not job.time_for(f"export.py, {what}", 10):
             return
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory() as name, job.trying(f"export.py, {what}"):
             text = script(job, "export.py", "--model", "random", *size, *flags, "--out", Path(name) / "tracker.onnx")
-        for line in re.findall(r"^check: (.*)$", text, re.M):
-            job.write(f"| export.py, {what} | {line} |")
+            for line in re.findall(r"^check: (.*)$", text, re.M):
+                job.write(f"| export.py, {what} | {line} |")
 
 
 STEPS = {"masks": masks, "speed": speed, "tests": tests, "training": training, "export": export}
@@ -441,8 +542,10 @@ def main() -> None:
     out = (given.out or ROOT / default).resolve()
     if given.until:
         if given.device != "cpu":
-            torch.cuda.set_device(given.device)
-        return STEPS[given.steps[0]](Job(given.device, out, given.until))
+            torch.cuda.set_device(common.pick_device(given.device))  # with its index
+        job = Job(given.device, out, given.until)
+        STEPS[given.steps[0]](job)
+        sys.exit("some of it failed, see the table" if job.failed else 0)
 
     start = time.time()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -174,7 +174,7 @@ def test_the_graph_runs_on_cuda(flags, tmp_path, cli):
 
 
 @pytest.mark.parametrize(
-    ("step", "rows"), [("masks", 4), ("speed", 7), ("training", 3), ("export", 2)], ids=lambda value: str(value)
+    ("step", "rows"), [("masks", 4), ("speed", 10), ("training", 3), ("export", 2)], ids=lambda value: str(value)
 )
 def test_a_step_of_the_benchmark_runs(step, rows, tmp_path, cli, monkeypatch):
     """Scripts run as processes in the step of speed alone; a start takes seconds."""
@@ -218,6 +218,36 @@ def test_a_step_of_the_benchmark_that_fails_does_not_stop_the_others(tmp_path, m
         gpu.main()
     assert stop.value.code == 1
     assert (tmp_path / "gpu.md").read_text().count("failed, ValueError: no such kernel") == len(gpu.STEPS)
+
+
+def test_a_row_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    real = gpu.follow
+
+    def broken(frames, mask, s, device, *dtype):
+        if dtype == ("float32",):
+            raise ValueError("no such | kernel\nhere")
+        return real(frames, mask, s, device, *dtype)
+
+    monkeypatch.setattr(gpu, "follow", broken)
+    monkeypatch.setattr(gpu, "WAYS", {"fixed": {}})
+    job = gpu.Job("cpu", tmp_path / "gpu.md", time.time() + 600)
+    gpu.masks(job)
+    *_, failed, fine = (tmp_path / "gpu.md").read_text().splitlines()
+    assert failed == "| fixed, float32 | failed: ValueError: no such / kernel |" and job.failed
+    assert fine.startswith("| fixed | bfloat16 | 9")
+
+
+def test_a_step_runs_on_the_gpu_that_is_named(tmp_path, monkeypatch):
+    """torch wants its number."""
+    chosen = []
+    monkeypatch.setattr(common, "pick_device", lambda name: torch.device(name, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setitem(gpu.STEPS, "masks", lambda job: setattr(job, "failed", True))
+    command = ["gpu.py", "--device", "cuda", "--steps", "masks", "--out", str(tmp_path / "gpu.md")]
+    monkeypatch.setattr(sys, "argv", [*command, "--until", str(time.time() + 9)])
+    with pytest.raises(SystemExit, match="some of it failed"):
+        gpu.main()
+    assert chosen == [torch.device("cuda:0")]
 
 
 def test_what_no_time_is_left_for_is_said(tmp_path):

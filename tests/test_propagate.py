@@ -929,8 +929,20 @@ def test_bad_settings(small_clip, tmp_path, cli):
     if not torch.cuda.is_available():
         assert "cannot be used here" in refused(cli, *argv, "--device", "cuda")
         assert "float16" in refused(cli, *argv, "--dtype", "float16")
+    with pytest.raises(common.UserError, match="without --l2"):
+        propagate.check_dtype("float16", "cuda", l2=False)
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(cli, *argv, "--out", tmp_path / "file" / "o")
+
+
+def test_a_gpu_that_is_full_is_told_in_one_line(small_clip, tmp_path, cli, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+
+    monkeypatch.setattr(propagate, "propagate_labels", full)
+    argv = (*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o")
+    code, _, err = cli(propagate, *argv)
+    assert code == 2 and err.splitlines()[-1].startswith("error: the GPU's memory is full; take less")
 
 
 def test_a_disk_that_fills_up_keeps_what_is_whole(small_clip, tmp_path, cli, monkeypatch):
