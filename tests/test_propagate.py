@@ -929,7 +929,7 @@ def test_bad_settings(small_clip, tmp_path, cli):
     if not torch.cuda.is_available():
         assert "cannot be used here" in refused(cli, *argv, "--device", "cuda")
         assert "float16" in refused(cli, *argv, "--dtype", "float16")
-    with pytest.raises(common.UserError, match="without --l2"):
+    with pytest.raises(propagate.UserError, match="without --l2"):
         propagate.check_dtype("float16", "cuda", l2=False)
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(cli, *argv, "--out", tmp_path / "file" / "o")
