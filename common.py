@@ -389,7 +389,12 @@ ONEDNN = AMD and torch.backends.mkldnn.is_available() and torch.backends.cpu.get
 def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
     """Dot products of keys (cells x C) and queries (q x C) into out (cells x q)."""
     if ONEDNN and keys.is_cpu and keys.dtype == torch.float32:
-        out.copy_(torch.ops.mkldnn._linear_pointwise(keys, queries, None, "none", [], ""))
+        # oneDNN keeps a compiled product of each shape, together a GiB in a run: so one length for all.
+        for some, into in zip(keys.split(512), out.split(512), strict=True):
+            if len(some) == 512:
+                into.copy_(torch.ops.mkldnn._linear_pointwise(some, queries, None, "none", [], ""))
+            else:
+                torch.mm(some, queries.T, out=into)
     elif keys.dtype == out.dtype:
         torch.mm(keys, queries.T, out=out)
     else:

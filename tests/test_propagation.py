@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import propagate
@@ -125,7 +126,7 @@ def test_any_number_of_context_frames(n):
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_the_same_either_way(onednn, dtype, monkeypatch):
-    """In chunks of 2**20 // q cells, the last one smaller, into places that lie apart."""
+    """oneDNN's in pieces of 512 cells, the last one smaller; into places that lie apart."""
     monkeypatch.setattr(common, "ONEDNN", onednn)
     torch.manual_seed(0)
     keys, queries = torch.randn(9000, 24).to(dtype), torch.randn(300, 24).to(dtype)
@@ -140,11 +141,29 @@ def test_products_are_the_same_either_way(onednn, dtype, monkeypatch):
 def test_equals_the_pseudocode_either_way(onednn, monkeypatch):
     monkeypatch.setattr(common, "ONEDNN", onednn)
     real, sizes = common.products, []
-    monkeypatch.setattr(propagate, "products", lambda *args, out: sizes.append(out.numel()) or real(*args, out=out))
+    monkeypatch.setattr(propagate, "products", lambda *args, out: sizes.append(len(out)) or real(*args, out=out))
     g, features, labels = random_context(20, 2, 40, 30)
     s = Propagation(radius=9)
     assert (propagate_labels(g, features, labels, s) - algorithm_1(g, features, labels, s)).abs().max() < 1e-5
-    assert max(sizes) > 2**15  # smaller ones never go to oneDNN
+    assert max(sizes) > 512  # cells; fewer never go to oneDNN
+
+
+def test_onednn_keeps_few_compiled_products(monkeypatch):
+    """It keeps one for each shape: in a run those of all lengths together took a GiB."""
+    lengths = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_linear_pointwise" in str(function):
+                lengths.add(len(args[0]))
+            return function(*args, **kwargs or {})
+
+    monkeypatch.setattr(common, "ONEDNN", True)
+    queries = torch.randn(64, 16)
+    with torch.no_grad(), Spy():
+        for cells in (30, 512, 700, 1134, 2000):
+            common.products(torch.randn(cells, 16), queries, torch.empty(cells, 64))
+    assert lengths == {512}
 
 
 def test_many_labels_and_two_annotated_frames():
