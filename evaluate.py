@@ -1110,6 +1110,10 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
     if args.model not in known and ("model" in args.typed or args.weights):
         flag, why = "model" if "model" in args.typed else "weights", f"it has no row of {args.model}, but of"
         raise UserError(f"--{flag}: has no say in --paper {args.paper}, {why} {', '.join(known)}; leave it out")
+    if "model" in args.typed and not args.weights:
+        raise UserError(
+            f"--model: has no say in --paper {args.paper}, rows name theirs; give its --weights or leave it out"
+        )
     for line, (suffix, word) in itertools.product(lines, points or [("", [])]):
         name, figures = line["row"] + suffix, line["figures"]
         try:
@@ -1140,6 +1144,7 @@ def paper_settings(args: Args, models: list[str], words: list[str]) -> tuple[str
     if models == ["-"]:
         raise UserError("quoted in the paper from another one")
     rows = common.systems()
+    models = sorted(models, key=lambda model: not (args.weights and model == args.model))  # --weights come first
     if not (chosen := next((model for model in models if weights_of(args, model)), None)):
         sources = {model: rows[model].source if model in rows else "train_uvc_plus.py makes it" for model in models}
         either = " or ".join(f"{model.rpartition('@')[2]} ({source})" for model, source in sources.items())

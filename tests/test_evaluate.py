@@ -1518,7 +1518,17 @@ def test_a_model_that_a_table_has_no_row_of_is_told(data, imagenet, cli, tmp_pat
         code, out, err = cli(evaluate, *argv)
         why = f"it has no row of {model}, but of deepcluster, imagenet; leave it out"
         assert code == 2 and err == f"error: --{flag}: has no say in --paper table2, {why}\n" and not out
+    code, _, err = cli(evaluate, "--data", data, "--paper", "table2", "--model", "imagenet", "--out", tmp_path / "out")
+    assert code == 2 and err.startswith("error: --model: has no say in --paper table2, rows name theirs; give its")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_weights_that_are_given_come_before_those_that_are_found(imagenet, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_weights", lambda *_: tmp_path / "fine-tuned.pth")
+    models = ["imagenet-finetuned", "imagenet"]
+    args = evaluate.Args(model="imagenet")
+    assert evaluate.paper_settings(args, models, [])[0] == "imagenet-finetuned"
+    assert evaluate.paper_settings(replace(args, weights=imagenet), models, [])[0] == "imagenet"
 
 
 def test_a_table_without_weights_lists_the_files_it_looks_for(data, cli, tmp_path, monkeypatch):

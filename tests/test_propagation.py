@@ -142,7 +142,7 @@ def test_equals_the_pseudocode_either_way(onednn, monkeypatch):
     monkeypatch.setattr(common, "ONEDNN", onednn)
     real, sizes = common.products, []
     monkeypatch.setattr(propagate, "products", lambda *args, out: sizes.append(len(out)) or real(*args, out=out))
-    g, features, labels = random_context(20, 2, 40, 30)
+    g, features, labels = random_context(24, 2, 40, 30)
     s = Propagation(radius=9)
     assert (propagate_labels(g, features, labels, s) - algorithm_1(g, features, labels, s)).abs().max() < 1e-5
     assert max(sizes) > 512  # cells; fewer never go to oneDNN
