@@ -1111,9 +1111,7 @@ def paper_rows(args: Args, root: Path, out: Path, given: dict) -> list[Row]:
         flag, why = "model" if "model" in args.typed else "weights", f"it has no row of {args.model}, but of"
         raise UserError(f"--{flag}: has no say in --paper {args.paper}, {why} {', '.join(known)}; leave it out")
     if "model" in args.typed and not args.weights:
-        raise UserError(
-            f"--model: has no say in --paper {args.paper}, rows name theirs; give its --weights or leave it out"
-        )
+        raise UserError(f"--model: has no say in --paper {args.paper}, its rows name theirs; add --weights or drop it")
     for line, (suffix, word) in itertools.product(lines, points or [("", [])]):
         name, figures = line["row"] + suffix, line["figures"]
         try:

@@ -1519,7 +1519,7 @@ def test_a_model_that_a_table_has_no_row_of_is_told(data, imagenet, cli, tmp_pat
         why = f"it has no row of {model}, but of deepcluster, imagenet; leave it out"
         assert code == 2 and err == f"error: --{flag}: has no say in --paper table2, {why}\n" and not out
     code, _, err = cli(evaluate, "--data", data, "--paper", "table2", "--model", "imagenet", "--out", tmp_path / "out")
-    assert code == 2 and err.startswith("error: --model: has no say in --paper table2, rows name theirs; give its")
+    assert code == 2 and err.startswith("error: --model: has no say in --paper table2, its rows name theirs")
     assert not (tmp_path / "out").exists()
 
 
