@@ -381,14 +381,18 @@ def cuts(length: int, step: int) -> list[tuple[int, int]]:
     return [(i * length // pieces, (i + 1) * length // pieces) for i in range(pieces)]
 
 
-# MKL leaves out AVX-512 on AMD's processors: there oneDNN, which torch has for linear layers, is faster.
-AMD = "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
-ONEDNN = AMD and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+# MKL leaves out AVX-512 on AMD's processors. There oneDNN, which torch has for linear layers, is faster from so many
+# cells on; the AVX-512 of Zen 5 is twice as wide as that of Zen 4.
+CPU = getattr(torch.cpu, "get_capabilities", dict)()
+ONEDNN = 512 if CPU.get("avx512_vp2intersect") else 4096
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+if not (AVX512 and "AMD" in CPU.get("cpu_name", "")):
+    ONEDNN = math.inf
 
 
 def products(keys: Tensor, queries: Tensor, out: Tensor) -> None:
     """Dot products of keys (cells x C) and queries (q x C) into out (cells x q)."""
-    if ONEDNN and keys.is_cpu and keys.dtype == torch.float32:
+    if len(keys) >= ONEDNN and keys.is_cpu and keys.dtype == torch.float32:
         # oneDNN keeps a compiled product of each shape, together a GiB in a run: so one length for all.
         for some, into in zip(keys.split(512), out.split(512), strict=True):
             if len(some) == 512:
