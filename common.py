@@ -43,7 +43,8 @@ def run(main, parse) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; take less at a time (--size, --context, --batch-size)", file=sys.stderr)
+        less = "less at a time (such as --size or --context; in training --batch-size)"
+        print(f"error: the GPU's memory is full; take {less}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: what is written is whole; the same command goes on from here", file=sys.stderr)
@@ -291,7 +292,8 @@ def load_encoder(
     of it is not used, is said on stderr. By default it is found or fetched. UserError if it is missing or does not fit.
     """
     system, device, dtype = find_system(name), pick_device(device), getattr(torch, dtype)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 on every device
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on every device
+    torch.set_float32_matmul_precision("highest")
     load = system.load or find_system(f"torchvision:{system.arch}").load
     encoder = load(name.lower(), weights and Path(weights), settings or system.settings)
     for parent in list(encoder.eval().requires_grad_(False).modules()):

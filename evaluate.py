@@ -167,6 +167,8 @@ class Sequence:
         """The ids in each annotated frame that objects are taken from: the first, or any (sparse)."""
         among = (self.sparse and self.truth) or self.names[:1]
         if (first := next(iter(among))) not in self.truth:
+            if self.sparse:
+                raise UserError(f"{self.name}: holds no masks, so there is nothing to propagate")
             folder = next(iter(self.truth.values())).parent if self.truth else Path(self.name)
             raise UserError(f"{folder / first}.png: not found; the first frame's annotation is what is propagated")
         values = {name: np.flatnonzero(histogram(read_ids(self.truth[name]))) for name in among}
@@ -776,7 +778,7 @@ def make_rows(args: Args, root: Path, out: Path, given: dict, sequences: list[Se
         rows = rows if args.sweep else [paper_best(args, row) for row in rows]
     used = [row.settings for row in rows if row.settings]
     if used:
-        propagate.check_dtype(args.dtype, args.device, all(settings.l2 for settings in used))
+        propagate.check_dtype(args.dtype, args.device)
     dataset, points = DATASETS[args.dataset], f"{args.dataset.upper()} has key points"
     if dataset.file and any(s.localization == "track" for s in used):
         raise UserError(f"--localization track: follows masks, {points}; take --localization none or fixed")
@@ -791,6 +793,7 @@ def make_row(args: Args, root: Path, out: Path, settings: Propagation, name: str
     """The row of a model at some settings; its folder's name ends in a digest of all that the predictions depend on."""
     chosen = model or args.model
     weights, model = weights_of(args, chosen), chosen.partition("@")[0]
+    propagate.check_range(args.dtype, settings.l2)
     fits(model, weights, settings.layer, settings.stride, weights != args.weights or rank_world()[0] > 0)
     weights = weights_of(args, chosen)  # fetched by now
     own = asdict(preset(model, args.dataset))
@@ -1052,7 +1055,7 @@ def evaluate(args: Args, rows: list[Row], sequences: list[Sequence], pool, resul
                         failure([row], seq, error)
                         continue
                     if not quiet and (start := time.monotonic()) >= due:
-                        so_far = summarize(args.dataset, results[row.name])["overall"][figure]
+                        so_far = summarize(args.dataset, results[row.name])["overall"].get(figure)
                         bar.set_postfix({figure.removesuffix("_M"): percent(so_far)})
                         due = time.monotonic() + 20 * (time.monotonic() - start)  # a sum over all: not each time
                 bar.update(done + len(group) * len(seq.names) - bar.n)
@@ -1074,8 +1077,8 @@ def check_prediction(seq: Sequence, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's figures, side by side with ours
 
-# A line of paper.csv is a row: what it prints (per cent); models, of which the first whose weights are at hand is run
-# (MODEL@FILE: with weights/FILE); settings, what differs from the model's preset (sections 4.2 and 4.3).
+# A line of paper.csv is a row: what it prints (per cent); models, of which that of --weights is run, or the first whose
+# weights are at hand (MODEL@FILE: with weights/FILE); settings, what differs from the preset (sections 4.2 and 4.3).
 PAPER = Path(__file__).with_name("paper.csv")
 FIGURE_AXES = {  # the factor swept: its values, the others fixed as in the captions
     "figure4": {
@@ -1174,7 +1177,8 @@ def print_table(args: Args, rows: list[Row], scores: dict, failed: dict, total: 
             paper, _, difference = zip(*(beside(rows[0], scores, c) for c in columns), strict=True)
             body += [["the paper, whole data set", *paper], ["difference", *difference]]
         for part, s in scores[rows[0].name]["per_object"].items() if dataset.of_parts and len(rows) == 1 else ():
-            body.append([f"  {part}", *(percent(s.get(c)) for c in dataset.of_parts), ""])
+            cells = [percent(s.get(c)) for c in dataset.of_parts]
+            body.append([f"  {part}", *cells, *[""] * (len(columns) - len(cells))])
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     for line in [body[0], ["-" * width for width in widths], *body[1:]]:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
@@ -1575,7 +1579,7 @@ def main(args: Args) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    typed = re.findall(r"^--(?:no-)?([^=\n]+)", "\n".join(sys.argv[1:] if argv is None else argv), re.M)
+    typed = re.findall(r"^--(?:no[-_])?([^=\n]+)", "\n".join(sys.argv[1:] if argv is None else argv), re.M)
     return replace(propagate.parse_with_model(Args, argv), typed=tuple(flag.replace("-", "_") for flag in typed))
 
 

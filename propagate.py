@@ -212,7 +212,7 @@ def label_tile(query: Tensor, parts: list[Part], values: Tensor, s: Propagation,
     h, w, _ = query.shape
     n, found = len(values) // (h * w), []
     for part in parts:
-        search = search_tile if part.keys.is_cpu or not only_near(part, s) else search_blocks
+        search = search_blocks if in_blocks(part, s) else search_tile
         best, cell, frame, total = search(part, query, s, tile)
         found.append((best, cell * n + part.first + frame, total))
     if s.aggregation == "overall":
@@ -229,7 +229,7 @@ def search_tile(part: Part, query: Tensor, s: Propagation, tile: Box) -> tuple[T
     _, f, fixed = part
     h, w, _ = query.shape
     g = query[tile.top : tile.bottom, tile.left : tile.right].flatten(0, 1)  # q C
-    window = search_window(s, tile, (h, w)) if fixed else Box(0, h, 0, w)
+    window = search_window(s, tile, (h, w)) if fixed and f.is_cpu else Box(0, h, 0, w)
     seen = Box(0, h, 0, w) if s.softmax_over == "frame" else window
     A, peak = compute_affinity(f, g, s, tile, seen, only_near(part, s))  # rows columns m q
     inside = (
@@ -343,7 +343,7 @@ def tiles(parts: list[Part], s: Propagation, grid: tuple[int, int]) -> list[Box]
     most = 2**23 if cpu else 2**28
     ty, tx = (30, 8) if cpu else grid  # tall: most rows of a window then meet only target rows that they may
     while ty * tx > 1 and count_affinities(parts, s, grid, ty, tx) > most:
-        ty, tx = (ty // 2, tx) if ty > (tx if cpu else 1) else (ty, tx // 2)
+        ty, tx = (ty // 2, tx) if ty > tx else (ty, tx // 2)
     return [Box(*rows, *columns) for rows in cuts(h, ty) for columns in cuts(w, tx)]
 
 
@@ -351,9 +351,11 @@ def count_affinities(parts: list[Part], s: Propagation, grid: tuple[int, int], t
     """The most affinities that a tile of ty x tx needs at a time."""
     most = 0
     for part in parts:
-        reach = reach_of(s) if only_near(part, s) else max(grid)
-        high, wide = (ty, tx) if part.keys.is_cpu else (BLOCK, COLUMNS)
-        rows, columns = min(high + 2 * reach, grid[0]), min(wide + 2 * reach, grid[1])
+        rows, columns = grid
+        if in_blocks(part, s):
+            rows, columns = BLOCK + 2 * reach_of(s), COLUMNS + 2 * reach_of(s)
+        elif only_near(part, s) and part.keys.is_cpu:
+            rows, columns = min(ty + 2 * reach_of(s), rows), min(tx + 2 * reach_of(s), columns)
         most = max(most, rows * columns * part.keys.shape[2] * ty * tx)
     return most
 
@@ -361,6 +363,13 @@ def count_affinities(parts: list[Part], s: Propagation, grid: tuple[int, int], t
 def only_near(part: Part, s: Propagation) -> bool:
     """Whether what lies beyond the fixed regions need not be compared at all."""
     return part.fixed and s.softmax_over != "frame"
+
+
+def in_blocks(part: Part, s: Propagation) -> bool:
+    """Whether search_blocks searches these frames: on a GPU, where the window of a block is smaller than the grid."""
+    h, w = part.keys.shape[:2]
+    smaller = (BLOCK + 2 * reach_of(s)) * (COLUMNS + 2 * reach_of(s)) < h * w
+    return only_near(part, s) and smaller and not part.keys.is_cpu
 
 
 def reach_of(s: Propagation) -> int:
@@ -963,9 +972,10 @@ class Video:
 
     names: one for each frame (file stems of pictures, else 00000, 00001, ...); times: when each is shown, in seconds;
     fps; size (H, W); aspect: width of a pixel over its height. Memory does not depend on the length: no frame is kept,
-    but for a block of at most 32 when reading backwards. A film that breaks off gives the frames before the break;
-    `broken` then says where and why. Frames of more than 8 bits (16-bit, float) are brought to 8 by one range for the
-    whole video. Raises UserError where there is nothing to read or the frame size changes.
+    but for a block when reading backwards (32 frames; 256 MiB of a film without usable stamps). A film that breaks off
+    gives the frames before the break; `broken` then says where and why. Frames of more than 8 bits (16-bit, float) are
+    brought to 8 by one range for the whole video. Raises UserError where there is nothing to read or the frame size
+    changes.
     """
 
     live = False  # a camera is
@@ -1794,15 +1804,19 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def check_dtype(dtype: str, device: str, l2: bool) -> None:
-    """Refuse float16 on a CPU and where it may overflow, and say where bfloat16 is slow."""
+def check_dtype(dtype: str, device: str) -> None:
+    """Refuse float16 on a CPU, and say where bfloat16 is slow."""
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())  # no GPU is touched before a fork
     if cpu and dtype == "float16":
         raise UserError("--dtype float16: needs a GPU; take bfloat16 on this device")
-    if dtype == "float16" and not l2:  # 65504 is its largest number
-        raise UserError("--dtype float16: may be too small for affinities of features without --l2; take bfloat16")
     if cpu and dtype == "bfloat16" and not has_bfloat16() and not common.rank_world()[0]:
         say("--dtype bfloat16: this CPU converts each number, many times slower than float32")
+
+
+def check_range(dtype: str, l2: bool) -> None:
+    """Refuse float16, whose largest number is 65504, for features that are not normalised."""
+    if dtype == "float16" and not l2:
+        raise UserError("--dtype float16: may be too small for affinities of features without --l2; take bfloat16")
 
 
 def has_bfloat16() -> bool:
@@ -1825,7 +1839,8 @@ def load_tracker(args: Args, video: Video | Camera, annotations: Annotations):
     for factor in ("sampling", "minmax", "refine") if annotations.points else ():
         if getattr(s, factor) != getattr(own, factor):
             raise UserError(f"--{factor}: is about masks, these are key points; leave it out")
-    check_dtype(args.dtype, args.device, s.l2)
+    check_dtype(args.dtype, args.device)
+    check_range(args.dtype, s.l2)
     check_memory(s, video.size, count, len(annotations.ids))
     check_topk(s, video.size, count)
     encoder = common.load_encoder(args.model, args.weights, s, args.device, args.dtype)
@@ -2024,7 +2039,7 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
     def encode(frame: np.ndarray | Tensor) -> Tensor:
         return encoder(torch.as_tensor(frame, device=device)[None])[0]
 
-    def features(todo: Sequence[int], read: deque) -> Iterator[Tensor]:
+    def features(todo: Sequence[int], read: deque, clock: Stopwatch) -> Iterator[Tensor]:
         """Those of each frame, which goes to `read`; ahead of time where the frames are there and a CPU encodes."""
         frames = clock.each("read", read_ahead(video.frames(todo)))
         frames = ((*item, torch.as_tensor(item[1], device=device)) for item in frames)  # sent to a GPU once
@@ -2063,16 +2078,24 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
         latest = rest[max(0, done - s.context) : done]
         fifth = rest[4:5] if s.memory == "spaced" else ()
         again = [index for index in rest[back:done] if index in latest or index in given or index in fifth]
-        known = features([*early, *again], deque(maxlen=0)) if early or again else iter(())
+        looked: deque = deque()
+        known = features([*early, *again], looked, Stopwatch()) if early or again else iter(())
+
+        def known_features(index: int, known=known, looked=looked) -> Tensor:
+            f = next(known, None)
+            if f is None or looked.popleft()[0] != index:
+                raise UserError(f"{video.source}: frame {index} cannot be read again; give the film as it was")
+            return f
+
         others = [index for index in annotations.starts if index != part[0]]
         first = [annotated[index] for index in (part[0], *others)]
         for index in early:
-            f, z = next(known), state(index)
+            f, z = known_features(index), state(index)
             first = [*(looked_back(each, index, f, z) for each in first), (f, carried(z, s))]
-        recent = ((next(known) if index in again else first[0][0], state(index)) for index in rest[back:done])
+        recent = ((known_features(index) if index in again else first[0][0], state(index)) for index in rest[back:done])
         targets, read = rest[back:], deque()
         later = {targets.index(index) + 1: each for index, each in given.items() if index in targets}
-        labelled = propagate_video(features(rest[done:], read), first, s, recent, later)
+        labelled = propagate_video(features(rest[done:], read, clock), first, s, recent, later)
         shift = latest_offset(offsets, [part[0], *rest[:done]], usual)
         for z in clock.each("propagate", labelled):
             index, frame, picture = read.popleft()

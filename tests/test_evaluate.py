@@ -718,6 +718,7 @@ def test_the_command_line_of_another_program_has_no_say(cli, tmp_path, monkeypat
     argv = ("--data", data, "--predictions", data / "Annotations/480p", "--out", tmp_path / "out")
     code, _, err = cli(evaluate, *argv)
     assert code == 0, err
+    assert evaluate.parse_args(["--no_l2", "--no-minmax", "--topk=3"]).typed == ("l2", "minmax", "topk")
     assert evaluate.parse_args([]).typed == () and evaluate.parse_args(None).typed == ("topk",)
 
 
@@ -824,8 +825,21 @@ def test_a_folder_of_frames_without_any_mask_is_named_and_the_others_are_run(cli
     for path in (tmp_path / "data/Annotations/bad").iterdir():
         path.unlink()
     code, _, err = cli(evaluate, "--dataset", "folder", "--data", tmp_path / "data", *RANDOM, "--out", tmp_path / "out")
-    assert code == 1 and "bad/00000.png: not found; the first frame's annotation" in err, err
+    assert code == 1 and "error: bad: holds no masks, so there is nothing to propagate" in err, err
     assert list(read(tmp_path / "out")["per_object"]) == ["good_1"]
+
+
+def test_a_sequence_of_which_nothing_is_scored_may_come_first(cli, tmp_path):
+    """The figure so far has nothing to show then."""
+    masks = [square((5, 5 + i)) for i in range(4)]
+    for name, count in (("a", 1), ("b", 4)):
+        put(tmp_path / "data/Annotations" / name, masks[:count])
+        put(tmp_path / "data/JPEGImages" / name, masks, suffix=".jpg")
+    argv = ("--dataset", "folder", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    for flags in (RANDOM, ("--predictions", tmp_path / "data/Annotations")):
+        code, _, err = cli(evaluate, *argv, *flags)
+        assert code == 0, err
+        assert list(read(tmp_path / "out")["per_object"]) == ["b_1"]
 
 
 def test_objects_that_come_in_later(cli, tmp_path):

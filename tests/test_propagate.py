@@ -930,9 +930,23 @@ def test_bad_settings(small_clip, tmp_path, cli):
         assert "cannot be used here" in refused(cli, *argv, "--device", "cuda")
         assert "float16" in refused(cli, *argv, "--dtype", "float16")
     with pytest.raises(propagate.UserError, match="without --l2"):
-        propagate.check_dtype("float16", "cuda", l2=False)
+        propagate.check_range("float16", l2=False)
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(cli, *argv, "--out", tmp_path / "file" / "o")
+
+
+def test_a_frame_that_is_gone_when_a_run_goes_on_is_named(small_clip, tmp_path, cli, monkeypatch):
+    """Features of another frame never stand in for it."""
+    argv = (*RANDOM, "--video", small_clip / "clip.mp4", "--mask", small_clip / "f0.png", "--out", tmp_path / "o")
+    assert cli(propagate, *argv, "--end", 8)[0] == 0
+    real = propagate.Video._decode
+
+    def lossy(self, indices):
+        return ((index, frame) for index, frame in real(self, indices) if index != 3)
+
+    monkeypatch.setattr(propagate.Video, "_decode", lossy)
+    code, _, err = cli(propagate, *argv)
+    assert code == 2 and "frame 3 cannot be read again; give the film as it was" in err.splitlines()[-1]
 
 
 def test_a_gpu_that_is_full_is_told_in_one_line(small_clip, tmp_path, cli, monkeypatch):

@@ -100,6 +100,24 @@ def test_blocks_as_a_gpu_searches_them_equal_the_pseudocode(high, region, softma
     assert set(searched) == set(boxes)
 
 
+@pytest.mark.parametrize("radius", [40, 200, 10_000])
+def test_a_large_region_takes_no_more_of_a_gpu_than_the_whole_grid(radius):
+    sizes = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            sizes.extend([result.numel()] if isinstance(result, torch.Tensor) and result.is_cuda else [])
+            return result
+
+    with torch.no_grad(), FakeTensorMode(), Spy():
+        keys = torch.empty(135, 240, 21, 64, device="cuda")
+        labels = torch.empty(135, 240, 21, 2, device="cuda")
+        s = Propagation(radius=radius)
+        propagate_labels(keys[:, :, 0].permute(2, 0, 1), keys.permute(2, 3, 0, 1), labels.permute(2, 3, 0, 1), s)
+    assert max(sizes) <= 2**28 * 1.1
+
+
 @pytest.mark.parametrize(("grid", "most"), [((60, 107), 1), ((135, 240), 6), ((270, 480), 24)])
 @pytest.mark.filterwarnings("ignore:.*meta")
 def test_a_gpu_has_few_tiles_that_fit_its_memory(grid, most):
