@@ -2048,6 +2048,16 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
             read.append(item)
             yield f
 
+    def features_again(done: Sequence[int]) -> Iterator[Tensor]:
+        """Those of frames that an earlier run has labelled."""
+        read: deque = deque()
+        found = features(done, read, Stopwatch())
+        for index in done:
+            f = next(found, None)
+            if f is None or read.popleft()[0] != index:
+                raise UserError(f"{video.source}: frame {index} cannot be read again; give the film as it was")
+            yield f
+
     def state(index: int) -> Tensor:
         return torch.from_numpy(np.load(results.state_path(index))).to(device)
 
@@ -2078,21 +2088,13 @@ def label_video(encoder, video: Video | Camera, order: range, results: Results, 
         latest = rest[max(0, done - s.context) : done]
         fifth = rest[4:5] if s.memory == "spaced" else ()
         again = [index for index in rest[back:done] if index in latest or index in given or index in fifth]
-        looked: deque = deque()
-        known = features([*early, *again], looked, Stopwatch()) if early or again else iter(())
-
-        def known_features(index: int, known=known, looked=looked) -> Tensor:
-            f = next(known, None)
-            if f is None or looked.popleft()[0] != index:
-                raise UserError(f"{video.source}: frame {index} cannot be read again; give the film as it was")
-            return f
-
+        known = features_again([*early, *again])
         others = [index for index in annotations.starts if index != part[0]]
         first = [annotated[index] for index in (part[0], *others)]
         for index in early:
-            f, z = known_features(index), state(index)
+            f, z = next(known), state(index)
             first = [*(looked_back(each, index, f, z) for each in first), (f, carried(z, s))]
-        recent = ((known_features(index) if index in again else first[0][0], state(index)) for index in rest[back:done])
+        recent = ((next(known) if index in again else first[0][0], state(index)) for index in rest[back:done])
         targets, read = rest[back:], deque()
         later = {targets.index(index) + 1: each for index, each in given.items() if index in targets}
         labelled = propagate_video(features(rest[done:], read, clock), first, s, recent, later)
