@@ -460,16 +460,17 @@ def block_regions(s: Propagation, tile: Box, grid: tuple[int, int], device: torc
     y = top + torch.arange(-reach, BLOCK + reach)  # down rows
     x = left + torch.arange(-reach, columns - reach)  # across columns
 
-    def numbers(y: Tensor, x: Tensor) -> Tensor:
-        """Of rows (... x rows) and columns (across x columns): across x ... x rows x columns, within the grid."""
-        x = x.view(len(x), *[1] * y.dim(), -1)
-        return y.clamp(0, h - 1)[..., None] * w + x.clamp(0, w - 1)
+    def numbers(first: int, last: int, x: Tensor) -> Tensor:
+        """Of the rows first..last and columns x (across x columns): across x rows x columns, within the grid."""
+        return torch.arange(first, last).clamp(0, h - 1)[:, None] * w + x.clamp(0, w - 1)[:, None]
 
-    own = numbers(top + torch.arange(BLOCK), left + torch.arange(COLUMNS)).flatten(2)
-    seen = numbers(torch.arange(tile.top - reach, tile.top + len(top) * BLOCK + reach), x)
+    end = tile.top + len(top) * BLOCK
+    own = numbers(tile.top, end, left + torch.arange(COLUMNS)).view(len(left), len(top), -1)
+    seen = numbers(tile.top - reach, end + reach, x)
+    place = seen.unfold(1, BLOCK + 2 * reach, BLOCK).transpose(2, 3).contiguous()
     outside = ((y < 0) | (y >= h))[..., None] | ((x < 0) | (x >= w))[:, None, None]
     M = compute_masks(s, Box(-reach, BLOCK + reach, -reach, columns - reach), Box(0, BLOCK, 0, COLUMNS), "cpu")
-    found = own, seen, numbers(y, x), ~M.permute(2, 0, 1), outside[:, :, None]
+    found = own, seen, place, ~M.permute(2, 0, 1), outside[:, :, None]
     return tuple(each.to(device) for each in found)
 
 
